@@ -1,0 +1,26 @@
+"""DenseNets that train in a fraction of the memory, with the same results."""
+
+from efficient_densenet.errors import MissingExtraError, UserError
+from efficient_densenet.models import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_cifar,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseNet",
+    "MissingExtraError",
+    "UserError",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_cifar",
+]

@@ -1,0 +1,3 @@
+from efficient_densenet.cli import main
+
+raise SystemExit(main())

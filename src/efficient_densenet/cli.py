@@ -1,0 +1,77 @@
+"""The command `efficient-densenet`: one line per command; what a command does is written in its room.
+
+Every command's module has ``add_arguments(parser)`` and ``run(arguments) -> int`` (the exit code), and is imported
+only when its command is asked for. Lightning parses the options of `fit`, `validate` and `test` by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from efficient_densenet.errors import UserError
+
+
+class _Command(NamedTuple):
+    module: str
+    help: str
+    own_parser: bool = False  # its module has ``main(command, options) -> int`` instead
+
+
+_COMMANDS = {
+    "check-gradients": _Command(
+        "measure.check_gradients", "compare the efficient network with the ordinary one"
+    ),
+    "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
+    "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),
+    "prepare-imagenet": _Command("training.prepare_imagenet", "unpack the ImageNet archives into folders"),
+    "fit": _Command("training.lightning_cli", "train a network", own_parser=True),
+    "validate": _Command(
+        "training.lightning_cli", "measure a trained network on the validation set", own_parser=True
+    ),
+    "test": _Command("training.lightning_cli", "measure a trained network on the test set", own_parser=True),
+    "predict": _Command("training.predict", "print the top classes of image files"),
+    "export": _Command("training.export", "write a trained network as ONNX or as a torch.export program"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code: 0 fine, 1 a check failed, 2 a mistake of the user's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
+    try:
+        if name in _COMMANDS and _COMMANDS[name].own_parser:
+            return _module(name).main(name, argv[1:])
+        arguments = _parser(name).parse_args(argv)
+        return _module(arguments.command).run(arguments)
+    except (UserError, OSError) as error:
+        # An OSError (no such file, disk full, no permission) already says what and where.
+        print(f"efficient-densenet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("efficient-densenet: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(wanted: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efficient-densenet", description="DenseNets that train in a fraction of the memory."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == wanted and not command.own_parser:
+            _module(name).add_arguments(subparser)
+    return parser
+
+
+def _module(name: str):
+    return importlib.import_module(f"efficient_densenet.{_COMMANDS[name].module}")

@@ -1,0 +1,105 @@
+"""The parts of a DenseNet, with torchvision's names for parameters and buffers.
+
+Source: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", CVPR 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from efficient_densenet.execution import Efficient, norm_relu_conv
+from efficient_densenet.execution.concatenate import concat
+
+
+class DenseLayer(nn.Module):
+    """One layer of a dense block: it reads all features made so far and makes `growth_rate` new ones.
+
+    With a bottleneck (`bn_size` given, DenseNet-BC), on ``C`` input channels and ``k = growth_rate``:
+    ``conv3x3(relu(norm(conv1x1(relu(norm(x))))))`` with ``C → bn_size·k → k`` channels. Without: ``conv3x3(relu(norm(x)))``
+    with ``C → k``. Dropout with `drop_rate` follows.
+
+    Shapes: a sequence of ``(N, C_i, H, W)`` with ``ΣC_i = C`` → ``(N, k, H, W)``.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None = None,
+        drop_rate: float = 0.0,
+        efficient: Efficient = False,
+    ) -> None:
+        super().__init__()
+        width = num_input_features
+        if bn_size is None:
+            self.norm1 = nn.BatchNorm2d(width)
+            self.relu1 = nn.ReLU(inplace=True)
+            self.conv1 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.norm1 = nn.BatchNorm2d(width)
+            self.relu1 = nn.ReLU(inplace=True)
+            self.conv1 = nn.Conv2d(width, bn_size * growth_rate, kernel_size=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.bottleneck = bn_size is not None
+        self.drop_rate = drop_rate
+        self.efficient = efficient
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        inputs = [features] if isinstance(features, Tensor) else features
+        x = norm_relu_conv(inputs, self.norm1, self.relu1, self.conv1, self.efficient)
+        if self.bottleneck:
+            x = norm_relu_conv([x], self.norm2, self.relu2, self.conv2, self.efficient)
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
+
+
+class DenseBlock(nn.ModuleDict):
+    """Dense layers, each of which reads the block's input and what all layers before it made.
+
+    Shapes: ``(N, C, H, W)`` → ``(N, C + num_layers·growth_rate, H, W)``, the input's channels first.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None = None,
+        drop_rate: float = 0.0,
+        efficient: Efficient = False,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            self[f"denselayer{i + 1}"] = DenseLayer(
+                num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, efficient
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return concat(features)
+
+
+class Transition(nn.Sequential):
+    """Between two dense blocks: ``pool(conv1x1(relu(norm(x))))``, fewer channels and half the resolution.
+
+    Shapes: ``(N, C, H, W)`` → ``(N, C', ⌊H/2⌋, ⌊W/2⌋)``.
+    """
+
+    def __init__(
+        self, num_input_features: int, num_output_features: int, efficient: Efficient = False
+    ) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_input_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        self.efficient = efficient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(norm_relu_conv([x], self.norm, self.relu, self.conv, self.efficient))

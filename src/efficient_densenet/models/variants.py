@@ -1,0 +1,92 @@
+"""The DenseNets that have names: the ImageNet family, and those of the paper's CIFAR table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.models.densenet import DenseNet
+
+
+def _imagenet(init: int, growth_rate: int, block_config: Sequence[int], **arguments: Any) -> DenseNet:
+    fixed: dict[str, Any] = {"compression": 0.5, "input_size": 224, "bn_size": 4, "num_classes": 1000}
+    return DenseNet(
+        num_init_features=init, growth_rate=growth_rate, block_config=block_config, **(fixed | arguments)
+    )
+
+
+def densenet121(**arguments: Any) -> DenseNet:
+    """DenseNet-121 for ImageNet: growth rate 32, blocks (6, 12, 24, 16), 7,978,856 parameters at 1000 classes.
+
+    Args:
+        arguments: any argument of `DenseNet`, for example ``num_classes=10, efficient=True``.
+    """
+    return _imagenet(64, 32, (6, 12, 24, 16), **arguments)
+
+
+def densenet161(**arguments: Any) -> DenseNet:
+    """DenseNet-161 for ImageNet: growth rate 48, blocks (6, 12, 36, 24), 28,681,000 parameters at 1000 classes."""
+    return _imagenet(96, 48, (6, 12, 36, 24), **arguments)
+
+
+def densenet169(**arguments: Any) -> DenseNet:
+    """DenseNet-169 for ImageNet: growth rate 32, blocks (6, 12, 32, 32), 14,149,480 parameters at 1000 classes."""
+    return _imagenet(64, 32, (6, 12, 32, 32), **arguments)
+
+
+def densenet201(**arguments: Any) -> DenseNet:
+    """DenseNet-201 for ImageNet: growth rate 32, blocks (6, 12, 48, 32), 20,013,928 parameters at 1000 classes."""
+    return _imagenet(64, 32, (6, 12, 48, 32), **arguments)
+
+
+def densenet264(**arguments: Any) -> DenseNet:
+    """DenseNet-264 for ImageNet: growth rate 48, blocks (6, 12, 64, 48), about 72.7 million parameters.
+
+    This is the large one of the authors' memory report; MONAI's network of the same name has growth rate 32.
+    """
+    return _imagenet(96, 48, (6, 12, 64, 48), **arguments)
+
+
+def densenet_cifar(
+    depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, **arguments: Any
+) -> DenseNet:
+    """A DenseNet for 32×32 images, named by its depth L and growth rate k as in the paper's CIFAR table.
+
+    Three blocks of ``n`` layers with ``depth = 3·n + 4``, or with a bottleneck (DenseNet-BC: two convolutions a layer,
+    compression 0.5) ``depth = 6·n + 4``. The stem makes ``2·growth_rate`` channels, as the paper has it for DenseNet-BC.
+
+    Args:
+        depth: convolutions and the classifier, counted along the network.
+        growth_rate: channels that each dense layer adds.
+        bottleneck: DenseNet-BC rather than plain DenseNet.
+        arguments: any further argument of `DenseNet`.
+    """
+    per_layer = 6 if bottleneck else 3
+    num_layers, rest = divmod(depth - 4, per_layer)
+    if rest or num_layers < 1:
+        kind = "DenseNet-BC" if bottleneck else "plain DenseNet"
+        nearest = max(1, round((depth - 4) / per_layer)) * per_layer + 4
+        raise UserError(
+            f"a {kind} with three blocks has a depth of {per_layer}·n + 4: use {nearest}, not {depth}"
+        )
+    fixed: dict[str, Any] = {"num_init_features": 2 * growth_rate, "num_classes": 10}
+    if bottleneck:
+        fixed |= {"bn_size": 4, "compression": 0.5}
+    return DenseNet(growth_rate=growth_rate, block_config=(num_layers,) * 3, **(fixed | arguments))
+
+
+VARIANTS: dict[str, Callable[..., DenseNet]] = {
+    f.__name__: f for f in (densenet121, densenet161, densenet169, densenet201, densenet264, densenet_cifar)
+}
+
+
+def build(name: str, **arguments: Any) -> DenseNet:
+    """The variant called `name`, built with `arguments`.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"there is no network called {name!r}; there are: {', '.join(VARIANTS)}")
+    return VARIANTS[name](**arguments)
