@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from efficient_densenet.errors import UserError
@@ -22,16 +23,12 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
-    "check-gradients": _Command(
-        "measure.check_gradients", "compare the efficient network with the ordinary one"
-    ),
+    "check-gradients": _Command("measure.check_gradients", "compare the efficient network with the ordinary one"),
     "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
     "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),
     "prepare-imagenet": _Command("training.prepare_imagenet", "unpack the ImageNet archives into folders"),
     "fit": _Command("training.lightning_cli", "train a network", own_parser=True),
-    "validate": _Command(
-        "training.lightning_cli", "measure a trained network on the validation set", own_parser=True
-    ),
+    "validate": _Command("training.lightning_cli", "measure a trained network on the validation set", own_parser=True),
     "test": _Command("training.lightning_cli", "measure a trained network on the test set", own_parser=True),
     "predict": _Command("training.predict", "print the top classes of image files"),
     "export": _Command("training.export", "write a trained network as ONNX or as a torch.export program"),
@@ -73,5 +70,5 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _module(name: str):
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"efficient_densenet.{_COMMANDS[name].module}")

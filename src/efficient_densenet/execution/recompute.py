@@ -53,9 +53,9 @@ class _Kept(NamedTuple):
 
 
 class _Forgotten(NamedTuple):
-    """The promise that the `index`-th tensor saved by the run is the `index`-th saved by a rerun."""
+    """The promise that the tensor saved in this place by the run is the one saved in this place by a rerun."""
 
-    index: int
+    place: int
 
 
 class _Prologue:
@@ -68,9 +68,7 @@ class _Prologue:
         self.shape = torch.Size((inputs[0].shape[0], sum(x.shape[1] for x in inputs), *inputs[0].shape[2:]))
         self.autocast = _autocast(inputs[0].device.type)
         self.num_saved = 0
-        self.activated: weakref.ref[Tensor] | None = (
-            None  # known once the run is over; weak, for it is forgotten
-        )
+        self.activated: weakref.ref[Tensor] | None = None  # known once the run is over; weak, for it is forgotten
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> Tensor:
@@ -83,30 +81,33 @@ class _Prologue:
 
     def pack(self, tensor: Tensor) -> _Kept | _Forgotten:
         if self.activated is not None:  # the run is over, and the convolution saves its input and weight
-            return (
-                _Forgotten(self.num_saved) if tensor is self.activated() else _Kept(tensor, tensor._version)
-            )
+            return _Forgotten(self.num_saved) if tensor is self.activated() else _Kept(tensor, tensor._version)
         index, self.num_saved = self.num_saved, self.num_saved + 1
         return _Forgotten(index) if tensor.shape == self.shape else _Kept(tensor, tensor._version)
 
     def unpack(self, packed: _Kept | _Forgotten) -> Tensor:
         if isinstance(packed, _Kept):
             return _unchanged(packed)
-        if packed.index not in self.recomputed:
+        if packed.place not in self.recomputed:
             recomputed = self._rerun()
             if not _when_backward_ends(recomputed.clear):
-                return recomputed[packed.index]
+                return recomputed[packed.place]
             self.recomputed = recomputed
         # Handed out once per backward: the memory goes as soon as the last node has used it.
-        return self.recomputed.pop(packed.index)
+        return self.recomputed.pop(packed.place)
 
     def _rerun(self) -> dict[int, Tensor]:
         saved: list[Tensor] = []
+
+        def save(x: Tensor) -> Tensor:
+            saved.append(x.detach())
+            return saved[-1]
+
         leaves = [_unchanged(x).detach().requires_grad_(x.tensor.requires_grad) for x in self.inputs]
         with (
             torch.enable_grad(),
             self.autocast,
-            saved_tensors_hooks(lambda x: saved.append(x.detach()), lambda _: None),
+            saved_tensors_hooks(save, lambda x: x),
         ):
             x = concatenate.concat(leaves)
             for stage in self.stages:
@@ -167,10 +168,7 @@ def _autocast(device: str) -> AbstractContextManager[object]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -135,18 +135,16 @@ class DenseNet(nn.Module):
         smallest = 2 ** (len(block_config) - 1)
         self.min_input_size = 4 * (smallest - 1) + 1 if input_size > _MAX_CIFAR_SIZE else smallest
         self.classifier = self._classifier(num_classes)
-        self._initialise()
-
-    def _classifier(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-
-    def _initialise(self) -> None:
-        """As torchvision does: He et al. for convolutions, one and zero for norms, a zero bias."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+
+    def _classifier(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        classifier = nn.Linear(self.num_features, num_classes)
+        nn.init.zeros_(classifier.bias)
+        return classifier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -170,8 +168,6 @@ class DenseNet(nn.Module):
         _check_count("num_classes", num_classes, minimum=0)
         old = next(self.parameters())
         self.classifier = self._classifier(num_classes).to(old.device, old.dtype)
-        if num_classes > 0:
-            nn.init.zeros_(self.classifier.bias)
         self.num_classes = num_classes
 
     def _check_input(self, x: Tensor) -> None:

@@ -18,8 +18,8 @@ class DenseLayer(nn.Module):
     """One layer of a dense block: it reads all features made so far and makes `growth_rate` new ones.
 
     With a bottleneck (`bn_size` given, DenseNet-BC), on ``C`` input channels and ``k = growth_rate``:
-    ``conv3x3(relu(norm(conv1x1(relu(norm(x))))))`` with ``C → bn_size·k → k`` channels. Without: ``conv3x3(relu(norm(x)))``
-    with ``C → k``. Dropout with `drop_rate` follows.
+    ``conv3x3(relu(norm(conv1x1(relu(norm(x))))))`` with ``C → bn_size·k → k`` channels.
+    Without: ``conv3x3(relu(norm(x)))`` with ``C → k``. Dropout with `drop_rate` follows.
 
     Shapes: a sequence of ``(N, C_i, H, W)`` with ``ΣC_i = C`` → ``(N, k, H, W)``.
     """
@@ -91,9 +91,7 @@ class Transition(nn.Sequential):
     Shapes: ``(N, C, H, W)`` → ``(N, C', ⌊H/2⌋, ⌊W/2⌋)``.
     """
 
-    def __init__(
-        self, num_input_features: int, num_output_features: int, efficient: Efficient = False
-    ) -> None:
+    def __init__(self, num_input_features: int, num_output_features: int, efficient: Efficient = False) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(num_input_features)
         self.relu = nn.ReLU(inplace=True)

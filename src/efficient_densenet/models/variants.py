@@ -11,9 +11,7 @@ from efficient_densenet.models.densenet import DenseNet
 
 def _imagenet(init: int, growth_rate: int, block_config: Sequence[int], **arguments: Any) -> DenseNet:
     fixed: dict[str, Any] = {"compression": 0.5, "input_size": 224, "bn_size": 4, "num_classes": 1000}
-    return DenseNet(
-        num_init_features=init, growth_rate=growth_rate, block_config=block_config, **(fixed | arguments)
-    )
+    return DenseNet(num_init_features=init, growth_rate=growth_rate, block_config=block_config, **(fixed | arguments))
 
 
 def densenet121(**arguments: Any) -> DenseNet:
@@ -48,13 +46,11 @@ def densenet264(**arguments: Any) -> DenseNet:
     return _imagenet(96, 48, (6, 12, 64, 48), **arguments)
 
 
-def densenet_cifar(
-    depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, **arguments: Any
-) -> DenseNet:
+def densenet_cifar(depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, **arguments: Any) -> DenseNet:
     """A DenseNet for 32×32 images, named by its depth L and growth rate k as in the paper's CIFAR table.
 
     Three blocks of ``n`` layers with ``depth = 3·n + 4``, or with a bottleneck (DenseNet-BC: two convolutions a layer,
-    compression 0.5) ``depth = 6·n + 4``. The stem makes ``2·growth_rate`` channels, as the paper has it for DenseNet-BC.
+    compression 0.5) ``depth = 6·n + 4``. The stem makes ``2·growth_rate`` channels, as in the paper's DenseNet-BC.
 
     Args:
         depth: convolutions and the classifier, counted along the network.
@@ -67,9 +63,7 @@ def densenet_cifar(
     if rest or num_layers < 1:
         kind = "DenseNet-BC" if bottleneck else "plain DenseNet"
         nearest = max(1, round((depth - 4) / per_layer)) * per_layer + 4
-        raise UserError(
-            f"a {kind} with three blocks has a depth of {per_layer}·n + 4: use {nearest}, not {depth}"
-        )
+        raise UserError(f"a {kind} with three blocks has a depth of {per_layer}·n + 4: use {nearest}, not {depth}")
     fixed: dict[str, Any] = {"num_init_features": 2 * growth_rate, "num_classes": 10}
     if bottleneck:
         fixed |= {"bn_size": 4, "compression": 0.5}
