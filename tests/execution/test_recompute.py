@@ -1,0 +1,346 @@
+"""The recomputing way equals the ordinary one in every bit, keeps less, and changes nothing behind the scenes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from comparison import assert_close, assert_identical, buffers, training_step, weighted_sum
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from efficient_densenet import DenseNet
+from efficient_densenet.execution import recompute
+from efficient_densenet.models import DenseLayer
+
+PLAIN = {"num_init_features": 6, "growth_rate": 5, "block_config": (3, 2), "num_classes": 7}
+BOTTLENECK = PLAIN | {"bn_size": 2, "compression": 0.5}
+IMAGENET = BOTTLENECK | {"input_size": 64}
+NETWORKS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
+
+every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
+every_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+def pair(arguments, training=True, change=lambda network: None):
+    """An ordinary and a recomputing network with the same weights and mode, both passed through `change`."""
+    torch.manual_seed(0)
+    ordinary = DenseNet(**arguments)
+    for norm in norms(ordinary):  # nothing trivial: no gain of one, no mean of zero
+        for tensor in (norm.weight, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        for tensor in (norm.bias, norm.running_mean):
+            nn.init.uniform_(tensor, -0.5, 0.5)
+    efficient = DenseNet(**arguments, efficient="recompute")
+    efficient.load_state_dict(ordinary.state_dict(), strict=True)
+    for network in (ordinary, efficient):
+        change(network.train(training))
+    return ordinary, efficient
+
+
+def norms(network):
+    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def images(n=3, height=19, width=22, **kwargs):
+    torch.manual_seed(1)
+    return torch.randn(n, 3, height, width, **kwargs)
+
+
+def assert_same_steps(ordinary, efficient, x, steps=2):
+    for step in range(steps):
+        results = []
+        for network in (ordinary, efficient):
+            torch.manual_seed(step)  # dropout
+            results.append(training_step(network, x))
+        assert_identical(results[1], results[0])
+
+
+@every_network
+@every_mode
+def test_bit_identical(arguments, training):
+    assert_same_steps(*pair(arguments, training), images())
+
+
+@every_network
+def test_dropout_draws_the_same_masks(arguments):
+    assert_same_steps(*pair(arguments | {"drop_rate": 0.3}), images())
+
+
+@every_network
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types(arguments, dtype):
+    assert_same_steps(*pair(arguments, change=lambda n: n.to(dtype)), images(dtype=dtype))
+
+
+@every_network
+@every_mode
+def test_autocast(arguments, training):
+    results = []
+    for network in pair(arguments, training):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = network(images())
+        weighted_sum(output.float()).backward()  # outside of autocast, as training loops do it
+        results.append({k: p.grad for k, p in network.named_parameters()} | buffers(network) | {"output": output})
+    assert results[0]["output"].dtype == torch.bfloat16
+    assert_identical(results[1], results[0])
+
+
+@every_network
+def test_channels_last(arguments):
+    to_channels_last = {"change": lambda n: n.to(memory_format=torch.channels_last)}
+    assert_same_steps(*pair(arguments, **to_channels_last), images().to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 23), (2, 8, 5)], ids=str)
+def test_odd_shapes(shape):
+    assert_same_steps(*pair(BOTTLENECK), images(*shape))
+
+
+def momentum_none(network):
+    for norm in norms(network):
+        norm.momentum = None
+
+
+def without_running_statistics(network):
+    for norm in norms(network):
+        norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = (
+            False,
+            None,
+            None,
+            None,
+        )
+
+
+def without_affine(network):
+    for norm in norms(network):
+        norm.weight = norm.bias = None
+
+
+def frozen_norms(network):
+    for norm in norms(network):
+        norm.eval().requires_grad_(False)
+
+
+def frozen_first_block(network):
+    network.features.conv0.requires_grad_(False)
+    network.features.denseblock1.requires_grad_(False)
+
+
+def frozen_convolutions(network):
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.requires_grad_(False)
+
+
+@every_network
+@pytest.mark.parametrize(
+    "change",
+    [momentum_none, without_running_statistics, without_affine, frozen_norms, frozen_first_block, frozen_convolutions],
+)
+def test_norms_and_frozen_parts(arguments, change):
+    assert_same_steps(*pair(arguments, change=change), images())
+
+
+def test_input_without_gradient():
+    results = []
+    for network in pair(BOTTLENECK, change=frozen_first_block):
+        weighted_sum(network(images())).backward()
+        results.append({k: p.grad for k, p in network.named_parameters() if p.grad is not None})
+    assert_identical(results[1], results[0])
+
+
+@every_network
+def test_retained_graph(arguments):
+    results = []
+    for network in pair(arguments):
+        loss = weighted_sum(network(images()))
+        loss.backward(retain_graph=True)
+        after_forward = buffers(network)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert_identical(buffers(network), after_forward)
+        results.append({k: p.grad for k, p in network.named_parameters()} | after_forward)
+    assert_identical(results[1], results[0])
+
+
+@every_network
+@every_mode
+def test_gradients_of_gradients(arguments, training):
+    results = []
+    for network in pair(arguments, training, change=lambda n: n.double()):
+        x = images(dtype=torch.float64).requires_grad_()
+        parameters = dict(network.named_parameters())
+        first = torch.autograd.grad(weighted_sum(network(x)), [x, *parameters.values()], create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(penalty, [x, *parameters.values()], allow_unused=True)
+        names = ["input", *parameters]
+        results.append(
+            {f"first {k}": g for k, g in zip(names, first, strict=True)}
+            | {f"second {k}": g for k, g in zip(names, second, strict=True) if g is not None}
+        )
+    assert any(name.startswith("second features.denseblock1") for name in results[0])
+    assert_identical(results[1], results[0])
+
+
+@every_network
+def test_running_statistics_move_once_per_step(arguments):
+    _, network = pair(arguments)
+    before = [norm.num_batches_tracked.item() for norm in norms(network)]
+    loss = weighted_sum(network(images()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert [norm.num_batches_tracked.item() for norm in norms(network)] == [count + 1 for count in before]
+
+
+def test_two_forwards_before_backward():
+    results = []
+    for network in pair(BOTTLENECK):
+        first, second = network(images()), network(images(2))
+        (weighted_sum(first) + weighted_sum(second)).backward()
+        results.append({k: p.grad for k, p in network.named_parameters()} | buffers(network))
+    assert_identical(results[1], results[0])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["to evaluation", "to training"])
+def test_mode_changed_between_forward_and_backward(training):
+    results = []
+    for network in pair(PLAIN, training):
+        loss = weighted_sum(network(images()))
+        network.train(not training)
+        loss.backward()
+        assert all(norm.training is not training for norm in norms(network))
+        results.append({k: p.grad for k, p in network.named_parameters()})
+    assert_identical(results[1], results[0])
+
+
+def test_a_changed_parameter_is_noticed():
+    _, network = pair(PLAIN)
+    loss = weighted_sum(network(images()))
+    with torch.no_grad():
+        network.features.denseblock1.denselayer1.norm1.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_changed_activation_is_noticed():
+    _, network = pair(PLAIN)
+    block = network.features.denseblock1.denselayer1
+    x = images().requires_grad_()
+    features = network.features.conv0(x)
+    output = block([features])
+    features.data.add_(0)  # .data hides the change from autograd, as it does in the ordinary network
+    features.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighted_sum(output).backward()
+
+
+def test_hooks_inside_a_layer_see_each_activation_once():
+    ordinary, efficient = pair(PLAIN)
+    seen = []
+    for network in (ordinary, efficient):
+        layer = network.features.denseblock1.denselayer1
+        layer.norm1.register_forward_hook(lambda _module, _inputs, output: seen.append(1) or output * 2)
+    with pytest.warns(UserWarning, match="hooks"):
+        assert_same_steps(ordinary, efficient, images(), steps=1)
+    assert len(seen) == 2
+
+
+def test_no_warning_without_hooks():
+    _, network = pair(PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training_step(network, images())
+
+
+@pytest.mark.parametrize("bn_size", [None, 4])
+def test_a_dense_layer_keeps_its_inputs_alone(bn_size):
+    """By exact byte counts: what hangs on the graph after forward, beyond the features themselves."""
+    layer = DenseLayer(24, 8, bn_size, efficient="recompute")
+    features = [torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = layer(features)
+    events = profile.profiler.kineto_results.events()
+    alive = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    pixels = 2 * 16 * 16 * 4  # bytes of one channel
+    bottleneck = 0 if bn_size is None else 32
+    statistics = 2 * 4 * (24 + bottleneck)  # mean and inverse deviation of every normalised channel
+    assert alive == pixels * (8 + bottleneck) + statistics
+    weighted_sum(output).backward()
+
+
+@every_network
+def test_convolutions_run_once(arguments):
+    counts = []
+    for network in pair(arguments):
+        with FlopCounterMode(display=False) as counter:
+            weighted_sum(network(images())).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[1] == counts[0] > 0
+
+
+@pytest.fixture
+def prologues(monkeypatch):
+    """Weak references to every prologue that runs during the test."""
+    references = []
+
+    class Recorded(recompute._Prologue):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            references.append(weakref.ref(self))
+
+    monkeypatch.setattr(recompute, "_Prologue", Recorded)
+    return references
+
+
+def test_recomputed_activations_do_not_outlive_backward(prologues):
+    """Even where only some of the nodes that could use them run."""
+    _, network = pair(BOTTLENECK)
+    loss = weighted_sum(network(images()))
+    first_layer = network.features.denseblock1.denselayer1
+    torch.autograd.grad(loss, [first_layer.conv1.weight], retain_graph=True)
+    assert len(prologues) > 5
+    assert all(prologue().recomputed == {} for prologue in prologues)
+    loss.backward(retain_graph=True)
+    assert all(prologue().recomputed == {} for prologue in prologues)
+
+
+def test_the_graph_is_freed_without_the_garbage_collector(prologues):
+    _, network = pair(BOTTLENECK)
+    gc.disable()
+    try:
+        weighted_sum(network(images())).backward()
+        network(images())  # and where backward never comes
+        assert len(prologues) > 10
+        assert all(prologue() is None for prologue in prologues)
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_kept_without_gradients():
+    ordinary, efficient = pair(BOTTLENECK, training=False)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            output = efficient(images())
+            assert torch.equal(output, ordinary(images()))
+            assert output.grad_fn is None
+
+
+def test_deep_copies_are_independent():
+    _, network = pair(BOTTLENECK)
+    expected = training_step(copy.deepcopy(network), images())
+    twin = copy.deepcopy(network)
+    training_step(network, images(2))
+    assert_identical(training_step(twin, images()), expected)
+
+
+def test_compiles_without_graph_breaks():
+    ordinary, efficient = pair(BOTTLENECK, change=lambda n: n.double())
+    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
+    x = images(dtype=torch.float64)
+    expected, actual = training_step(ordinary, x), training_step(compiled, x)
+    assert_close({k.replace("_orig_mod.", ""): v for k, v in actual.items()}, expected)

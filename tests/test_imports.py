@@ -1,0 +1,70 @@
+"""The rooms import one way, and importing the package costs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import efficient_densenet
+
+SOURCE = Path(efficient_densenet.__file__).parent
+# A room may import rooms of a lower rank, and itself.
+RANK = {
+    "errors": 0,
+    "ops": 1,
+    "execution": 2,
+    "models": 3,
+    "adopt": 4,
+    "checkpoints": 4,
+    "training": 5,
+    "measure": 5,
+    "cli": 6,
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(p for p in SOURCE.rglob("*.py") if room(p) in RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_rooms_import_one_way(path):
+    for name in imports(path):
+        if name.startswith("efficient_densenet."):
+            other = name.split(".")[1]
+            if other in RANK and other != room(path):
+                assert RANK[other] < RANK[room(path)], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(("package", "owner"), [("triton", "ops"), ("lightning", "training")])
+def test_packages_stay_in_their_room(package, owner):
+    users = {room(p) for p in FILES if any(n.split(".")[0] == package for n in imports(p))}
+    assert users <= {owner}
+
+
+def test_importing_the_package_needs_torch_alone():
+    heavy = ["torchvision", "lightning", "matplotlib", "sklearn", "safetensors", "triton", "onnx", "torchmetrics"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import efficient_densenet; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
