@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from efficient_densenet.cli import main
@@ -7,7 +9,7 @@ from efficient_densenet.errors import MissingExtraError, UserError, require
 
 
 def test_a_missing_extra_is_named_with_its_install_command(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'efficient-densenet\[train\]'"):
         require("lightning.pytorch", "train")
 

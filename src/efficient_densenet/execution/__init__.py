@@ -1,45 +1,72 @@
-"""How a norm–relu–convolution on concatenated features runs: what is stored for backward, and what is computed again.
+"""How dense blocks run: what is stored for backward, and what is computed again.
 
-Every way computes the same function with the same parameters; only time and memory differ. Models call
-`norm_relu_conv` and say which way they want; they know nothing about how it works.
+Every way computes the same function with the same parameters; only time and memory differ:
+
+- `concatenate`: the ordinary way, and the definition;
+- `recompute`: the same autograd graph, whose activations are computed again; bit-identical;
+- `shared`: a whole block on one buffer, see `stage`; equal up to rounding, smallest and fastest.
+
+Models say which way they want and know nothing about how it works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import concatenate, recompute
+from efficient_densenet.execution import concatenate, recompute, shared
+from efficient_densenet.execution.shared import KEEP, Layer, Reader, Tail
+
+__all__ = [
+    "KEEP",
+    "Efficient",
+    "Layer",
+    "Reader",
+    "Tail",
+    "check_efficient",
+    "norm_relu_conv",
+    "shared",
+    "wants_buffer",
+]
 
 Efficient = bool | str
-"""``False``: keep everything; ``"recompute"``: bit-identical, less memory; ``True``: the best there is."""
-
-_WAYS: dict[Efficient, Callable[[Sequence[Tensor], nn.Module, nn.Module, nn.Module], Tensor]] = {
-    False: concatenate.norm_relu_conv,
-    "recompute": recompute.norm_relu_conv,
-    True: recompute.norm_relu_conv,
-}
+"""``False``: keep everything; ``"recompute"``: bit-identical, less memory; ``True``: the shared buffer."""
 
 
-def check_efficient(efficient: Efficient) -> Efficient:
-    """Return `efficient` if it names a way to run, else raise `UserError`."""
-    if not isinstance(efficient, bool | str) or efficient not in _WAYS:
+def check_efficient(efficient: Efficient, keep: str) -> None:
+    """Raise `UserError` unless these name a way to run."""
+    if efficient not in (False, True, "recompute") or not isinstance(efficient, bool | str):
         raise UserError(f"efficient must be False, True or 'recompute', not {efficient!r}")
-    return efficient
+    if keep not in KEEP:
+        raise UserError(f"keep must be one of {', '.join(map(repr, KEEP))}, not {keep!r}")
+
+
+def wants_buffer(x: Tensor, efficient: Efficient) -> bool:
+    """Whether to run on the shared buffer: it was asked for, and nobody records the operations to run elsewhere."""
+    return efficient is True and not _must_be_ordinary(x)
 
 
 def norm_relu_conv(
     inputs: Sequence[Tensor], norm: nn.Module, relu: nn.Module, conv: nn.Module, efficient: Efficient
 ) -> Tensor:
-    """``conv(relu(norm(concat(inputs))))``, run the way `efficient` says.
+    """``conv(relu(norm(concat(inputs))))``, by itself.
 
     Args:
         inputs: tensors ``(N, C_i, H, W)`` that agree in everything but their channels; they are concatenated.
         norm: a normalisation over ``ΣC_i`` channels.
         relu: an activation without randomness.
         conv: what consumes the activation: a convolution, or a pool.
-        efficient: see `Efficient`.
+        efficient: see `Efficient`; without its block around it, ``True`` is the same as ``"recompute"``.
     """
-    return _WAYS[efficient](inputs, norm, relu, conv)
+    # Without gradients nothing is stored; and a compiler decides by itself what to compute again.
+    ordinary = not efficient or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    way = concatenate if ordinary or _must_be_ordinary(inputs[0]) else recompute
+    return way.norm_relu_conv(inputs, norm, relu, conv)
+
+
+def _must_be_ordinary(x: Tensor) -> bool:
+    """torch.fx (whose proxies are no tensors), TorchScript, torch.export and ONNX get the ordinary operations."""
+    return not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from efficient_densenet.execution import concatenate
+from efficient_densenet.execution.hooks import has_hooks
 
 
 def norm_relu_conv(inputs: Sequence[Tensor], norm: nn.Module, relu: nn.Module, conv: nn.Module) -> Tensor:
     """The function of `concatenate.norm_relu_conv`, bit for bit, storing neither concatenation nor activation."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        # Nothing is stored, or the compiler decides by itself what to compute again.
-        return concatenate.norm_relu_conv(inputs, norm, relu, conv)
-    if _has_hooks(norm) or _has_hooks(relu):
+    if has_hooks([norm, relu]):
         warnings.warn(
             "hooks on the norm or activation inside a dense layer must see every activation exactly once: "
             "this layer keeps its activations instead of computing them again",
@@ -164,12 +162,6 @@ def _autocast(device: str) -> AbstractContextManager[object]:
         return nullcontext()
     enabled = torch.is_autocast_enabled(device)
     return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=enabled)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _when_backward_ends(callback: Callable[[], None]) -> bool:

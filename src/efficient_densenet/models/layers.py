@@ -5,12 +5,14 @@ Source: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.execution import Efficient, norm_relu_conv
+from efficient_densenet.execution import Efficient, Layer, Reader, Tail, norm_relu_conv, shared, wants_buffer
 from efficient_densenet.execution.concatenate import concat
 
 
@@ -45,15 +47,19 @@ class DenseLayer(nn.Module):
             self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
             self.relu2 = nn.ReLU(inplace=True)
             self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, kernel_size=3, padding=1, bias=False)
-        self.bottleneck = bn_size is not None
         self.drop_rate = drop_rate
         self.efficient = efficient
 
+    def readers(self) -> list[Reader]:
+        """The norm–relu–convolutions in their order."""
+        first = Reader(self.norm1, self.relu1, self.conv1)
+        return [first, Reader(self.norm2, self.relu2, self.conv2)] if hasattr(self, "norm2") else [first]
+
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         inputs = [features] if isinstance(features, Tensor) else features
-        x = norm_relu_conv(inputs, self.norm1, self.relu1, self.conv1, self.efficient)
-        if self.bottleneck:
-            x = norm_relu_conv([x], self.norm2, self.relu2, self.conv2, self.efficient)
+        for reader in self.readers():
+            inputs = [norm_relu_conv(inputs, *reader, self.efficient)]
+        (x,) = inputs
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
 
 
@@ -71,18 +77,36 @@ class DenseBlock(nn.ModuleDict):
         bn_size: int | None = None,
         drop_rate: float = 0.0,
         efficient: Efficient = False,
+        keep: str = "bottleneck",
     ) -> None:
         super().__init__()
+        self.efficient = efficient
+        self.keep = keep
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(
                 num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, efficient
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, transition: Transition | None = None) -> Tensor:
+        """The features; or what `transition` makes of them, if it is to run on the same buffer."""
+        if wants_buffer(x, self.efficient):
+            layers = [_as_layer(module) for module in self.values()]
+            behind = None if transition is None else Tail(*transition.children())
+            obstacle = shared.obstacle(layers, behind)
+            if obstacle is None:
+                return shared.dense_block(x, layers, behind, self.keep)
+            warnings.warn(
+                f"a dense block does not run on the shared buffer but layer by layer: {obstacle}", stacklevel=2
+            )
         features = [x]
         for layer in self.values():
             features.append(layer(features))
-        return concat(features)
+        out = concat(features)
+        return out if transition is None else transition(out)
+
+
+def _as_layer(module: Any) -> Layer:
+    return Layer(module, module.readers(), module.drop_rate if module.training else 0.0)
 
 
 class Transition(nn.Sequential):

@@ -1,0 +1,259 @@
+"""`stage` as operators of PyTorch, one for forward and one for backward: a single node for autograd and for compilers.
+
+An operator takes and returns tensors and lists of tensors (no None among them), and its outputs must not share memory.
+Packing and unpacking that is all that happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.execution import stage as engine
+from efficient_densenet.execution import stem
+from efficient_densenet.execution.stage import BatchStatistics, Kept, Norm, Stage
+from efficient_densenet.ops.reference import statistics_dtype
+
+# The arguments that describe a `Stage`, in this order, for both operators:
+#   gains, biases: each norm's weight and bias
+#   constants:     running mean and variance of each norm that uses them, one behind the other
+#   uses_batch:    for each norm whether it uses the batch's statistics instead
+#   the rest:      as in `Stage`
+
+
+def _stage(
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    mask_scale: float,
+    per_layer: int,
+    pool: int,
+    keep: str,
+    group: str,
+) -> Stage:
+    rest = iter(constants)
+    norms = [
+        Norm(gain, bias, None if batch else next(rest), None if batch else next(rest), e)
+        for gain, bias, batch, e in zip(gains, biases, uses_batch, eps, strict=True)
+    ]
+    return Stage(norms, weights, masks, mask_scale, per_layer, pool, keep, group)
+
+
+def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
+    """Output first (the features themselves, where there is no transition), then what is kept."""
+    statistics, middles, features = kept
+    extra = [] if features is None or _same(features, output) else [features]
+    pairs = [t for pair in statistics.middles for t in pair]
+    return [output, statistics.mean, statistics.variance, statistics.total, *pairs, *middles, *extra]
+
+
+def _unpack(packed: Sequence[Tensor], stage: Stage) -> Kept:
+    output, mean, variance, count, *rest = packed
+    bottlenecks = len(stage.layers) if stage.per_layer == 2 else 0
+    pairs = list(zip(rest[: 2 * bottlenecks : 2], rest[1 : 2 * bottlenecks : 2], strict=True))
+    rest = rest[2 * bottlenecks :]
+    middles = [rest.pop(0) for _ in range(bottlenecks)] if stage.keep == "bottleneck" else []
+    features = rest[0] if rest else None if stage.pool else output.movedim(1, -1)
+    return Kept(BatchStatistics(mean, variance, count, pairs), middles, features)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+@torch.library.custom_op("efficient_densenet::stage_forward", mutates_args=())
+def stage_forward(
+    x: Tensor,
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    mask_scale: float,
+    per_layer: int,
+    pool: int,
+    keep: str,
+    group: str,
+) -> list[Tensor]:
+    """`engine.forward`, packed."""
+    stage = _stage(gains, biases, constants, uses_batch, eps, weights, masks, mask_scale, per_layer, pool, keep, group)
+    return _pack(*engine.forward(x, stage))
+
+
+@stage_forward.register_fake
+def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+    stage = _stage(*arguments)
+    dtype = statistics_dtype(x.dtype)
+    made = [stage.weights[i + stage.per_layer - 1].shape[0] for i in stage.layers]
+    width = x.shape[1] + sum(made)
+
+    def activation(channels: int, pool: int = 1) -> Tensor:
+        return x.new_empty((x.shape[0], *(n // pool for n in x.shape[2:]), channels))
+
+    def pair(channels: int) -> tuple[Tensor, Tensor]:
+        return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+
+    features = activation(width)
+    output = activation(stage.weights[-1].shape[0], stage.pool) if stage.pool else features
+    middles = [stage.weights[i].shape[0] for i in stage.layers] if stage.per_layer == 2 else []
+    kept = Kept(
+        BatchStatistics(*pair(width), x.new_empty((), dtype=dtype), [pair(channels) for channels in middles]),
+        [activation(channels) for channels in middles] if stage.keep == "bottleneck" else [],
+        features if stage.keep != "inputs" or not stage.pool else None,
+    )
+    return _pack(output.movedim(-1, 1), kept)
+
+
+@torch.library.custom_op("efficient_densenet::stage_backward", mutates_args=())
+def stage_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    packed: Sequence[Tensor],
+    need_weights: Sequence[bool],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    mask_scale: float,
+    per_layer: int,
+    pool: int,
+    keep: str,
+    group: str,
+) -> list[Tensor]:
+    """`engine.backward`: gradients of the input, of each norm's weight and bias, and of the weights that need one."""
+    stage = _stage(gains, biases, constants, uses_batch, eps, weights, masks, mask_scale, per_layer, pool, keep, group)
+    gradients = engine.backward(grad_output, x, stage, _unpack(packed, stage), need_weights)
+    gains_and_biases = [t for part in zip(*gradients.norms, strict=True) for t in part]
+    return [gradients.x, *gains_and_biases, *(w for w in gradients.weights if w is not None)]
+
+
+@stage_backward.register_fake
+def _(
+    grad_output: Tensor, x: Tensor, packed: Any, need_weights: Any, gains: Any, biases: Any, *rest: Any
+) -> list[Tensor]:
+    wanted = [w for w, need in zip(rest[3], need_weights, strict=True) if need]
+    return [_channels_last(x), *(torch.empty_like(t) for t in (*gains, *biases, *wanted))]
+
+
+def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, gains, biases, constants, uses_batch, eps, weights, masks, *rest = inputs
+    pool = rest[2]
+    ctx.plain = uses_batch, eps, rest
+    # Behind a transition the output itself is not needed: anything of its kind takes its place.
+    packed = [output[1] if pool else output[0], *output[1:]]
+    groups = (gains, biases, constants, weights, masks, packed)
+    ctx.lengths = [len(some) for some in groups]
+    ctx.save_for_backward(x, *(t for some in groups for t in some))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _stage_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    uses_batch, eps, rest = ctx.plain
+    x, *saved = ctx.saved_tensors
+    saved_iterator = iter(saved)
+    gains, biases, constants, weights, masks, packed = (list(islice(saved_iterator, n)) for n in ctx.lengths)
+    need_weights = ctx.needs_input_grad[6]
+    if grads[0] is None:
+        found = iter([None] * (1 + len(gains) + len(biases) + len(weights)))
+    else:
+        arguments = (gains, biases, constants, uses_batch, eps, weights, masks, *rest)
+        found = iter(stage_backward(grads[0], x, packed, need_weights, *arguments))
+    x_grad = next(found)
+    gain_grads = [next(found) for _ in gains]
+    bias_grads = [next(found) for _ in biases]
+    weight_grads = [next(found) if need else None for need in need_weights]
+    nothing = [None] * len(constants), None, None
+    return (x_grad, gain_grads, bias_grads, *nothing, weight_grads, [None] * len(masks), *[None] * len(rest))
+
+
+stage_forward.register_autograd(_stage_gradients, setup_context=_save_stage)
+
+
+@torch.library.custom_op("efficient_densenet::norm_relu_max_pool_forward", mutates_args=())
+def norm_relu_max_pool_forward(
+    x: Tensor, gain: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float, group: str
+) -> list[Tensor]:
+    """`stem.forward`: the output, and mean, variance and count of the batch."""
+    return list(stem.forward(x, _norm(gain, bias, constants, eps), group))
+
+
+@norm_relu_max_pool_forward.register_fake
+def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+    n, channels, height, width = x.shape
+    output = x.new_empty((n, (height + 1) // 2, (width + 1) // 2, channels)).movedim(-1, 1)
+    dtype = statistics_dtype(x.dtype)
+    return [output, *(x.new_empty(shape, dtype=dtype) for shape in ((channels,), (channels,), ()))]
+
+
+@torch.library.custom_op("efficient_densenet::norm_relu_max_pool_backward", mutates_args=())
+def norm_relu_max_pool_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    constants: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    eps: float,
+    group: str,
+) -> list[Tensor]:
+    """`stem.backward`: the gradients of x, gain and bias."""
+    return list(stem.backward(grad_output, x, _norm(gain, bias, constants, eps), statistics, group))
+
+
+@norm_relu_max_pool_backward.register_fake
+def _(grad_output: Tensor, x: Tensor, gain: Tensor, bias: Tensor, *arguments: Any) -> list[Tensor]:
+    return [_channels_last(x), torch.empty_like(gain), torch.empty_like(bias)]
+
+
+def _save_stem(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, gain, bias, constants, ctx.eps, ctx.group = inputs
+    ctx.save_for_backward(x, gain, bias, *output[1:], *constants)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _stem_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    x, gain, bias, mean, variance, count, *constants = ctx.saved_tensors
+    found: Sequence[Tensor | None] = [None] * 3
+    if grads[0] is not None:
+        statistics = [mean, variance, count]
+        found = norm_relu_max_pool_backward(grads[0], x, gain, bias, constants, statistics, ctx.eps, ctx.group)
+    return (*found, [None] * len(constants), None, None)
+
+
+norm_relu_max_pool_forward.register_autograd(_stem_gradients, setup_context=_save_stem)
+
+
+def _norm(gain: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float) -> Norm:
+    mean, variance = constants or (None, None)
+    return Norm(gain, bias, mean, variance, eps)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A tensor of the shape ``(N, C, *spatial)`` of `x`, channels-last in memory."""
+    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "gradients of gradients do not exist for the shared buffer (efficient=True): build the network with "
+        "efficient='recompute', which has them"
+    )
+
+
+stage_backward.register_autograd(_refuse)
+norm_relu_max_pool_backward.register_autograd(_refuse)

@@ -1,0 +1,86 @@
+"""What a batch norm is to the engine: a scale and a shift per channel, and a gradient through the statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from efficient_densenet import ops
+from efficient_densenet.execution.synchronise import all_sums
+from efficient_densenet.ops.reference import Statistics, statistics_dtype
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What one batch norm does at this call.
+
+    `mean` and `variance` are None where the batch's own statistics are used, else the constants to use instead.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    eps: float
+
+    @property
+    def uses_batch(self) -> bool:
+        return self.mean is None
+
+    def affine(self, batch: Statistics) -> Affine:
+        """Scale and shift for a batch of these statistics."""
+        mean, variance = batch if self.mean is None or self.variance is None else (self.mean, self.variance)
+        dtype = batch[0].dtype
+        mean, inverse = mean.to(dtype), torch.rsqrt(variance.to(dtype) + self.eps)
+        scale = self.weight.to(dtype) * inverse
+        return Affine(mean, inverse, scale, self.bias.to(dtype) - mean * scale)
+
+    def parameter_gradients(self, affine: Affine, g: Tensor, g_centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Of weight and bias, from ``Σ g`` and ``Σ g·(x − μ)``."""
+        return (affine.inverse * g_centred).to(self.weight.dtype), g.to(self.bias.dtype)
+
+
+class Affine(NamedTuple):
+    """``norm(x) = scale·x + shift`` per channel, and what it was made of."""
+
+    mean: Tensor
+    inverse: Tensor  # 1/√(σ² + eps)
+    scale: Tensor
+    shift: Tensor
+
+
+class ThroughStatistics:
+    """``A + B·(x − μ)`` per channel: the gradient that reaches x through its batch statistics, over all readers."""
+
+    def __init__(self, mean: Tensor, count: Tensor, group: str) -> None:
+        self.mean, self.count, self.group = mean, count, group
+        self.sums = mean.new_zeros((2, len(mean)))  # A·M and B·M of this process
+        self.empty = True
+
+    def add(self, affine: Affine, g: Tensor, g_centred: Tensor) -> None:
+        """Take in a reader of the first channels, with its sums ``Σ g`` and ``Σ g·(x − μ)``."""
+        self.empty = False
+        self.sums[0, : len(g)] += affine.scale * g
+        self.sums[1, : len(g)] += affine.scale * affine.inverse.square() * g_centred
+
+    def subtract(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
+        """``out = grad − A − B·(x − μ)`` for these channels, once all their readers are in."""
+        if self.empty:  # no reader uses the batch's statistics
+            out.copy_(grad)
+            return
+        constant, slope = all_sums(self.sums[:, channels], self.group) / self.count
+        ops.backend(x).finish(grad, x, self.mean[channels], constant, slope, out)
+
+
+def rows(x: Tensor) -> int:
+    """The values of each channel, in this process."""
+    return x.numel() // x.shape[-1]
+
+
+def blank(x: Tensor) -> Statistics:
+    """Room for the statistics of each channel of ``x: (N, *spatial, C)``."""
+    zeros = x.new_zeros((2, x.shape[-1]), dtype=statistics_dtype(x.dtype))
+    return zeros[0], zeros[1].clone()

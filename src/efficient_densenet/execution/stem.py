@@ -1,0 +1,47 @@
+"""The stem's norm, relu and max pool, keeping their input alone: forward and backward, on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from efficient_densenet import ops
+from efficient_densenet.execution.norms import Norm, ThroughStatistics, blank, rows
+from efficient_densenet.execution.synchronise import all_statistics
+
+
+def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``max_pool(relu(norm(x)))`` of ``x: (N, C, H, W)``; with mean, variance and count of the batch."""
+    source = _channels_last(x)
+    run = ops.backend(source)
+    local = run.statistics(source) if norm.uses_batch else blank(source)
+    mean, variance, count = all_statistics(local, rows(source), group)
+    affine = norm.affine((mean, variance))
+    n, height, width, channels = source.shape
+    out = source.new_empty((n, (height + 1) // 2, (width + 1) // 2, channels))
+    run.norm_relu_max_pool(source, affine.scale, affine.shift, out)
+    return out.movedim(-1, 1), mean, variance, count
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, norm: Norm, statistics: Sequence[Tensor], group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, and of the norm's weight and bias, from the output's and what `forward` returned."""
+    mean, variance, count = statistics
+    source = _channels_last(x)
+    affine = norm.affine((mean, variance))
+    grad = torch.empty_like(source)
+    g, g_centred = ops.backend(source).norm_relu_max_pool_backward(
+        grad_out.movedim(1, -1), source, affine.scale, affine.shift, affine.mean, grad
+    )
+    if norm.uses_batch:
+        through = ThroughStatistics(mean, count, group)
+        through.add(affine, g, g_centred)
+        through.subtract(grad, source, slice(None), grad)
+    return grad.movedim(-1, 1), *norm.parameter_gradients(affine, g, g_centred)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous()

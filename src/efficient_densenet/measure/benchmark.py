@@ -1,0 +1,91 @@
+"""The command `benchmark`: time and memory of training steps, or the largest batch that fits a given memory."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.measure import contest, devices, machine, max_batch, networks, report
+from efficient_densenet.measure.contenders import CONTENDERS, contender_list
+from efficient_densenet.measure.memory import parse_bytes
+from efficient_densenet.measure.networks import Network, int_list, positive_int
+from efficient_densenet.measure.processes import Job
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    devices.add_arguments(parser)
+    parser.add_argument(
+        "--num-devices",
+        type=int_list,
+        default="1",
+        help="devices that share the batch (DistributedDataParallel); of several numbers, as in 1,2,4, each in turn",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=contender_list,
+        default="ordinary,recompute",
+        help=f"of: {', '.join(CONTENDERS)}; ratios are to the first",
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=128, help="images over all devices")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each contender")
+    parser.add_argument("--warmup", type=positive_int, default=1, help="steps in each turn that do not count")
+    parser.add_argument("--iterations", type=positive_int, default=4, help="timed steps in each turn")
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        help="CPU threads of each process; None: all cores, shared out over the devices",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=parse_bytes,
+        metavar="MEMORY",
+        help="instead of timing, find the largest batch that fits so much memory, such as 12GB or 500MB",
+    )
+    parser.add_argument("--output", type=Path, default="benchmark.json", help="file for all results, as JSON")
+    networks.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print a table, and write everything that was measured to a file."""
+    network = networks.from_arguments(arguments)
+    report.check_output(arguments.output)
+    job = {
+        "network": asdict(network),
+        "batch_size": arguments.batch_size,
+        "warmup": arguments.warmup,
+        "iterations": arguments.iterations,
+        "memory_limit": None,
+    }
+    measure = _times if arguments.max_batch is None else _largest_batches
+    content, table = measure(arguments, network, job)
+    print(f"{network}\n\n{table}\n")
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    record = {"arguments": given, "network": asdict(network), **machine.describe(arguments.device), **content}
+    report.write_json(arguments.output, record)
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
+    for num_devices in arguments.num_devices:
+        devices.check(arguments.device, num_devices, arguments.batch_size)
+        network.check_images(arguments.batch_size // num_devices)
+    results: list[contest.Result] = []
+    for num_devices in arguments.num_devices:
+        results += contest.run(
+            arguments.contenders, job, arguments.rounds, arguments.device, num_devices, arguments.threads
+        )
+    rows = contest.summarize(results)
+    return {"results": results, "summary": rows}, report.times_table(rows)
+
+
+def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
+    if arguments.num_devices != [1]:
+        raise UserError("--max-batch measures one device: leave --num-devices away")
+    devices.check(arguments.device, num_devices=1, batch_size=1)
+    network.check_images(1)
+    results = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)
+    return {"results": results}, report.batches_table(results)

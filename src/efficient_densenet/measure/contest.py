@@ -1,0 +1,81 @@
+"""Time contenders against each other: each in processes of its own, taking turns, on the same machine and minute."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+from efficient_densenet.measure import contender
+from efficient_densenet.measure.processes import Job, Team
+
+Result = dict[str, Any]
+"""Raw measurements of one contender on one number of devices, as written to the result file."""
+
+
+def run(
+    names: Sequence[str], job: Job, rounds: int, device_type: str, num_devices: int, threads: int | None
+) -> list[Result]:
+    """Let each contender measure its memory, then time it in `rounds` turns of each.
+
+    Of several devices the slowest counts in every step, and the fullest.
+    """
+    with ExitStack() as stack:
+        teams = [
+            stack.enter_context(Team(contender.__name__, job | {"contender": n}, device_type, num_devices, threads))
+            for n in names
+        ]
+        results: list[Result] = []
+        for name, team in zip(names, teams, strict=True):
+            _progress(f"{num_devices} × {device_type}, memory: {name}")
+            place = {"num_devices": num_devices, "threads": team.threads}
+            results.append({"contender": name, **place, **_memory(team.ask("memory"))})
+        for i in range(rounds):
+            for result, team in zip(results, teams, strict=True):
+                _progress(f"{num_devices} × {device_type}, round {i + 1} of {rounds}: {result['contender']}")
+                turns = team.ask("turn")
+                for part in ("forward_ms", "backward_ms"):
+                    slowest = [max(times) for times in zip(*(turn[part] for turn in turns), strict=True)]
+                    result.setdefault(part, []).append(slowest)
+    return results
+
+
+def summarize(results: Sequence[Result]) -> list[Result]:
+    """One row for each result: times in milliseconds, ratios to the first contender on the same number of devices.
+
+    Ratios are ratios of medians.
+    """
+    rows: list[Result] = []
+    for result in results:
+        forward, backward = (list(chain.from_iterable(result[part])) for part in ("forward_ms", "backward_ms"))
+        row: Result = {key: result[key] for key in ("contender", "num_devices")}
+        for name, times in (("F", forward), ("B", backward)):
+            row[name] = {
+                "median": statistics.median(times),
+                "mean": statistics.fmean(times),
+                "std": statistics.stdev(times) if len(times) > 1 else 0.0,
+            }
+        row["B/F"] = row["B"]["median"] / row["F"]["median"]
+        row["F+B"] = statistics.median(f + b for f, b in zip(forward, backward, strict=True))
+        row |= {key: result[key] for key in ("step_bytes", "step_bytes_per_image", "process_bytes")}
+        first = next((r for r in rows if r["num_devices"] == row["num_devices"]), row)
+        row["F+B ratio"] = row["F+B"] / first["F+B"]
+        row["memory ratio"] = row["step_bytes"] / first["step_bytes"]
+        rows.append(row)
+    return rows
+
+
+def _memory(answers: Sequence[dict[str, int]]) -> Result:
+    fullest = max(answers, key=lambda answer: answer["step"])
+    return {
+        "step_bytes": fullest["step"],
+        "step_bytes_per_image": fullest["step"] / fullest["images"],
+        "process_bytes": max(answer["process"] for answer in answers),
+    }
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

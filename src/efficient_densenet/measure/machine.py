@@ -1,0 +1,74 @@
+"""On what a measurement was made: hardware, versions, commit, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import efficient_densenet
+
+
+def describe(device_type: str) -> dict[str, Any]:
+    """Hardware, versions of what matters, the commit of this package (None if unknown), and the date; plain data."""
+    return {
+        "hardware": _hardware(device_type),
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _hardware(device_type: str) -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+    }
+    if device_type == "cuda":
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        hardware["gpus"] = [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus]
+    return hardware
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if match is not None:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["cuda"] = torch.version.cuda
+    versions["efficient-densenet"] = efficient_densenet.__version__
+    try:
+        versions["torchvision"] = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        versions["torchvision"] = None
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit, with ``-dirty`` behind it where files have changed since."""
+    source = Path(efficient_densenet.__file__)
+
+    def git(*command: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *command], cwd=source.parent, capture_output=True, text=True)
+        except FileNotFoundError:  # there is no git
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    # Installed into an environment inside another repository, this file is not in that one's list.
+    return git("describe", "--always", "--dirty", "--abbrev=40") if git("ls-files", source.name) else None

@@ -1,0 +1,213 @@
+"""The operations of `reference` in plain PyTorch, a few images at a time: the backend that runs everywhere.
+
+The rectified prefix lives in a scratch tensor that is filled and consumed a few images at a time. On a CPU the scratch
+stays in the cache, and the passes over it cost little beside the convolutions; on other devices it bounds the memory.
+
+Facts this rests on (measured on two cores of an x86 processor): a column sum of a tall channels-last matrix is slow as
+``sum(0)`` or ``var_mean(0)``, by an order of magnitude; the kernels of batch norm do the same sums at the speed of the
+memory, so they are used for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from efficient_densenet.ops.reference import AVERAGE_POOL, Statistics, merge, statistics_dtype
+
+_aten = torch.ops.aten
+# Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
+_SCRATCH = {"cpu": 4 << 20}
+_SCRATCH_ELSEWHERE = 64 << 20
+
+
+def norm_relu_conv(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
+) -> Statistics | None:
+    moments = _Moments() if want_statistics else None
+    for images, scratch in _pieces(x):
+        s = _prologue(x[images], scale, shift, scratch)
+        if pool > 1:
+            s = _average_pool(s, pool)
+        y = _last(_aten.convolution(s, weight, None, *_geometry(weight)))
+        out[images].copy_(y)
+        if moments is not None:
+            moments.add(y)
+    return moments.merged() if moments is not None else None
+
+
+def norm_relu_conv_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    pool: int = 1,
+    need_weight: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if need_weight else None
+    sums = _Sums(mean)
+    for images, scratch in _pieces(x):
+        piece = x[images]
+        s = _prologue(piece, scale, shift, scratch)
+        pooled = _average_pool(s, pool) if pool > 1 else s
+        g, gw, _ = _aten.convolution_backward(
+            _first(grad_out[images]), pooled, weight, None, *_geometry(weight), [True, need_weight, False]
+        )
+        if pool > 1:
+            g = _average_pool_backward(g, s, pool)
+        if grad_weight is not None:
+            grad_weight += gw
+        sums.add(_last(_rectify_backward(g, s)), piece, scale, grad_x[images], accumulate, scratch)
+    return None if grad_weight is None else grad_weight.to(weight.dtype), sums.g, sums.g_centred
+
+
+def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    for images, scratch in _pieces(x):
+        out[images].copy_(_last(F.max_pool2d(_prologue(x[images], scale, shift, scratch), 3, 2, 1)))
+
+
+def norm_relu_max_pool_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    sums = _Sums(mean)
+    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    for images, scratch in _pieces(x):
+        s = _prologue(x[images], scale, shift, scratch)
+        _, indices = _aten.max_pool2d_with_indices(s, *window)
+        g = _aten.max_pool2d_with_indices_backward(_first(grad_out[images]), s, *window, indices)
+        sums.add(_last(_rectify_backward(g, s)), x[images], scale, grad_x[images], False, scratch)
+    return sums.g, sums.g_centred
+
+
+def statistics(x: Tensor) -> Statistics:
+    moments = _Moments()
+    for images, scratch in _pieces(x):
+        moments.add(scratch.copy_(x[images]))
+    return moments.merged()
+
+
+def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+    for images, _ in _pieces(x):
+        centred = x[images] - mean
+        out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
+
+
+class _Moments:
+    """Mean and variance of each piece, merged as Chan et al. do it, so that nothing cancels."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+    def add(self, piece: Tensor) -> None:
+        """Take in a contiguous ``(n, *spatial, C)``."""
+        channels = piece.shape[-1]
+        rows = _wide_rows(piece.to(statistics_dtype(piece.dtype)))
+        if piece.device.type in ("cpu", "cuda"):
+            mean, variance = torch.batch_norm_update_stats(rows, None, None, 0.0)
+        else:
+            variance, mean = torch.var_mean(rows, 0, correction=0)
+        self.counts += [len(rows)] * (rows.shape[1] // channels)
+        self.means.append(mean.view(-1, channels))
+        self.variances.append(variance.view(-1, channels))
+
+    def merged(self) -> Statistics:
+        means = torch.cat(self.means)
+        counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
+        return merge(means, torch.cat(self.variances), counts)
+
+
+class _Sums:
+    """``Σ g`` and ``Σ g·(x − mean)`` per channel, gathered piece by piece while ``grad_x += scale·g``."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+        self.g, self.g_centred = torch.zeros_like(mean), torch.zeros_like(mean)
+
+    def add(self, g: Tensor, x: Tensor, scale: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
+        """Take in ``g: (n, *spatial, C)``, contiguous; `scratch` is overwritten."""
+        channels = g.shape[-1]
+        g_rows, x_rows = _wide_rows(g), _wide_rows(x if x.is_contiguous() else scratch.copy_(x))
+        mean = self.mean.repeat(g_rows.shape[1] // channels)
+        # The parameter gradients of a batch norm in evaluation, with variance 1 and eps 0, are just these sums.
+        _, g_centred, g_sum = _aten.native_batch_norm_backward(
+            g_rows, x_rows, None, mean, torch.ones_like(mean), None, None, False, 0.0, [False, True, True]
+        )
+        self.g += g_sum.view(-1, channels).sum(0)
+        self.g_centred += g_centred.view(-1, channels).sum(0)
+        if accumulate:
+            grad_x.addcmul_(g, scale)
+        else:
+            torch.mul(g, scale, out=grad_x)
+
+
+def _wide_rows(x: Tensor) -> Tensor:
+    """A contiguous ``(n, *spatial, C)`` as a matrix whose rows hold r pixels and r·C values, r·C a multiple of 16.
+
+    The column sums of the batch-norm kernels lose most of their speed in a remainder that does not fill a vector.
+    """
+    channels = x.shape[-1]
+    pixels = 16 // gcd(channels, 16)
+    return x.view(-1, channels * (pixels if (x.numel() // channels) % pixels == 0 else 1))
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of images, each with a contiguous scratch tensor of its shape."""
+    bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
+    step = max(1, _SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
+    step = min(step, x.shape[0])
+    scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    for start in range(0, x.shape[0], step):
+        stop = min(start + step, x.shape[0])
+        yield slice(start, stop), scratch[: stop - start]
+
+
+def _prologue(x: Tensor, scale: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
+    """``relu(scale·x + shift)`` in the scratch tensor, channels first."""
+    if x.dtype == scale.dtype:
+        torch.addcmul(shift, x, scale, out=scratch)
+    else:  # half precision is computed in single precision
+        scratch.copy_(torch.addcmul(shift, x.to(scale.dtype), scale))
+    return _first(scratch.relu_())
+
+
+def _rectify_backward(g: Tensor, s: Tensor) -> Tensor:
+    """Zero where the rectifier cut off, in place."""
+    return _aten.threshold_backward.grad_input(g, s, 0, grad_input=g)
+
+
+def _geometry(weight: Tensor) -> tuple:
+    """Stride, padding, dilation, transposed, output padding and groups of a convolution that keeps the resolution."""
+    dims = weight.dim() - 2
+    return [1] * dims, [k // 2 for k in weight.shape[2:]], [1] * dims, False, [0] * dims, 1
+
+
+def _average_pool(s: Tensor, pool: int) -> Tensor:
+    return AVERAGE_POOL[s.dim() - 2](s, pool)
+
+
+def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
+    """Each pixel's gradient, shared out evenly over its window; pixels beyond the last whole window get none."""
+    grad = _last(grad) / pool ** (s.dim() - 2)
+    for d in range(grad.dim() - 2, 0, -1):
+        grad = grad.unsqueeze(d + 1).expand(*[-1] * (d + 1), pool, *[-1] * (grad.dim() - d - 1)).flatten(d, d + 1)
+    if grad.shape == _last(s).shape:
+        return _first(grad)
+    return _first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
+
+
+def _first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)

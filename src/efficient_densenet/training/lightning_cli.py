@@ -1,0 +1,146 @@
+"""The commands `fit`, `validate` and `test`: Lightning's command line with this package's network, data and defaults.
+
+Every option can stand in a YAML file (``--config``, repeatable, later ones win) or on the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+from efficient_densenet.errors import UserError, require
+
+for _package in ("lightning", "jsonargparse", "torchmetrics", "torchvision", "matplotlib", "tensorboard", "rich"):
+    require(_package, "train")
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# networks: imported so that its classes can be named in a configuration.
+from efficient_densenet.training import networks, runs
+from efficient_densenet.training.callbacks import EpochSeed, EpochTable, Figures
+from efficient_densenet.training.checkpointing import SafeCheckpointIO
+from efficient_densenet.training.data import ImageDataModule
+from efficient_densenet.training.module import Classifier
+
+_LOGGED_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
+_WARNED_NOISE = (
+    r"The number of training batches .* is smaller than the logging interval",  # metrics.csv has every epoch
+    r"Checkpoint directory .* exists and is not empty",  # that is what resuming means
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's affair
+    r"The '\w+' does not have many workers",  # a folder of small images needs none
+)
+
+
+def main(command: str, options: list[str]) -> int:
+    """Run `command` (fit, validate or test) with its `options`; the exit code.
+
+    Raises:
+        UserError: the options, the data or a checkpoint are wrong; the message says which and how.
+    """
+    _silence_noise()
+    try:
+        _CLI(command, options)
+    except (ArgumentError, MisconfigurationException) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return 0
+
+
+def _silence_noise() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_news)
+    for message in _WARNED_NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOGGED_NOISE)
+
+
+class _CLI(LightningCLI):
+    def __init__(self, command: str, options: list[str]) -> None:
+        super().__init__(
+            Classifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            trainer_defaults={"default_root_dir": "runs"},
+            seed_everything_default=42,
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=[command, *options],
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = LightningCLI.subcommands()
+        # Checkpoints are never unpickled: there is nothing to choose about weights_only.
+        return {name: skipped[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"data": {"class_path": "efficient_densenet.training.data.Digits"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is something else
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take the network from the checkpoint; here it is the configuration's, and has to agree."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        fitting = self.subcommand == "fit"
+        options = self.config_init[self.subcommand]
+        settings = options.trainer
+        name = runs.name_of_run(options.config or [])
+        wanted = options.ckpt_path if fitting else options.ckpt_path or "best"
+        options.ckpt_path = runs.find_checkpoint(Path(settings.default_root_dir, name), wanted)
+        if options.ckpt_path is None and wanted is not None:
+            nothing = f"there is no {wanted} checkpoint of the run {name!r} in {settings.default_root_dir}"
+            if not fitting:
+                raise UserError(f"{nothing}; train first, or give a file with --ckpt_path")
+            print(f"{nothing} yet: training starts from the beginning", file=sys.stderr)
+        run = runs.folder_of_run(options.ckpt_path)
+
+        if settings.logger in (None, True):
+            kwargs["logger"] = False
+            if fitting:  # a resumed run goes on in its folder; Lightning numbers the folders of new ones
+                place = (run.parent, "", run.name) if run else (settings.default_root_dir, name, None)
+                kwargs["logger"] = TensorBoardLogger(*place, default_hp_metric=False)
+            elif run:
+                kwargs["default_root_dir"] = run
+        show_bar = settings.enable_progress_bar is not False and sys.stdout.isatty()
+        self.trainer_defaults["callbacks"] = self._callbacks(show_bar, settings.enable_checkpointing is not False)
+        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
+        kwargs["plugins"] = [SafeCheckpointIO(), *(plugin for plugin in plugins if plugin is not None)]
+        return super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)
+
+    def _callbacks(self, show_bar: bool, save: bool) -> list[Callback]:
+        table = EpochTable(print_rows=not show_bar)
+        callbacks: list[Callback] = [table, Figures(table)]
+        seed = self.config[self.subcommand].seed_everything
+        if seed is not False:
+            callbacks.append(EpochSeed(seed))
+        if show_bar:
+            callbacks.append(RichProgressBar(leave=True))
+        if save:
+            callbacks.append(
+                ModelCheckpoint(
+                    filename="best",
+                    monitor="val/top1",
+                    mode="max",
+                    save_last=True,
+                    save_on_train_epoch_end=True,  # so that a resumed run begins with a whole epoch
+                    auto_insert_metric_name=False,
+                    enable_version_counter=False,
+                )
+            )
+        return callbacks

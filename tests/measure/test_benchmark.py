@@ -1,0 +1,148 @@
+"""`benchmark` from the command line, on tiny networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from efficient_densenet.cli import main
+from efficient_densenet.measure import contender, contest
+from efficient_densenet.measure.processes import Team
+
+SMALL = ["--num-init-features", "6", "--block-config", "2,2", "--input-size", "12", "--threads", "1"]
+
+
+def benchmark(tmp_path, *options):
+    output = tmp_path / "result.json"
+    assert main(["benchmark", "--output", str(output), *options]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+    return json.loads(output.read_text())
+
+
+def test_times_and_memory(tmp_path, capsys):
+    names = ["ordinary-channels-last", "recompute"]
+    record = benchmark(
+        tmp_path, *SMALL, "--batch-size", "3", "--rounds", "2", "--iterations", "2", "--contenders", ",".join(names)
+    )
+    assert [result["contender"] for result in record["results"]] == names
+    for result in record["results"]:
+        for part in ("forward_ms", "backward_ms"):
+            assert [len(times) for times in result[part]] == [2, 2]
+            assert all(0 < t < 60_000 for times in result[part] for t in times)
+        assert result["step_bytes_per_image"] == result["step_bytes"] / 3
+        assert result["process_bytes"] > 50e6
+        assert result["threads"] == 1
+    by_name = {row["contender"]: row for row in record["summary"]}
+    first = by_name["ordinary-channels-last"]
+    assert first["memory ratio"] == first["F+B ratio"] == 1
+    assert by_name["recompute"]["memory ratio"] < 0.9
+    assert record["network"]["arguments"]["block_config"] == [2, 2]
+    assert record["versions"]["torch"] and record["hardware"]["cpu"] and record["date"]
+    table = capsys.readouterr().out
+    assert all(name in table for name in names) and "R=B/F" in table
+
+
+def test_several_devices(tmp_path):
+    record = benchmark(
+        tmp_path, *SMALL, "--batch-size", "4", "--rounds", "1", "--iterations", "1", "--num-devices", "1,2",
+        "--contenders", "recompute",
+    )  # fmt: skip
+    one, two = record["results"]
+    assert (one["num_devices"], two["num_devices"]) == (1, 2)
+    assert two["step_bytes"] < 0.7 * one["step_bytes"], "each device has half of the batch"
+
+
+def test_summary():
+    result = {"num_devices": 2, "step_bytes": 10, "step_bytes_per_image": 5.0, "process_bytes": 99}
+    rows = contest.summarize(
+        [
+            result | {"contender": "a", "forward_ms": [[1.0, 2.0], [9.0]], "backward_ms": [[4.0, 4.0], [4.0]]},
+            result | {"contender": "b", "forward_ms": [[1.0]], "backward_ms": [[2.0]], "step_bytes": 5},
+            result | {"contender": "b", "forward_ms": [[1.0]], "backward_ms": [[2.0]], "num_devices": 1},
+        ]
+    )
+    assert rows[0]["F"] == {"median": 2, "mean": 4, "std": pytest.approx(19**0.5)}
+    assert (rows[0]["B/F"], rows[0]["F+B"], rows[0]["F+B ratio"]) == (2, 6, 1)
+    assert (rows[1]["F"]["std"], rows[1]["F+B ratio"], rows[1]["memory ratio"]) == (0, 0.5, 0.5)
+    assert rows[2]["F+B ratio"] == 1, "ratios are to the first on as many devices"
+
+
+def test_largest_batch(tmp_path, capsys):
+    """With memory for two images and half of another one, two are found."""
+    options = ["--contenders", "ordinary", "--threads", "1"]
+    job = {
+        "contender": "ordinary",
+        "network": {"variant": None, "arguments": {}, "input_size": 32, "num_classes": 100},
+        "batch_size": 2,
+        "memory_limit": None,
+    }
+    with Team(contender.__name__, job, threads=1) as team:
+        limit = team.ask("process_bytes")[0] + 10_000_000
+    (result,) = benchmark(tmp_path, *options, "--max-batch", f"{limit}B")["results"]
+    assert result["largest_batch"] == 2 and result["smallest_that_did_not_fit"] == 3
+    assert result["peak_bytes"] <= limit < result["its_peak_bytes"]
+    assert "did not fit" in capsys.readouterr().out
+
+
+def test_nothing_fits(tmp_path, capsys):
+    (result,) = benchmark(tmp_path, *SMALL, "--contenders", "ordinary", "--max-batch", "1MB")["results"]
+    assert (result["largest_batch"], result["peak_bytes"], result["smallest_that_did_not_fit"]) == (0, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-batch", "900TB"], "smaller --max-batch"),
+        (["--max-batch", "1GB", "--num-devices", "2"], "--num-devices"),
+        (["--num-devices", "1,300"], "batch of 128"),
+        (["--output", "no-such-folder/result.json"], "no-such-folder"),
+        (["--output", "."], "is a folder"),
+        (["--compression", "0"], "compression"),
+    ],
+)
+def test_refuses_what_cannot_run(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", *SMALL, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--contenders", "unknown"], ["--max-batch", "12"], ["--rounds", "0"]])
+def test_refuses_what_cannot_be_read(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["benchmark", *options])
+    assert exit_.value.code == 2
+    assert options[1] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_leaves_no_process_behind(number, code, tmp_path, tmp_path_factory):
+    command = [sys.executable, "-m", "efficient_densenet", "benchmark", *SMALL, "--rounds", "100000"]
+    with subprocess.Popen(
+        [*command, "--contenders", "ordinary", "--batch-size", "2"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))},  # SIGKILL leaves its files there
+    ) as process:
+        assert process.stderr is not None
+        while "round" not in process.stderr.readline():
+            assert process.poll() is None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.send_signal(number)
+        process.stderr.read()
+        assert process.wait(30) == code
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.training.data import ImageFolder
+
+
+def make_classes(folder: Path, classes: Sequence[str] = ("cat", "dog"), count: int = 5, mode: str = "RGB") -> None:
+    generator = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (40, 52, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{number}.png")
+
+
+def loaded(root: Path, **arguments: object) -> ImageFolder:
+    data = ImageFolder(root=str(root), **{"size": 32, "batch_size": 4, "num_workers": 0, **arguments})
+    data.setup()
+    return data
+
+
+def test_folders_for_train_val_and_test(tmp_path: Path) -> None:
+    for name, count in (("train", 5), ("val", 3), ("test", 2)):
+        make_classes(tmp_path / name, count=count)
+    splits = loaded(tmp_path).splits
+    assert [len(images) for images in (splits.train, splits.val, splits.test)] == [10, 6, 4]
+    assert splits.class_names == ("cat", "dog")
+
+
+def test_without_a_test_folder_the_validation_images_are_tested(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train")
+    make_classes(tmp_path / "val", count=3)
+    splits = loaded(tmp_path).splits
+    assert splits.test is splits.val
+
+
+def test_a_single_folder_is_split(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    splits = loaded(tmp_path).splits
+    assert (len(splits.train), len(splits.val)) == (8, 2)
+    assert sorted(label for _, label in splits.val) == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("size", [24, 48])
+def test_shapes(tmp_path: Path, size: int, in_channels: int, mode: str) -> None:
+    make_classes(tmp_path, mode=mode)
+    data = loaded(tmp_path, size=size, in_channels=in_channels)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        images, labels = next(iter(loader))
+        assert images.shape[1:] == (in_channels, size, size)
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("horizontal_flip", [True, False])
+def test_mirroring_can_be_switched_off(tmp_path: Path, horizontal_flip: bool) -> None:
+    make_classes(tmp_path)
+    half = np.zeros((32, 32), dtype=np.uint8)
+    half[:, 16:] = 255
+    for file in tmp_path.glob("*/*.png"):
+        Image.fromarray(half).save(file)
+    train = loaded(tmp_path, horizontal_flip=horizontal_flip).splits.train
+    mirrored = {bool(image[0, 16, 8] > image[0, 16, 24]) for image, _ in [train[0] for _ in range(30)]}
+    assert mirrored == ({True, False} if horizontal_flip else {False})
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        loaded(tmp_path / "nowhere")
+
+
+def test_a_folder_without_classes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one folder of images for each class"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("present", ["train", "val"])
+def test_half_of_a_split(tmp_path: Path, present: str) -> None:
+    make_classes(tmp_path / present)
+    absent = {"train": "val", "val": "train"}[present]
+    with pytest.raises(UserError, match=f"there is no folder .*{absent}"):
+        loaded(tmp_path)
+
+
+def test_a_class_without_images(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    (tmp_path / "unicorn").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path.name}.* unicorn"):
+        loaded(tmp_path)
+
+
+def test_classes_that_differ(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train", ("cat", "dog"))
+    make_classes(tmp_path / "val", ("cat", "bird"))
+    with pytest.raises(UserError, match="the same classes, but only one of them has bird, dog"):
+        loaded(tmp_path)
+
+
+def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    broken = tmp_path / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    data = loaded(tmp_path)
+    with pytest.raises(UserError, match=str(broken)):
+        list(chain(data.train_dataloader(), data.val_dataloader()))
+
+
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_a_fraction_that_leaves_nothing(fraction: float) -> None:
+    with pytest.raises(UserError, match="val_fraction"):
+        ImageFolder(root="nowhere", val_fraction=fraction)

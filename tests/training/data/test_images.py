@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.training.data.images import (
+    TransformedImages,
+    UnreadableImageError,
+    read_image,
+    stratified_split,
+)
+
+
+def gradient_image(size: int = 16, mode: str = "RGB") -> Image.Image:
+    ramp = np.linspace(0, 255, size * size).astype(np.uint8).reshape(size, size)
+    return Image.fromarray(ramp).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+def test_reads_every_colour_mode(tmp_path: Path, mode: str) -> None:
+    gradient_image(mode=mode).save(tmp_path / "image.png")
+    image = read_image(tmp_path / "image.png")
+    assert image.size == (16, 16)
+    assert image.mode == mode
+
+
+def test_grey_images_of_16_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 256, 0x8000, 0xFFFF]], dtype=np.uint16)).save(tmp_path / "xray.png")
+    assert np.asarray(read_image(tmp_path / "xray.png")).tolist() == [[0, 1, 128, 255]]
+
+
+def damaged(kind: str, path: Path) -> None:
+    if kind == "32 bits":
+        Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(path, "tiff")
+        return
+    gradient_image(64).save(path, "png")
+    contents = path.read_bytes()
+    path.write_bytes({"cut": contents[: len(contents) // 2], "empty": b"", "no image": b"hello"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "no image", "32 bits"])
+def test_a_damaged_image_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "broken.tif"
+    damaged(kind, path)
+    with pytest.raises(UnreadableImageError, match=r"broken\.tif"):
+        read_image(path)
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.png"):
+        read_image(tmp_path / "gone.png")
+
+
+def error_from(loader: DataLoader) -> str:
+    try:
+        list(loader)
+    except UserError as error:
+        # Its traceback would keep the workers, which Python's garbage collector takes seconds to end.
+        return str(error.with_traceback(None))
+    pytest.fail("every image was read")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_image_is_one_line_also_from_a_worker(tmp_path: Path, num_workers: int) -> None:
+    (tmp_path / "cats").mkdir()
+    damaged("cut", tmp_path / "cats" / "broken.png")
+    images = TransformedImages(datasets.ImageFolder(str(tmp_path), loader=read_image), v2.PILToTensor())
+    message = error_from(DataLoader(images, num_workers=num_workers))
+    assert re.fullmatch(r"cannot read the image '.*broken\.png' \(.*\); replace or remove it", message)
+
+
+def test_the_error_survives_pickling() -> None:
+    error = UnreadableImageError("cannot read the image 'a: b.png'")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "cannot read the image 'a: b.png'"
+
+
+def test_a_split_is_stratified_seeded_and_complete() -> None:
+    labels = [0] * 60 + [1] * 30
+    kept, held_out = stratified_split(labels, fraction=1 / 3, seed=0)
+    assert sorted(kept + held_out) == list(range(90))
+    assert sum(labels[index] for index in held_out) == 10
+    assert stratified_split(labels, fraction=1 / 3, seed=0) == (kept, held_out)
+    assert stratified_split(labels, fraction=1 / 3, seed=1)[1] != held_out
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 0, 1, 1], [0]])
+def test_too_few_images_to_split(labels: list[int]) -> None:
+    with pytest.raises(UserError, match="cannot hold out"):
+        stratified_split(labels, fraction=0.2, seed=0)
