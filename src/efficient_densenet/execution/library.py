@@ -94,8 +94,7 @@ def stage_forward(
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     stage = _stage(*arguments)
     dtype = statistics_dtype(x.dtype)
-    made = [stage.weights[i + stage.per_layer - 1].shape[0] for i in stage.layers]
-    width = x.shape[1] + sum(made)
+    width = x.shape[1] + stage.growth
 
     def activation(channels: int, pool: int = 1) -> Tensor:
         return x.new_empty((x.shape[0], *(n // pool for n in x.shape[2:]), channels))
@@ -117,7 +116,7 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
 @torch.library.custom_op("efficient_densenet::stage_backward", mutates_args=())
 def stage_backward(
     grad_output: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     packed: Sequence[Tensor],
     need_weights: Sequence[bool],
     gains: Sequence[Tensor],
@@ -133,7 +132,7 @@ def stage_backward(
     keep: str,
     group: str,
 ) -> list[Tensor]:
-    """`engine.backward`: gradients of the input, of each norm's weight and bias, and of the weights that need one."""
+    """`engine.backward` (`x` where the features are not kept): gradients of the input, of each norm's weight and bias, and of the weights that need one."""
     stage = _stage(gains, biases, constants, uses_batch, eps, weights, masks, mask_scale, per_layer, pool, keep, group)
     gradients = engine.backward(grad_output, x, stage, _unpack(packed, stage), need_weights)
     gains_and_biases = [t for part in zip(*gradients.norms, strict=True) for t in part]
@@ -142,21 +141,27 @@ def stage_backward(
 
 @stage_backward.register_fake
 def _(
-    grad_output: Tensor, x: Tensor, packed: Any, need_weights: Any, gains: Any, biases: Any, *rest: Any
+    grad_output: Tensor, x: Tensor | None, packed: Any, need_weights: Any, gains: Any, biases: Any, *rest: Any
 ) -> list[Tensor]:
-    wanted = [w for w, need in zip(rest[3], need_weights, strict=True) if need]
+    stage = _stage(gains, biases, *rest)
+    wanted = [w for w, need in zip(stage.weights, need_weights, strict=True) if need]
+    features = _unpack(packed, stage).features
+    if features is not None:
+        x = features.movedim(-1, 1)[:, : features.shape[-1] - stage.growth]
+    assert x is not None
     return [_channels_last(x), *(torch.empty_like(t) for t in (*gains, *biases, *wanted))]
 
 
 def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, gains, biases, constants, uses_batch, eps, weights, masks, *rest = inputs
-    pool = rest[2]
+    _, _, pool, keep, _ = rest
     ctx.plain = uses_batch, eps, rest
     # Behind a transition the output itself is not needed: anything of its kind takes its place.
     packed = [output[1] if pool else output[0], *output[1:]]
     groups = (gains, biases, constants, weights, masks, packed)
     ctx.lengths = [len(some) for some in groups]
-    ctx.save_for_backward(x, *(t for some in groups for t in some))
+    # The features begin with a copy of x, which takes its place where they stay.
+    ctx.save_for_backward(x if pool and keep == "inputs" else None, *(t for some in groups for t in some))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
-from efficient_densenet.execution.hooks import has_hooks
+from efficient_densenet.execution.hooks import has_hooks, runs
 from efficient_densenet.execution.library import norm_relu_max_pool_forward, stage_forward
 from efficient_densenet.ops.reference import Statistics
 
 KEEP = ("bottleneck", "features", "inputs")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 # The modules are `Any`: what they must be is checked when they are used, by `obstacle`.
@@ -78,6 +79,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
     if any(uses_batch):
         _check_values_per_channel(x, group)
     drop_rate, per_layer = layers[0].drop_rate, len(layers[0].readers)
+    made = per_layer * len(layers)
     output, mean, variance, count, *rest = stage_forward(
         x,
         [_affine(norm.weight, norm, x, 1.0) for norm in norms],
@@ -86,7 +88,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
         uses_batch,
         [norm.eps for norm in norms],
         weights,
-        [_dropout_mask(x, layer) for layer in layers] if drop_rate > 0 else [],
+        [_dropout_mask(x, weight, drop_rate) for weight in weights[per_layer - 1 : made : per_layer]] if drop_rate else [],
         1 / (1 - drop_rate),
         per_layer,
         _window(transition.pool) if transition else 0,
@@ -124,6 +126,9 @@ def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:
 
 def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | None:
     """Why these modules, as they are now, cannot run on the shared buffer; None if they can."""
+    for layer in layers:
+        if not layer.readers:
+            return f"{type(layer.module).__name__} is a layer of another kind"
     if any((len(m.readers), m.drop_rate) != (len(layers[0].readers), layers[0].drop_rate) for m in layers):
         return "its layers are not all of one form"
     readers = _all_readers(layers, transition)
@@ -131,7 +136,7 @@ def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | N
     outer = [layer.module for layer in layers] + ([transition.pool] if transition else [])
     if has_hooks([*outer, *inner]):
         return "there are hooks on modules inside it, which must take effect"
-    if transition is not None and (type(transition.pool) is not nn.AvgPool2d or not _window(transition.pool)):
+    if transition is not None and (not runs(transition.pool, *_AVERAGE_POOLS) or not _window(transition.pool)):
         return f"{transition.pool} is not an average pool whose window is its stride"
     for reader in readers:
         reason = _conv_obstacle(reader.conv) or _pair_obstacle(reader.norm, reader.relu)
@@ -144,7 +149,7 @@ def stem_obstacle(norm: Any, relu: Any, pool: Any) -> str | None:
     """As `obstacle`, for the stem's norm, relu and max pool."""
     if has_hooks([norm, relu, pool]):
         return "there are hooks on its modules, which must take effect"
-    if type(pool) is not nn.MaxPool2d or (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1):
+    if not runs(pool, nn.MaxPool2d) or (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1):
         return f"{pool} is not the max pool of a DenseNet's stem"
     return _pair_obstacle(norm, relu) or _norms_obstacle([norm])
 
@@ -157,13 +162,14 @@ def _all_readers(layers: Sequence[Layer], transition: Tail | None) -> list[Reade
 def _window(pool: Any) -> int:
     """The window and stride of an average pool without peculiarities, else 0."""
     sizes = {*_pair(pool.kernel_size), *_pair(pool.stride)}
-    plain = len(sizes) == 1 and {*_pair(pool.padding)} == {0} and not pool.ceil_mode and pool.divisor_override is None
+    divisor = getattr(pool, "divisor_override", None)  # one dimension has none
+    plain = len(sizes) == 1 and {*_pair(pool.padding)} == {0} and not pool.ceil_mode and divisor is None
     return sizes.pop() if plain else 0
 
 
 def _conv_obstacle(conv: Any) -> str | None:
-    if not isinstance(conv, _CONVOLUTIONS):
-        return f"{type(conv).__name__} is not a convolution"
+    if not runs(conv, *_CONVOLUTIONS):
+        return f"{type(conv).__name__} is not a convolution of PyTorch's own"
     same_size = all(k % 2 == 1 and p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=False))
     plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == "zeros"
     if not (plain and same_size and {*conv.stride, *conv.dilation} == {1}):
@@ -172,9 +178,9 @@ def _conv_obstacle(conv: Any) -> str | None:
 
 
 def _pair_obstacle(norm: Any, relu: Any) -> str | None:
-    if not isinstance(norm, _BatchNorm):
-        return f"{type(norm).__name__} is not a batch norm"
-    if type(relu) is not nn.ReLU:
+    if not runs(norm, _BatchNorm, nn.SyncBatchNorm):
+        return f"{type(norm).__name__} is not a batch norm of PyTorch's own"
+    if not runs(relu, nn.ReLU):
         return f"{type(relu).__name__} is not ReLU"
     return None
 
@@ -197,7 +203,7 @@ def _check_values_per_channel(x: Tensor, group: torch.distributed.ProcessGroup |
 def _autocast(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """In the type that autocast asks for, as it would cast a convolution's arguments."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weights
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), [w.to(dtype) for w in weights]
@@ -215,13 +221,16 @@ def _constants(norms: Sequence[Any], uses_batch: Sequence[bool]) -> list[Tensor]
     return [t.clone() if torch.is_grad_enabled() else t for pair in pairs for t in pair]
 
 
-def _dropout_mask(x: Tensor, layer: Layer) -> Tensor:
-    """True where a value stays: drawn as ``F.dropout`` draws it for a layer's output in the memory layout of `x`."""
-    shape = (x.shape[0], layer.readers[-1].conv.out_channels, *x.shape[2:])
-    ones = torch.ones(shape, dtype=x.dtype, device=x.device)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+def _dropout_mask(x: Tensor, weight: Tensor, drop_rate: float) -> Tensor:
+    """True where a value stays, drawn as ``F.dropout`` draws it for the output of the convolution with this weight.
+
+    It draws in the order of the memory. Features are always channels-last here; in the ordinary network they are as
+    the weights are, which ``network.to(memory_format=...)`` decides.
+    """
+    ones = torch.ones((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device)
+    if weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         ones = ones.contiguous(memory_format=torch.channels_last)
-    return F.dropout(ones, layer.drop_rate) != 0
+    return F.dropout(ones, drop_rate) != 0
 
 
 def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:

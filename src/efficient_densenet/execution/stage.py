@@ -52,6 +52,11 @@ class Stage:
         return range(0, len(self.weights) - (self.pool > 0), self.per_layer)
 
     @property
+    def growth(self) -> int:
+        """The channels that all layers add."""
+        return sum(self.weights[i + self.per_layer - 1].shape[0] for i in self.layers)
+
+    @property
     def uses_batch(self) -> bool:
         return any(norm.uses_batch for norm in self.norms)
 
@@ -144,17 +149,20 @@ class Gradients(NamedTuple):
     weights: list[Tensor | None]
 
 
-def backward(grad_out: Tensor, x: Tensor, stage: Stage, kept: Kept, need_weights: Sequence[bool]) -> Gradients:
+def backward(
+    grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_weights: Sequence[bool]
+) -> Gradients:
     """The gradients of `forward` for the output gradient `grad_out: (N, C, *spatial)`.
 
     Args:
         grad_out: is left as it is.
-        x: the block's input; its values count only where the stage keeps nothing else.
+        x: the block's input, where the features are not kept.
         stage, kept: as `forward` had and returned them.
         need_weights: for each convolution whether its weight's gradient is wanted.
     """
     statistics, middles, features = kept
     if features is None:
+        assert x is not None
         features = _room_for_features(x, stage)
         middles = _run_layers(x, features, stage, statistics, measure=False)
     batch = (statistics.mean, statistics.variance)
@@ -171,8 +179,8 @@ def backward(grad_out: Tensor, x: Tensor, stage: Stage, kept: Kept, need_weights
         made = slice(width - stage.weights[last].shape[0], width)
         width = made.start
         source, source_batch = features[..., :width], (batch[0][:width], batch[1][:width])
-        grad_made = grad.new_empty((*grad.shape[:-1], made.stop - made.start))
-        through.subtract(grad[..., made], features[..., made], made, grad_made)
+        grad_made = grad[..., made]  # finished where it lies: nobody needs it afterwards
+        through.subtract(grad_made, features[..., made], made, grad_made)
         if stage.masks:
             _drop(grad_made, stage, layer)
         if stage.per_layer == 2:
@@ -180,13 +188,14 @@ def backward(grad_out: Tensor, x: Tensor, stage: Stage, kept: Kept, need_weights
                 middle = middles[layer]
             else:
                 middle, _ = _middle(source, stage.norms[i].affine(source_batch), stage.weights[i], False)
-            middle_batch = statistics.middles[layer]
-            inner = ThroughStatistics(middle_batch[0], statistics.total, stage.group)
+            inner = ThroughStatistics(statistics.middles[layer][0], statistics.total, stage.group)
             grad_middle = torch.empty_like(middle)
-            readers.backward(last, grad_made, middle, middle_batch, grad_middle, inner, False)
+            readers.backward(last, grad_made, middle, statistics.middles[layer], grad_middle, inner, False)
             inner.subtract(grad_middle, middle, slice(None), grad_middle)
             grad_made = grad_middle
+            del middle, grad_middle  # or they would still be there when the next layer makes its own
         readers.backward(i, grad_made, source, source_batch, grad[..., :width], through, True)
+        del grad_made
     grad_x = grad.new_empty((*grad.shape[:-1], width))
     through.subtract(grad[..., :width], features[..., :width], slice(0, width), grad_x)
     return Gradients(grad_x.movedim(-1, 1), readers.norms, readers.weights)
@@ -232,8 +241,7 @@ class _Readers:
 
 
 def _room_for_features(x: Tensor, stage: Stage) -> Tensor:
-    made = sum(stage.weights[i + stage.per_layer - 1].shape[0] for i in stage.layers)
-    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1] + made))
+    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1] + stage.growth))
 
 
 def _middle(source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool) -> tuple[Tensor, Statistics | None]:

@@ -27,7 +27,7 @@ class Network:
 
     Attributes:
         variant: the name of a variant, or None for `DenseNet` itself.
-        arguments: what it is built with, besides `efficient`.
+        arguments: what it is built with, besides `efficient` and `keep`.
         input_size: height and width of its images.
         num_classes: outputs of its classifier.
     """
@@ -37,9 +37,9 @@ class Network:
     input_size: int
     num_classes: int
 
-    def build(self, efficient: Efficient = False) -> DenseNet:
+    def build(self, efficient: Efficient = False, keep: str = "bottleneck") -> DenseNet:
         """A new network; `torch.manual_seed` decides its weights."""
-        return _builder(self.variant)(**self.arguments, efficient=efficient)
+        return _builder(self.variant)(**self.arguments, efficient=efficient, keep=keep)
 
     def batch(self, num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Random images ``(N, 3, input_size, input_size)`` and labels ``(N,)`` on the CPU, the same for one seed."""

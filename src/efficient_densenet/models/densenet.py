@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Efficient, check_efficient, norm_relu_conv, shared, wants_buffer
-from efficient_densenet.execution.hooks import has_hooks
+from efficient_densenet.execution.hooks import has_hooks, runs
 from efficient_densenet.models.layers import DenseBlock, Transition
 
 _MAX_CIFAR_SIZE = 32  # larger inputs get the ImageNet stem
@@ -37,7 +37,7 @@ class _Features(nn.Sequential):
             modules = modules[4:]
         while modules:
             module = modules.pop(0)
-            if isinstance(module, DenseBlock) and modules and _can_join(module, modules[0]):
+            if modules and _can_join(module, modules[0]):
                 x = module(x, modules.pop(0))
             else:
                 x = module(x)
@@ -53,9 +53,9 @@ class _Features(nn.Sequential):
         return norm_relu_conv([conv(x)], norm, relu, pool, self.efficient)
 
 
-def _can_join(block: DenseBlock, following: nn.Module) -> bool:
-    """Whether nobody can tell that the block's output is never handed out."""
-    return isinstance(following, Transition) and not has_hooks([block, following])
+def _can_join(block: nn.Module, following: nn.Module) -> bool:
+    """Whether these are a block and its transition, and nobody can tell that the block's output is never handed out."""
+    return runs(block, DenseBlock) and runs(following, Transition) and not has_hooks([block, following])
 
 
 class DenseNet(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution import Efficient, Layer, Reader, Tail, norm_relu_conv, shared, wants_buffer
 from efficient_densenet.execution.concatenate import concat
+from efficient_densenet.execution.hooks import runs
 
 
 class DenseLayer(nn.Module):
@@ -91,7 +92,7 @@ class DenseBlock(nn.ModuleDict):
         """The features; or what `transition` makes of them, if it is to run on the same buffer."""
         if wants_buffer(x, self.efficient):
             layers = [_as_layer(module) for module in self.values()]
-            behind = None if transition is None else Tail(*transition.children())
+            behind = None if transition is None else transition.tail()
             obstacle = shared.obstacle(layers, behind)
             if obstacle is None:
                 return shared.dense_block(x, layers, behind, self.keep)
@@ -106,6 +107,9 @@ class DenseBlock(nn.ModuleDict):
 
 
 def _as_layer(module: Any) -> Layer:
+    """What the engine runs in place of `module`; without readers where it cannot know what `module` does."""
+    if not runs(module, DenseLayer):
+        return Layer(module, [])
     return Layer(module, module.readers(), module.drop_rate if module.training else 0.0)
 
 
@@ -122,6 +126,10 @@ class Transition(nn.Sequential):
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
         self.efficient = efficient
+
+    def tail(self) -> Tail:
+        """Its parts, to run on the buffer of the block before it."""
+        return Tail(self.norm, self.relu, self.conv, self.pool)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(norm_relu_conv([x], self.norm, self.relu, self.conv, self.efficient))

@@ -33,7 +33,7 @@ def norm_relu_conv(
         s = _prologue(x[images], scale, shift, scratch)
         if pool > 1:
             s = _average_pool(s, pool)
-        y = _last(_aten.convolution(s, weight, None, *_geometry(weight)))
+        y = _last(_aten.convolution(s, weight, None, *_geometry(weight))).contiguous()
         out[images].copy_(y)
         if moments is not None:
             moments.add(y)
@@ -65,7 +65,7 @@ def norm_relu_conv_backward(
             g = _average_pool_backward(g, s, pool)
         if grad_weight is not None:
             grad_weight += gw
-        sums.add(_last(_rectify_backward(g, s)), piece, scale, grad_x[images], accumulate, scratch)
+        sums.add(_last(_rectify_backward(g, s)).contiguous(), piece, scale, grad_x[images], accumulate, scratch)
     return None if grad_weight is None else grad_weight.to(weight.dtype), sums.g, sums.g_centred
 
 
@@ -83,7 +83,7 @@ def norm_relu_max_pool_backward(
         s = _prologue(x[images], scale, shift, scratch)
         _, indices = _aten.max_pool2d_with_indices(s, *window)
         g = _aten.max_pool2d_with_indices_backward(_first(grad_out[images]), s, *window, indices)
-        sums.add(_last(_rectify_backward(g, s)), x[images], scale, grad_x[images], False, scratch)
+        sums.add(_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
     return sums.g, sums.g_centred
 
 

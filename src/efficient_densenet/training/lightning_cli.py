@@ -102,9 +102,10 @@ class _CLI(LightningCLI):
         settings = options.trainer
         name = runs.name_of_run(options.config or [])
         wanted = options.ckpt_path if fitting else options.ckpt_path or "best"
-        options.ckpt_path = runs.find_checkpoint(Path(settings.default_root_dir, name), wanted)
+        root = Path(settings.default_root_dir).absolute()  # best scores are restored for the very same folder alone
+        options.ckpt_path = runs.find_checkpoint(root / name, wanted)
         if options.ckpt_path is None and wanted is not None:
-            nothing = f"there is no {wanted} checkpoint of the run {name!r} in {settings.default_root_dir}"
+            nothing = f"there is no {wanted} checkpoint of the run {name!r} in {root}"
             if not fitting:
                 raise UserError(f"{nothing}; train first, or give a file with --ckpt_path")
             print(f"{nothing} yet: training starts from the beginning", file=sys.stderr)
@@ -113,12 +114,13 @@ class _CLI(LightningCLI):
         if settings.logger in (None, True):
             kwargs["logger"] = False
             if fitting:  # a resumed run goes on in its folder; Lightning numbers the folders of new ones
-                place = (run.parent, "", run.name) if run else (settings.default_root_dir, name, None)
+                place = (run.parent, "", run.name) if run else (root, name, None)
                 kwargs["logger"] = TensorBoardLogger(*place, default_hp_metric=False)
             elif run:
                 kwargs["default_root_dir"] = run
         show_bar = settings.enable_progress_bar is not False and sys.stdout.isatty()
-        self.trainer_defaults["callbacks"] = self._callbacks(show_bar, settings.enable_checkpointing is not False)
+        save = fitting and settings.enable_checkpointing is not False
+        self.trainer_defaults["callbacks"] = self._callbacks(show_bar, save)
         plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
         kwargs["plugins"] = [SafeCheckpointIO(), *(plugin for plugin in plugins if plugin is not None)]
         return super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)

@@ -1,0 +1,55 @@
+"""Arguments for the operations of `efficient_densenet.ops`, in every shape that tends to go wrong."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.ops.reference import statistics_dtype
+
+# Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels and pixels.
+SHAPES = [
+    (3, (5, 7), 13),
+    (1, (5, 7), 16),
+    (2, (1, 1), 5),
+    (4, (6, 4), 1),
+    (2, (9,), 7),
+    (1, (16,), 8),
+    (2, (3, 4, 5), 11),
+    (3, (2, 2, 2), 1),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+class Operands(NamedTuple):
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+
+    @classmethod
+    def random(cls, shape: tuple, dtype: torch.dtype = torch.float64, spare: int = 0) -> Operands:
+        """With `spare` channels, `x` is a slice of the channels of a larger tensor."""
+        n, spatial, channels = shape
+        torch.manual_seed(n + channels)
+        x = slice_of_channels(torch.randn(n, *spatial, channels).to(dtype), spare)
+        small = statistics_dtype(dtype)
+        scale, shift, mean = torch.randn(3, channels, dtype=small).unbind()
+        return cls(x, scale, shift, mean)
+
+    def double(self) -> Operands:
+        return Operands(*(t.double() for t in self))
+
+
+def slice_of_channels(x: Tensor, spare: int) -> Tensor:
+    """The same values, with `spare` further channels before and behind them in memory, full of NaN."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 2 * spare), float("nan"))
+    wide[..., spare : spare + x.shape[-1]] = x
+    return wide[..., spare : spare + x.shape[-1]]
+
+
+def weight_for(x: Tensor, out_channels: int, kernel: int) -> Tensor:
+    weight = torch.randn(out_channels, x.shape[-1], *[kernel] * (x.dim() - 2), dtype=torch.float64)
+    return weight.to(x.dtype)
