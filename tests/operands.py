@@ -18,7 +18,7 @@ SHAPES = [
     (2, (9,), 7),
     (1, (16,), 8),
     (2, (3, 4, 5), 11),
-    (3, (2, 2, 2), 1),
+    (3, (3, 4, 3), 1),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

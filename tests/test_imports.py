@@ -15,6 +15,7 @@ SOURCE = Path(efficient_densenet.__file__).parent
 # A room may import rooms of a lower rank, and itself.
 RANK = {
     "errors": 0,
+    "files": 0.5,
     "ops": 1,
     "execution": 2,
     "models": 3,

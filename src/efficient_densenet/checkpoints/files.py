@@ -16,6 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from efficient_densenet.checkpoints.dialects import first_few
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.files import replacing
 
 OUTPUT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -83,18 +84,8 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
         buffer = io.BytesIO()
         torch.save(copies, buffer)
         data = buffer.getvalue()
-
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        beside.write_bytes(data)
 
 
 def check_output(path: Path) -> None:

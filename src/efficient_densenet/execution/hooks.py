@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
-def runs(module: Any, *kinds: type[nn.Module]) -> bool:
-    """Whether calling `module` runs the forward of one of these classes: neither a subclass nor it itself has another."""
-    forward = getattr(module.forward, "__func__", None)
-    return any(isinstance(module, kind) and forward is kind.forward for kind in kinds)
+def runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of one of these classes, not one of a subclass or of its own."""
+    forward = type(module).forward
+    return "forward" not in module.__dict__ and any(forward is kind.forward for kind in kinds)

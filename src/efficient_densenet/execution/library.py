@@ -15,6 +15,7 @@ from torch import Tensor
 
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution import stem
+from efficient_densenet.execution.norms import room
 from efficient_densenet.execution.stage import BatchStatistics, Kept, Norm, Stage
 from efficient_densenet.ops.reference import statistics_dtype
 
@@ -97,7 +98,7 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     width = x.shape[1] + stage.growth
 
     def activation(channels: int, pool: int = 1) -> Tensor:
-        return x.new_empty((x.shape[0], *(n // pool for n in x.shape[2:]), channels))
+        return room(x, channels, [n // pool for n in x.shape[2:]])
 
     def pair(channels: int) -> tuple[Tensor, Tensor]:
         return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
@@ -107,10 +108,10 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     middles = [stage.weights[i].shape[0] for i in stage.layers] if stage.per_layer == 2 else []
     kept = Kept(
         BatchStatistics(*pair(width), x.new_empty((), dtype=dtype), [pair(channels) for channels in middles]),
-        [activation(channels) for channels in middles] if stage.keep == "bottleneck" else [],
-        features if stage.keep != "inputs" or not stage.pool else None,
+        [activation(channels).movedim(1, -1) for channels in middles] if stage.keep == "bottleneck" else [],
+        features.movedim(1, -1) if stage.keep != "inputs" or not stage.pool else None,
     )
-    return _pack(output.movedim(-1, 1), kept)
+    return _pack(output, kept)
 
 
 @torch.library.custom_op("efficient_densenet::stage_backward", mutates_args=())
@@ -132,7 +133,10 @@ def stage_backward(
     keep: str,
     group: str,
 ) -> list[Tensor]:
-    """`engine.backward` (`x` where the features are not kept): gradients of the input, of each norm's weight and bias, and of the weights that need one."""
+    """`engine.backward`: gradients of the input, of each norm's weight and bias, and of the weights that need one.
+
+    `x` is empty where the features are kept, for then it is not needed.
+    """
     stage = _stage(gains, biases, constants, uses_batch, eps, weights, masks, mask_scale, per_layer, pool, keep, group)
     gradients = engine.backward(grad_output, x, stage, _unpack(packed, stage), need_weights)
     gains_and_biases = [t for part in zip(*gradients.norms, strict=True) for t in part]
@@ -149,7 +153,7 @@ def _(
     if features is not None:
         x = features.movedim(-1, 1)[:, : features.shape[-1] - stage.growth]
     assert x is not None
-    return [_channels_last(x), *(torch.empty_like(t) for t in (*gains, *biases, *wanted))]
+    return [room(x, x.shape[1], x.shape[2:]), *(torch.empty_like(t) for t in (*gains, *biases, *wanted))]
 
 
 def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -198,8 +202,8 @@ def norm_relu_max_pool_forward(
 
 @norm_relu_max_pool_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    n, channels, height, width = x.shape
-    output = x.new_empty((n, (height + 1) // 2, (width + 1) // 2, channels)).movedim(-1, 1)
+    _, channels, height, width = x.shape
+    output = room(x, channels, ((height + 1) // 2, (width + 1) // 2))
     dtype = statistics_dtype(x.dtype)
     return [output, *(x.new_empty(shape, dtype=dtype) for shape in ((channels,), (channels,), ()))]
 
@@ -221,7 +225,7 @@ def norm_relu_max_pool_backward(
 
 @norm_relu_max_pool_backward.register_fake
 def _(grad_output: Tensor, x: Tensor, gain: Tensor, bias: Tensor, *arguments: Any) -> list[Tensor]:
-    return [_channels_last(x), torch.empty_like(gain), torch.empty_like(bias)]
+    return [room(x, x.shape[1], x.shape[2:]), torch.empty_like(gain), torch.empty_like(bias)]
 
 
 def _save_stem(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -246,11 +250,6 @@ norm_relu_max_pool_forward.register_autograd(_stem_gradients, setup_context=_sav
 def _norm(gain: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float) -> Norm:
     mean, variance = constants or (None, None)
     return Norm(gain, bias, mean, variance, eps)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """A tensor of the shape ``(N, C, *spatial)`` of `x`, channels-last in memory."""
-    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -82,5 +84,12 @@ def rows(x: Tensor) -> int:
 
 def blank(x: Tensor) -> Statistics:
     """Room for the statistics of each channel of ``x: (N, *spatial, C)``."""
-    zeros = x.new_zeros((2, x.shape[-1]), dtype=statistics_dtype(x.dtype))
-    return zeros[0], zeros[1].clone()
+    mean = x.new_zeros(x.shape[-1], dtype=statistics_dtype(x.dtype))
+    return mean, torch.zeros_like(mean)
+
+
+def room(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """An empty ``(N, channels, *size)``, channels-last in memory, and no view, which could not be changed in place."""
+    shape = (x.shape[0], *size, channels)
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    return x.new_empty_strided((shape[0], channels, *size), (strides[0], 1, *strides[1:-1]))

@@ -88,7 +88,9 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
         uses_batch,
         [norm.eps for norm in norms],
         weights,
-        [_dropout_mask(x, weight, drop_rate) for weight in weights[per_layer - 1 : made : per_layer]] if drop_rate else [],
+        [_dropout_mask(x, weight, drop_rate) for weight in weights[per_layer - 1 : made : per_layer]]
+        if drop_rate
+        else [],
         1 / (1 - drop_rate),
         per_layer,
         _window(transition.pool) if transition else 0,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.norms import Affine, Norm, ThroughStatistics, blank, rows
+from efficient_densenet.execution.norms import Affine, Norm, ThroughStatistics, blank, room, rows
 from efficient_densenet.execution.synchronise import all_statistics
 from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
@@ -86,17 +86,18 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
         The output, channels-last in memory and channels first in shape: X itself, or what the transition makes of it;
         and what backward needs.
     """
-    features = _room_for_features(x, stage)
+    output = room(x, x.shape[1] + stage.growth, x.shape[2:])
+    features = output.movedim(1, -1)
     (mean, variance), count = blank(features), features.new_tensor(rows(features), dtype=statistics_dtype(x.dtype))
     statistics = BatchStatistics(mean, variance, count, [])
     middles = _run_layers(x, features, stage, statistics, measure=True)
-    out = features
     if stage.pool:
         affine, weight = stage.norms[-1].affine((mean, variance)), stage.weights[-1]
-        out = x.new_empty((x.shape[0], *(n // stage.pool for n in x.shape[2:]), weight.shape[0]))
+        output = room(x, weight.shape[0], [n // stage.pool for n in x.shape[2:]])
+        out = output.movedim(1, -1)
         ops.backend(x).norm_relu_conv(features, affine.scale, affine.shift, weight, out, stage.pool)
     keeps_features = stage.keep != "inputs" or not stage.pool
-    return out.movedim(-1, 1), Kept(statistics, middles, features if keeps_features else None)
+    return output, Kept(statistics, middles, features if keeps_features else None)
 
 
 def _run_layers(x: Tensor, features: Tensor, stage: Stage, statistics: BatchStatistics, measure: bool) -> list[Tensor]:
@@ -149,9 +150,7 @@ class Gradients(NamedTuple):
     weights: list[Tensor | None]
 
 
-def backward(
-    grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_weights: Sequence[bool]
-) -> Gradients:
+def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_weights: Sequence[bool]) -> Gradients:
     """The gradients of `forward` for the output gradient `grad_out: (N, C, *spatial)`.
 
     Args:
@@ -163,7 +162,7 @@ def backward(
     statistics, middles, features = kept
     if features is None:
         assert x is not None
-        features = _room_for_features(x, stage)
+        features = room(x, x.shape[1] + stage.growth, x.shape[2:]).movedim(1, -1)
         middles = _run_layers(x, features, stage, statistics, measure=False)
     batch = (statistics.mean, statistics.variance)
     readers = _Readers(stage, need_weights)
@@ -238,10 +237,6 @@ class _Readers:
         self.norms[i] = norm.parameter_gradients(affine, g, g_centred)
         if norm.uses_batch:
             through.add(affine, g, g_centred)
-
-
-def _room_for_features(x: Tensor, stage: Stage) -> Tensor:
-    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1] + stage.growth))
 
 
 def _middle(source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool) -> tuple[Tensor, Statistics | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.norms import Norm, ThroughStatistics, blank, rows
+from efficient_densenet.execution.norms import Norm, ThroughStatistics, blank, room, rows
 from efficient_densenet.execution.synchronise import all_statistics
 
 
@@ -19,10 +19,9 @@ def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Tensor, Tensor, 
     local = run.statistics(source) if norm.uses_batch else blank(source)
     mean, variance, count = all_statistics(local, rows(source), group)
     affine = norm.affine((mean, variance))
-    n, height, width, channels = source.shape
-    out = source.new_empty((n, (height + 1) // 2, (width + 1) // 2, channels))
-    run.norm_relu_max_pool(source, affine.scale, affine.shift, out)
-    return out.movedim(-1, 1), mean, variance, count
+    output = room(x, x.shape[1], [(n + 1) // 2 for n in x.shape[2:]])
+    run.norm_relu_max_pool(source, affine.scale, affine.shift, output.movedim(1, -1))
+    return output, mean, variance, count
 
 
 def backward(

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders",
         type=contender_list,
-        default="ordinary,recompute",
-        help=f"of: {', '.join(CONTENDERS)}; ratios are to the first",
+        default="ordinary,ordinary-channels-last,bottleneck,features,inputs",
+        help="; ".join(f"{name}: {made.description}" for name, made in CONTENDERS.items()),
     )
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images over all devices")
     parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each contender")

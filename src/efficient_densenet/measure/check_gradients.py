@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from efficient_densenet.errors import UserError
+from efficient_densenet.execution import KEEP
 from efficient_densenet.measure import devices, gradients, networks
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.gradients import KINDS, Case, Difference
@@ -22,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-devices", type=positive_int, default=1, help="processes that share the batch (DistributedDataParallel)"
     )
     parser.add_argument(
-        "--efficient", choices=("recompute", "true"), default="recompute", help="the way to compare, bit for bit"
+        "--efficient",
+        choices=("true", "recompute"),
+        default="true",
+        help="the way to compare: the shared buffer, up to rounding; or recomputing, bit for bit",
+    )
+    parser.add_argument(
+        "--keep", choices=KEEP, default="bottleneck", help="what the shared buffer keeps for the backward pass"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -38,11 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print what was compared, the worst difference and a verdict; 0 if equal, else 1."""
+    """Compare, print what was compared, the worst difference and a verdict; 0 if all is well, else 1."""
     device, num_devices = arguments.device, arguments.num_devices
     case = Case(
         network=networks.from_arguments(arguments),
         efficient=True if arguments.efficient == "true" else arguments.efficient,
+        keep=arguments.keep,
         training=not hasattr(arguments, "evaluation"),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
@@ -50,21 +59,39 @@ def run(arguments: argparse.Namespace) -> int:
     )
     devices.check(device, num_devices, case.batch_size)
     case.network.check_images(case.batch_size // num_devices, case.training)
+    _check_dropout(case, device)
     differences = _on_one(case, device) if num_devices == 1 else _on_several(case, device, num_devices)
-    wrong = gradients.not_identical(differences)
+    way = f"efficient={case.efficient!r}" + ("" if case.bit_for_bit else f", keep={case.keep!r}")
     print(f"network   {case.network}")
     print(
-        f"compared  efficient={case.efficient!r} with efficient=False: "
-        f"{'training' if case.training else 'evaluation'}, {case.dtype}, batch {case.batch_size}, seed {case.seed}, "
-        f"{num_devices} × {device}"
+        f"compared  {way} with efficient=False: {'training' if case.training else 'evaluation'}, {case.dtype}, "
+        f"batch {case.batch_size}, seed {case.seed}, {num_devices} × {device}"
     )
     print(f"tensors   {_counts(differences)}{' on each device' if num_devices > 1 else ''}")
-    worst = [_describe(difference, num_devices) for difference in wrong[:_SHOWN]] or ["none: no tensor differs"]
-    if len(wrong) > _SHOWN:
-        worst.append(f"and {len(wrong) - _SHOWN} more")
-    print("worst     " + ("\n" + " " * 10).join(worst))
-    print(f"verdict   {f'DIFFERENT: {len(wrong)} of {len(differences)} tensors' if wrong else 'equal bit for bit'}")
+    if case.bit_for_bit:
+        shown = wrong = gradients.not_identical(differences)
+        right = "equal bit for bit"
+    else:
+        whole = gradients.whole_gradient(differences)
+        print(f"gradient  {_describe(whole[0], case, num_devices)}")
+        ordered = sorted([*differences, *whole], key=lambda d: gradients.strain(d, case.dtype), reverse=True)
+        wrong = [d for d in ordered if gradients.strain(d, case.dtype) > 1]
+        shown = wrong or [next(d for d in ordered if d not in whole)]  # how near the worst comes to the limit
+        right = "equal up to rounding"
+    lines = [_describe(difference, case, num_devices) for difference in shown[:_SHOWN]]
+    if len(shown) > _SHOWN:
+        lines.append(f"and {len(shown) - _SHOWN} more")
+    print("worst     " + ("\n" + " " * 10).join(lines or ["none: no tensor differs"]))
+    print(f"verdict   {f'DIFFERENT: {len(wrong)} of {len(differences)} tensors' if wrong else right}")
     return 1 if wrong else 0
+
+
+def _check_dropout(case: Case, device: str) -> None:
+    drops = case.training and case.network.arguments.get("drop_rate", 0) > 0
+    if drops and not case.bit_for_bit and device == "cuda" and case.dtype != "float64":
+        raise UserError(
+            "on a GPU, dropout draws other numbers in float64, which rounding is judged by: use --dtype float64"
+        )
 
 
 def _on_one(case: Case, device: str) -> list[Difference]:
@@ -83,10 +110,12 @@ def _counts(differences: Sequence[Difference]) -> str:
     return ", ".join(f"{counts[kind]} {kind}{'s' if counts[kind] > 1 else ''}" for kind in KINDS if counts[kind])
 
 
-def _describe(difference: Difference, num_devices: int) -> str:
-    of = "" if difference.name == difference.kind else f" {difference.name}"
-    where = f" on device {difference.rank}" if num_devices > 1 else ""
-    return (
-        f"{difference.kind}{of}{where}: off by {difference.largest:.3g}, "
-        f"where the largest value is {difference.scale:.3g}"
-    )
+def _describe(difference: Difference, case: Case, num_devices: int) -> str:
+    d = difference
+    of = "" if d.name == d.kind else f" {d.name}"
+    where = f" on device {d.rank}" if num_devices > 1 else ""
+    text = f"{d.kind}{of}{where}: off by {d.share(d.error):.3g} of its norm"
+    if case.bit_for_bit or case.dtype == "float64":
+        return text
+    times = f" ({d.error / d.ordinary_error:.2f} times)" if d.ordinary_error > 0 else ""
+    return f"{text}, the ordinary network by {d.share(d.ordinary_error):.3g}{times}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.networks import Network
 
 
@@ -17,19 +19,27 @@ class Contender:
     """A way to run a network.
 
     Attributes:
+        description: in a few words.
         build: makes the module that maps images to logits.
         memory_format: of its weights and images.
     """
 
+    description: str
     build: Callable[[Network], nn.Module]
     memory_format: torch.memory_format = torch.contiguous_format
 
 
 CONTENDERS = {
-    "ordinary": Contender(lambda network: network.build(efficient=False)),
-    "ordinary-channels-last": Contender(lambda network: network.build(efficient=False), torch.channels_last),
-    "recompute": Contender(lambda network: network.build(efficient="recompute")),
+    "ordinary": Contender("concatenates", Network.build),
+    "ordinary-channels-last": Contender("the same in channels_last memory", Network.build, torch.channels_last),
+    "recompute": Contender("efficient='recompute'", partial(Network.build, efficient="recompute")),
+    **{
+        keep: Contender(f"efficient=True, keep={keep!r}", partial(Network.build, efficient=True, keep=keep))
+        for keep in KEEP
+    },
 }
+ORDINARY = ("ordinary", "ordinary-channels-last")
+"""The two usual ways to run a DenseNet; the faster depends on the network and the machine."""
 
 
 def contender_list(text: str) -> list[str]:

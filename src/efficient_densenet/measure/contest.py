@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from efficient_densenet.measure import contender
+from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.processes import Job, Team
 
 Result = dict[str, Any]
@@ -46,7 +47,7 @@ def run(
 def summarize(results: Sequence[Result]) -> list[Result]:
     """One row for each result: times in milliseconds, ratios to the first contender on the same number of devices.
 
-    Ratios are ratios of medians.
+    Ratios are ratios of medians. `F+B to ordinary` is to the faster of the ordinary contenders, None without any.
     """
     rows: list[Result] = []
     for result in results:
@@ -65,6 +66,9 @@ def summarize(results: Sequence[Result]) -> list[Result]:
         row["F+B ratio"] = row["F+B"] / first["F+B"]
         row["memory ratio"] = row["step_bytes"] / first["step_bytes"]
         rows.append(row)
+    for row in rows:
+        ordinary = [r["F+B"] for r in rows if r["contender"] in ORDINARY and r["num_devices"] == row["num_devices"]]
+        row["F+B to ordinary"] = row["F+B"] / min(ordinary) if ordinary else None
     return rows
 
 

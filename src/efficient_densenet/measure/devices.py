@@ -73,6 +73,14 @@ class Place:
         """The part of a batch ``(N, ...)`` that belongs here, on this device."""
         return batch.tensor_split(self.size)[self.rank].to(self.device)
 
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """What every place of the group gives here, on this device; the tensors may differ in shape."""
+        if self.size == 1:
+            return [x]
+        found: list[Tensor | None] = [None] * self.size
+        dist.all_gather_object(found, x.cpu())
+        return [tensor.to(self.device) for tensor in found if tensor is not None]
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network as it is trained here: gradients are averaged over all devices."""
         if self.size == 1:

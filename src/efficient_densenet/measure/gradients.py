@@ -6,6 +6,7 @@ worker that compares on one of several devices.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.execution import Efficient
 from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.kinks import move_zeros_into_gaps
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import serve
 
 KINDS = ("output", "loss", "input gradient", "parameter gradient", "buffer")
+WHOLE = "whole gradient"
+
+FLOOR = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2.0**-3}
+"""Errors up to this share of a tensor's norm pass, however small the ordinary network's error happens to be.
+
+float64: the ordinary network is the reference itself; sums are in another order. float32: the ordinary network adds up
+in double precision on a CPU; correct single precision leaves errors up to some hundred eps where the terms of a gradient
+nearly cancel, as for the norm of an ImageNet stem; a mistake of one per cent is a hundred times this. bfloat16: an
+activation next to zero may fall on its other side, see `kinks`, and a small tensor's gradient hangs on a few of them.
+"""
+WHOLE_FLOOR = {"float64": 1e-10, "float32": 2.0**-18, "bfloat16": 2.0**-6}
+"""The same for all parameter gradients together, which leave less to luck: 32 eps in float32, two in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,9 @@ class Case:
     """What is compared, as plain data.
 
     Attributes:
-        network: the network; both forms get the same random weights.
+        network: the network; all forms get the same random weights.
         efficient: the way that is compared with the ordinary one.
+        keep: what it keeps, see `DenseNet`.
         training: training mode or evaluation mode; backward runs in both.
         dtype: of weights and images: ``"float32"``, ``"float64"`` or ``"bfloat16"``.
         batch_size: images over all devices.
@@ -40,75 +55,125 @@ class Case:
 
     network: Network
     efficient: Efficient
+    keep: str
     training: bool
     dtype: str
     batch_size: int
     seed: int
 
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether the way promises the same bits; else it promises errors like the ordinary network's."""
+        return self.efficient is not True
+
 
 class Difference(NamedTuple):
-    """How one tensor of the efficient network differs from the ordinary network's.
+    """How far one tensor is from the reference: the ordinary network's, or its in float64 where rounding is judged.
+
+    Sizes are Euclidean norms over all elements.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `WHOLE`.
         name: of the parameter or buffer; for the others the kind again.
-        largest: the largest absolute difference; NaN where one of the two is not finite, infinite where one is missing.
-        scale: the largest absolute value of the ordinary network's tensor.
-        identical: both are equal bit for bit, and finite.
+        size: of the reference.
+        error: of the efficient network; NaN where it is not finite, infinite where the tensor is missing.
+        ordinary_error: of the ordinary network in the same type; 0 where that is the reference.
+        identical: both networks' tensors are equal bit for bit, and finite.
         rank: the device it was seen on.
     """
 
     kind: str
     name: str
-    largest: float
-    scale: float
+    size: float
+    error: float
+    ordinary_error: float
     identical: bool
     rank: int = 0
 
-    @property
-    def relative(self) -> float:
-        """`largest` as a share of `scale`; infinite where it is no number."""
-        if math.isnan(self.largest):
+    def share(self, error: float) -> float:
+        """An error as a share of `size`; infinite where it is no number."""
+        if math.isnan(error):
             return math.inf
-        return self.largest / self.scale if self.scale > 0 else self.largest
+        return error / self.size if self.size > 0 else error
 
 
 def compare(case: Case, place: Place) -> list[Difference]:
     """All differences after one step from the same weights, on the share of the batch that belongs to `place`."""
     with _deterministic():
-        expected, actual = (_step(case, place, network) for network in _pair(case))
+        ordinary, efficient, reference = _networks(case, place)
+        expected, actual = _step(case, place, ordinary), _step(case, place, efficient)
+        exact = expected if reference is None else _step(case, place, reference)
     return [
-        _difference(kind, name, actual.get((kind, name)), expected.get((kind, name)), place.rank)
-        for kind, name in expected | actual
+        _difference(*key, actual.get(key), expected.get(key), exact.get(key), place.rank) for key in expected | actual
     ]
+
+
+def whole_gradient(differences: Sequence[Difference]) -> list[Difference]:
+    """For each device the difference of all parameter gradients together, as of one long vector."""
+    whole = []
+    for rank in sorted({d.rank for d in differences}):
+        parts = [d for d in differences if d.kind == "parameter gradient" and d.rank == rank]
+        size = math.hypot(*(d.size for d in parts))
+        error = math.hypot(*(d.error for d in parts))
+        ordinary_error = math.hypot(*(d.ordinary_error for d in parts))
+        whole.append(Difference(WHOLE, WHOLE, size, error, ordinary_error, all(d.identical for d in parts), rank))
+    return whole
 
 
 def not_identical(differences: Sequence[Difference]) -> list[Difference]:
     """The verdict on ways that promise the same bits: those that broke the promise, the worst first."""
-    return sorted((d for d in differences if not d.identical), key=lambda d: d.relative, reverse=True)
+    return sorted((d for d in differences if not d.identical), key=lambda d: d.share(d.error), reverse=True)
+
+
+def strain(difference: Difference, dtype: str) -> float:
+    """The error as a share of what is allowed: twice the ordinary network's error, plus `FLOOR`."""
+    floor = (WHOLE_FLOOR if difference.kind == WHOLE else FLOOR)[dtype]
+    allowed = 2 * difference.ordinary_error + floor * difference.size
+    if difference.error == 0:
+        return 0.0
+    # A reference that is not finite allows nothing.
+    return difference.error / allowed if math.isfinite(difference.error) and 0 < allowed < math.inf else math.inf
 
 
 _Results = dict[tuple[str, str], Tensor | None]
 
 
-def _pair(case: Case) -> list[nn.Module]:
+def _networks(case: Case, place: Place) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """The ordinary network, the efficient one, and where rounding is judged the ordinary one in float64."""
     torch.manual_seed(case.seed)
-    networks = [case.network.build(efficient) for efficient in (False, case.efficient)]
-    for module in networks[0].modules():
+    ordinary = case.network.build(efficient=False)
+    efficient = case.network.build(case.efficient, case.keep)
+    for module in ordinary.modules():
         if isinstance(module, _BatchNorm):  # a gain of 1 or a mean of 0 would hide a mistake
             for name, low in (("weight", 0.5), ("running_var", 0.5), ("bias", -0.5), ("running_mean", -0.5)):
                 nn.init.uniform_(getattr(module, name), low, low + 1)
-    networks[1].load_state_dict(networks[0].state_dict(), strict=True)
-    return [network.train(case.training) for network in networks]
+    dtype = getattr(torch, case.dtype)
+    for network in (ordinary, efficient):
+        network.to(place.device, dtype).train(case.training)
+    reference = None
+    if not case.bit_for_bit:
+        _seed_dropout(case, place)
+        move_zeros_into_gaps(ordinary, _batch(case, place)[0], place)
+        if dtype != torch.float64:
+            reference = copy.deepcopy(ordinary).double()
+    efficient.load_state_dict(ordinary.state_dict(), strict=True)
+    return ordinary, efficient, reference
+
+
+def _batch(case: Case, place: Place) -> tuple[Tensor, Tensor]:
+    images, labels = (place.share(x) for x in case.network.batch(case.batch_size, case.seed))
+    return images.to(getattr(torch, case.dtype)), labels
+
+
+def _seed_dropout(case: Case, place: Place) -> None:
+    torch.manual_seed(case.seed + place.rank)
 
 
 def _step(case: Case, place: Place, network: nn.Module) -> _Results:
-    dtype = getattr(torch, case.dtype)
-    network = network.to(place.device, dtype)
-    images, labels = (place.share(x) for x in case.network.batch(case.batch_size, case.seed))
-    images = images.to(dtype).requires_grad_()
+    images, labels = _batch(case, place)
+    images = images.to(next(network.parameters()).dtype, copy=True).requires_grad_()
     wrapped = place.wrap(network)
-    torch.manual_seed(case.seed + place.rank)  # dropout
+    _seed_dropout(case, place)
     output = wrapped(images)
     loss = F.cross_entropy(output, labels)
     loss.backward()
@@ -122,13 +187,16 @@ def _step(case: Case, place: Place, network: nn.Module) -> _Results:
     return results
 
 
-def _difference(kind: str, name: str, actual: Tensor | None, expected: Tensor | None, rank: int) -> Difference:
-    scale = 0.0 if expected is None else expected.abs().max().item()
-    if actual is None or expected is None:
-        return Difference(kind, name, math.inf, scale, False, rank)
-    largest = (actual.double() - expected.double()).abs().max().item()
+def _difference(
+    kind: str, name: str, actual: Tensor | None, expected: Tensor | None, exact: Tensor | None, rank: int
+) -> Difference:
+    if actual is None or expected is None or exact is None:
+        return Difference(kind, name, 0.0, math.inf, math.inf, False, rank)
     identical = torch.equal(actual, expected) and bool(expected.isfinite().all())
-    return Difference(kind, name, largest, scale, identical, rank)
+    size, error, ordinary_error = (
+        x.double().norm().item() for x in (exact, actual.double() - exact.double(), expected.double() - exact.double())
+    )
+    return Difference(kind, name, size, error, ordinary_error, identical, rank)
 
 
 @contextmanager

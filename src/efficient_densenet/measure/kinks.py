@@ -23,7 +23,8 @@ _CANDIDATES = 16  # values of a channel between which zero may come to lie
 def move_zeros_into_gaps(network: nn.Module, images: Tensor, place: Place) -> None:
     """Shift the biases of all norms a little, so that zero lies in the middle of a wide gap of each channel's values.
 
-    For float32 the distances are then thousands of times the rounding error. Running averages stay as they are.
+    For float32 the distances are then thousands of times the rounding error; nothing comparable is possible in half
+    precision. Running averages stay as they are.
 
     Args:
         network: in the mode, and with the random state, in which it will run.
@@ -46,14 +47,18 @@ def move_zeros_into_gaps(network: nn.Module, images: Tensor, place: Place) -> No
 
 def _to_widest_gap(values: Tensor, place: Place) -> Tensor:
     """What to add to ``values: (C, M)`` of each channel."""
-    near = torch.cat(place.gather(_nearest_to_zero(values)), dim=1)
-    near = _nearest_to_zero(near).sort(dim=1).values
+    near = _nearest_to_zero(torch.cat(place.gather(_nearest_to_zero(values)), dim=1)).sort(dim=1).values
     if near.shape[1] < 2:
         return torch.zeros_like(values[:, 0])
-    widest = near.diff(dim=1).argmax(dim=1, keepdim=True)
-    return -(near.gather(1, widest) + near.gather(1, widest + 1)).squeeze(1) / 2
+    gaps = near.diff(dim=1).nan_to_num(nan=0, posinf=0)
+    width, lower = gaps.max(dim=1, keepdim=True)
+    middle = near.gather(1, lower) + width / 2
+    return -torch.where(width > 0, middle, 0).squeeze(1)
 
 
 def _nearest_to_zero(values: Tensor) -> Tensor:
+    """The distinct values nearest to zero; dropout makes many equal ones. Infinite where there are not enough."""
+    values = values.sort(dim=1).values
+    values[:, 1:].masked_fill_(values.diff(dim=1) == 0, torch.inf)
     indices = values.abs().topk(min(_CANDIDATES, values.shape[1]), dim=1, largest=False).indices
     return values.gather(1, indices)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.files import replacing
 from efficient_densenet.measure.memory import format_bytes
 
 
 def times_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `contest.summarize`'s rows."""
     header = ["devices", "contender", "F ms", "± std", "median", "B ms", "± std", "median", "R=B/F", "F+B ratio",
-              "step memory", "per image", "ratio", "process"]  # fmt: skip
+              "to ordinary", "step memory", "per image", "ratio", "process"]  # fmt: skip
     return _table(
         header,
         [
@@ -26,6 +26,7 @@ def times_table(rows: Sequence[dict[str, Any]]) -> str:
                 *(f"{row[part][key]:.2f}" for part in ("F", "B") for key in ("mean", "std", "median")),
                 f"{row['B/F']:.2f}",
                 f"{row['F+B ratio']:.3f}",
+                "–" if row["F+B to ordinary"] is None else f"{row['F+B to ordinary']:.3f}",
                 format_bytes(row["step_bytes"]),
                 format_bytes(row["step_bytes_per_image"]),
                 f"{row['memory ratio']:.3f}",
@@ -69,10 +70,8 @@ def check_output(file: Path) -> None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write `content` to `file`, all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
-        beside = Path(folder) / file.name
+    with replacing(file) as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(beside, file)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

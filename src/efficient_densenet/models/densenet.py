@@ -39,6 +39,9 @@ class _Features(nn.Sequential):
             module = modules.pop(0)
             if modules and _can_join(module, modules[0]):
                 x = module(x, modules.pop(0))
+            elif isinstance(module, nn.BatchNorm2d) and wants_buffer(x, self.efficient) and x.device.type == "cpu":
+                # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.
+                x = module(x.contiguous())
             else:
                 x = module(x)
         return x

@@ -11,7 +11,7 @@ memory, so they are used for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ _aten = torch.ops.aten
 # Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
 _SCRATCH = {"cpu": 4 << 20}
 _SCRATCH_ELSEWHERE = 64 << 20
+# Values: two such rows of sums fit into the first-level cache beside what is added to them.
+_WIDEST_ROW = 4096
 
 
 def norm_relu_conv(
@@ -66,7 +68,7 @@ def norm_relu_conv_backward(
         if grad_weight is not None:
             grad_weight += gw
         sums.add(_last(_rectify_backward(g, s)).contiguous(), piece, scale, grad_x[images], accumulate, scratch)
-    return None if grad_weight is None else grad_weight.to(weight.dtype), sums.g, sums.g_centred
+    return None if grad_weight is None else grad_weight.to(weight.dtype), *sums.result()
 
 
 def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -84,7 +86,7 @@ def norm_relu_max_pool_backward(
         _, indices = _aten.max_pool2d_with_indices(s, *window)
         g = _aten.max_pool2d_with_indices_backward(_first(grad_out[images]), s, *window, indices)
         sums.add(_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
-    return sums.g, sums.g_centred
+    return sums.result()
 
 
 def statistics(x: Tensor) -> Statistics:
@@ -111,19 +113,24 @@ class _Moments:
     def add(self, piece: Tensor) -> None:
         """Take in a contiguous ``(n, *spatial, C)``."""
         channels = piece.shape[-1]
-        rows = _wide_rows(piece.to(statistics_dtype(piece.dtype)))
+        piece = piece.to(statistics_dtype(piece.dtype))
+        # Beside any pixel of its own, a channel's values are no larger than its deviations: the mean is not rounded.
+        some = piece.flatten(0, -2)[0].clone()
+        rows = _wide_rows(piece - some)
         if piece.device.type in ("cpu", "cuda"):
             mean, variance = torch.batch_norm_update_stats(rows, None, None, 0.0)
         else:
             variance, mean = torch.var_mean(rows, 0, correction=0)
         self.counts += [len(rows)] * (rows.shape[1] // channels)
-        self.means.append(mean.view(-1, channels))
-        self.variances.append(variance.view(-1, channels))
+        self.means.append(mean.view(-1, channels).to(_double(piece)) + some)
+        self.variances.append(variance.view(-1, channels).to(_double(piece)))
+        self.dtype = piece.dtype
 
     def merged(self) -> Statistics:
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
-        return merge(means, torch.cat(self.variances), counts)
+        mean, variance = merge(means, torch.cat(self.variances), counts)
+        return mean.to(self.dtype), variance.to(self.dtype)
 
 
 class _Sums:
@@ -131,7 +138,11 @@ class _Sums:
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
-        self.g, self.g_centred = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.total = mean.new_zeros((2, len(mean)), dtype=_double(mean))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        g, g_centred = self.total.to(self.mean.dtype)
+        return g, g_centred
 
     def add(self, g: Tensor, x: Tensor, scale: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
         """Take in ``g: (n, *spatial, C)``, contiguous; `scratch` is overwritten."""
@@ -142,8 +153,7 @@ class _Sums:
         _, g_centred, g_sum = _aten.native_batch_norm_backward(
             g_rows, x_rows, None, mean, torch.ones_like(mean), None, None, False, 0.0, [False, True, True]
         )
-        self.g += g_sum.view(-1, channels).sum(0)
-        self.g_centred += g_centred.view(-1, channels).sum(0)
+        self.total += torch.stack([g_sum, g_centred]).view(2, -1, channels).sum(1, dtype=self.total.dtype)
         if accumulate:
             grad_x.addcmul_(g, scale)
         else:
@@ -151,24 +161,34 @@ class _Sums:
 
 
 def _wide_rows(x: Tensor) -> Tensor:
-    """A contiguous ``(n, *spatial, C)`` as a matrix whose rows hold r pixels and r·C values, r·C a multiple of 16.
+    """A contiguous ``(n, *spatial, C)`` as a matrix whose rows hold r pixels, r·C values.
 
-    The column sums of the batch-norm kernels lose most of their speed in a remainder that does not fill a vector.
+    The column sums of the batch-norm kernels add up rows one by one, in single precision, and lose most of their
+    speed in a remainder of a row that does not fill a vector. Wide rows make r sums of fewer terms, which are then added up in
+    double precision, and whole vectors.
     """
     channels = x.shape[-1]
-    pixels = 16 // gcd(channels, 16)
-    return x.view(-1, channels * (pixels if (x.numel() // channels) % pixels == 0 else 1))
+    pixels = x.numel() // channels
+    r = 1
+    while pixels % (2 * r) == 0 and 2 * r * channels <= _WIDEST_ROW:
+        r *= 2
+    return x.view(-1, channels * r)
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Runs of images, each with a contiguous scratch tensor of its shape."""
     bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
     step = max(1, _SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
-    step = min(step, x.shape[0])
+    step = min(step, max(1, x.shape[0]))
     scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
     for start in range(0, x.shape[0], step):
         stop = min(start + step, x.shape[0])
         yield slice(start, stop), scratch[: stop - start]
+
+
+def _double(x: Tensor) -> torch.dtype:
+    """The type in which partial sums are added up: double precision, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _prologue(x: Tensor, scale: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
@@ -192,6 +212,8 @@ def _geometry(weight: Tensor) -> tuple:
 
 
 def _average_pool(s: Tensor, pool: int) -> Tensor:
+    if s.dim() == 5 and s.device.type == "cpu":  # where it does not exist in half precision
+        return F.avg_pool3d(s.to(statistics_dtype(s.dtype)), pool).to(s.dtype)
     return AVERAGE_POOL[s.dim() - 2](s, pool)
 
 

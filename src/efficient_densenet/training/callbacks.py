@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from efficient_densenet.training import plots
-from efficient_densenet.training.files import replacing
+from efficient_densenet.files import replacing
 
 
 class EpochSeed(Callback):

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.training.files import replacing
+from efficient_densenet.files import replacing
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -17,7 +17,7 @@ from efficient_densenet.errors import UserError, require
 for _package in ("lightning", "torchvision"):
     require(_package, "train")
 
-from efficient_densenet.training.files import replacing
+from efficient_densenet.files import replacing
 from efficient_densenet.training.trained import add_checkpoint_argument, load_trained
 
 _DYNAMIC = "dynamic"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from efficient_densenet.training.files import replacing
+from efficient_densenet.files import replacing
 
 _MAX_COUNTED_CLASSES = 20  # above, numbers in the cells and names on the axes would not be legible
 

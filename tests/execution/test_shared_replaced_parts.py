@@ -1,0 +1,211 @@
+"""Whatever a user changes inside a network takes effect on the shared buffer as it does in the ordinary network."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import pytest
+import torch
+from comparison import assert_close, training_step
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+from twins import BOTTLENECK, IMAGENET, PLAIN, images, pair
+
+from efficient_densenet.models import DenseBlock, DenseLayer, Transition
+
+LAYER_BY_LAYER = "does not run on the shared buffer but layer by layer"
+
+
+class OtherLayer(nn.Module):
+    """Makes `growth_rate` channels of the features, and is no dense layer."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(conv.in_channels, 5, 1)
+
+    def forward(self, features):
+        return self.conv(torch.cat(features, 1)).tanh()
+
+
+class ScaledLayer(DenseLayer):
+    def forward(self, features):
+        return super().forward(features) * 3
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), padding=self.padding)
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ScaledTransition(Transition):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ScaledBlock(DenseBlock):
+    def forward(self, x):  # knows of no transition
+        return super().forward(x) * 2
+
+
+def layer(network):
+    return network.features.denseblock1.denselayer2
+
+
+def another_class_of_layer(network):
+    network.features.denseblock1["denselayer2"] = OtherLayer(layer(network).conv1).double()
+
+
+def a_layer_with_its_own_forward(network):
+    layer(network).__class__ = ScaledLayer
+
+
+def a_layer_whose_forward_is_patched(network):
+    one = layer(network)
+    one.forward = types.MethodType(lambda self, features: DenseLayer.forward(self, features) * 2, one)
+
+
+def a_convolution_with_its_own_forward(network):
+    layer(network).conv1.__class__ = StandardisedConv
+
+
+def a_norm_with_its_own_forward(network):
+    layer(network).norm1.__class__ = ScaledNorm
+
+
+def a_convolution_with_a_bias(network):
+    old = layer(network).conv1
+    layer(network).conv1 = nn.Conv2d(old.in_channels, old.out_channels, 1).double()
+
+
+def layers_of_two_forms(network):
+    network.features.denseblock1["denselayer2"] = DenseLayer(11, 5, None, efficient=network.efficient).double()
+
+
+def another_dropout_in_one_layer(network):
+    layer(network).drop_rate = 0.5
+
+
+def a_backward_hook(network):
+    layer(network).conv1.register_full_backward_hook(lambda _module, grads, _out: (grads[0] * 2,))
+
+
+def pruned(network):
+    prune.l1_unstructured(layer(network).conv1, "weight", 0.5)
+
+
+def max_pool_in_the_transition(network):
+    network.features.transition1.pool = nn.MaxPool2d(2)
+
+
+@pytest.mark.parametrize("keep", ["bottleneck", "inputs"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        another_class_of_layer,
+        a_layer_with_its_own_forward,
+        a_layer_whose_forward_is_patched,
+        a_convolution_with_its_own_forward,
+        a_norm_with_its_own_forward,
+        a_convolution_with_a_bias,
+        layers_of_two_forms,
+        another_dropout_in_one_layer,
+        a_backward_hook,
+        pruned,
+        max_pool_in_the_transition,
+    ],
+)
+def test_replaced_parts_take_effect_with_one_warning(change, keep):
+    ordinary, efficient = pair(BOTTLENECK, keep, change=change)
+    results = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for network in (efficient, ordinary):
+            torch.manual_seed(2)  # dropout
+            results.append(training_step(network, images()))
+    assert_close(*results)
+    assert [LAYER_BY_LAYER in str(warning.message) for warning in caught] == [True]
+
+
+def a_transition_with_its_own_forward(network):
+    network.features.transition1.__class__ = ScaledTransition
+
+
+def a_block_with_its_own_forward(network):
+    network.features.denseblock1.__class__ = ScaledBlock
+
+
+def another_module_between(network):
+    children = list(network.features.named_children())
+    for name, _ in children[2:]:
+        delattr(network.features, name)
+    network.features.add_module("between", nn.Softplus())
+    for name, module in children[2:]:
+        network.features.add_module(name, module)
+
+
+def weights_of_a_norm(network):
+    parametrizations.weight_norm(layer(network).conv1)
+    parametrizations.spectral_norm(layer(network).conv2)
+
+
+@pytest.mark.parametrize("keep", ["bottleneck", "inputs"])
+@pytest.mark.parametrize(
+    "change",
+    [a_transition_with_its_own_forward, a_block_with_its_own_forward, another_module_between, weights_of_a_norm],
+)
+@pytest.mark.filterwarnings("error")
+def test_changes_around_a_block_and_parametrizations_need_no_warning(change, keep):
+    """The blocks stay on their buffers; spectral normalisation moves its vectors once per step."""
+    ordinary, efficient = pair(BOTTLENECK, keep, change=change)
+    for _ in range(2):
+        assert_close(training_step(efficient, images()), training_step(ordinary, images()))
+
+
+def other_stem_pool(network):
+    network.features.pool0 = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+
+def other_stem_activation(network):
+    network.features.relu0 = nn.SiLU()
+
+
+def indices_of_the_stem_pool(network):
+    network.features.pool0.register_forward_hook(lambda _module, _inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [other_stem_pool, other_stem_activation, indices_of_the_stem_pool])
+@pytest.mark.parametrize("size", [(19, 22), (24, 21)], ids=str)
+def test_replaced_parts_of_the_stem_take_effect(change, size):
+    ordinary, efficient = pair(IMAGENET, change=change)
+    with pytest.warns(UserWarning, match="the stem keeps more than it needs"):
+        actual = training_step(efficient, images(3, *size))
+    assert_close(actual, training_step(ordinary, images(3, *size)))
+
+
+@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1", "features"])
+@pytest.mark.parametrize("arguments", [PLAIN, IMAGENET], ids=["plain", "imagenet stem"])
+@pytest.mark.filterwarnings("error")
+def test_hooks_of_every_kind_on_whole_parts_see_what_they_should(where, arguments):
+    results = []
+    for network in pair(arguments):
+        seen = {}
+
+        def note(name, tensors, seen=seen):
+            assert name not in seen
+            seen[name] = tensors[0].detach().clone()
+
+        part = network.get_submodule(where)
+        part.register_forward_pre_hook(lambda _m, inputs, note=note: note("input", inputs))
+        part.register_forward_hook(lambda _m, _i, output, note=note: note("output", [output]))
+        part.register_full_backward_pre_hook(lambda _m, grads, note=note: note("gradient of output", grads))
+        part.register_full_backward_hook(lambda _m, grads, _o, note=note: note("gradient of input", grads))
+        results.append(training_step(network, images()) | {f"seen {name}": t for name, t in seen.items()})
+    assert len([name for name in results[0] if name.startswith("seen")]) == 4
+    assert_close(results[1], results[0])

@@ -1,0 +1,49 @@
+"""An ordinary network and an efficient one with the same weights: what most tests of execution begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from efficient_densenet import DenseNet
+from efficient_densenet.execution import Efficient
+
+PLAIN = {"num_init_features": 6, "growth_rate": 5, "block_config": (3, 2), "num_classes": 7}
+BOTTLENECK = PLAIN | {"bn_size": 2, "compression": 0.5}
+IMAGENET = BOTTLENECK | {"input_size": 64}
+NETWORKS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
+
+
+def pair(
+    arguments: dict,
+    keep: str = "bottleneck",
+    training: bool = True,
+    change: Callable[[nn.Module], object] = lambda network: None,
+    dtype: torch.dtype = torch.float64,
+    efficient: Efficient = True,
+) -> tuple[DenseNet, DenseNet]:
+    """An ordinary and an efficient network with the same weights and mode, both passed through `change`."""
+    torch.manual_seed(0)
+    ordinary = DenseNet(**arguments)
+    for norm in norms(ordinary):  # nothing trivial: no gain of one, no mean of zero
+        for tensor in (norm.weight, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        for tensor in (norm.bias, norm.running_mean):
+            nn.init.uniform_(tensor, -0.5, 0.5)
+    twin = DenseNet(**arguments, efficient=efficient, keep=keep)
+    twin.load_state_dict(ordinary.state_dict(), strict=True)
+    for network in (ordinary, twin):
+        torch.manual_seed(1)
+        change(network.train(training).to(dtype))
+    return ordinary, twin
+
+
+def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def images(n: int = 3, height: int = 19, width: int = 22, dtype: torch.dtype = torch.float64) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(n, 3, height, width, dtype=dtype)
