@@ -1,8 +1,8 @@
 """Run one training step and compare everything it produced: the one way in which tests compare networks.
 
-Tolerances, relative to the largest absolute value of each tensor, and why. A gradient that almost vanishes because large
-terms cancel (the gain of a norm in front of another norm: the next one undoes any scale) is rounding error, in the
-ordinary network too; it is held against a thousandth of the largest gradient of the network instead.
+Tolerances, relative to the largest absolute value of each tensor, and why. A gradient that almost vanishes because
+large terms cancel (the gain of a norm in front of another norm: the next one undoes any scale) is rounding error, in
+the ordinary network too; it is held against a thousandth of the largest gradient of the network instead.
 
 | what is compared                 | tolerance | reason                                               |
 |----------------------------------|-----------|------------------------------------------------------|

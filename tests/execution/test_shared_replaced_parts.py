@@ -176,11 +176,11 @@ def other_stem_activation(network):
     network.features.relu0 = nn.SiLU()
 
 
-def indices_of_the_stem_pool(network):
+def a_hook_on_the_stem_pool(network):
     network.features.pool0.register_forward_hook(lambda _module, _inputs, output: output * 2)
 
 
-@pytest.mark.parametrize("change", [other_stem_pool, other_stem_activation, indices_of_the_stem_pool])
+@pytest.mark.parametrize("change", [other_stem_pool, other_stem_activation, a_hook_on_the_stem_pool])
 @pytest.mark.parametrize("size", [(19, 22), (24, 21)], ids=str)
 def test_replaced_parts_of_the_stem_take_effect(change, size):
     ordinary, efficient = pair(IMAGENET, change=change)
@@ -189,7 +189,7 @@ def test_replaced_parts_of_the_stem_take_effect(change, size):
     assert_close(actual, training_step(ordinary, images(3, *size)))
 
 
-@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1", "features"])
+@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1"])
 @pytest.mark.parametrize("arguments", [PLAIN, IMAGENET], ids=["plain", "imagenet stem"])
 @pytest.mark.filterwarnings("error")
 def test_hooks_of_every_kind_on_whole_parts_see_what_they_should(where, arguments):

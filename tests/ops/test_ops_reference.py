@@ -75,7 +75,7 @@ def test_norm_relu_max_pool_is_pytorchs(size):
 @pytest.mark.parametrize("parts", [[24], [1, 5, 18], [7, 0, 17]], ids=str)
 def test_merged_statistics_are_those_of_the_whole(parts):
     x, *_ = Operands.random((24, (1, 1), 5))
-    pieces = [p for p in x.split(parts)]
+    pieces = list(x.split(parts))
     found = [reference.statistics(p) if len(p) else (torch.zeros(5).double(),) * 2 for p in pieces]
     means, variances = (torch.stack(some) for some in zip(*found, strict=True))
     close(reference.merge(means, variances, torch.tensor(parts).double()), reference.statistics(x))

@@ -100,7 +100,7 @@ def one_line_of_error(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trainer.max_epoch", "3"], "max_epoch"),
+        (["--trainer.epochs", "3"], "trainer.epochs"),
         (["--model.network.init_args.compression", "1.5"], "compression must be a number above 0"),
         (["--model.network.init_args.block_config", "[]"], "block_config needs at least one block"),
         (["--model.network.init_args.block_config", "[1,1,1,1,1,1]"], "too small for this network"),
@@ -108,7 +108,7 @@ def one_line_of_error(capsys):
         (["--data", "ImageFolder", "--data.root", "nowhere"], "there is no folder nowhere"),
         (["--data", "CIFAR10", "--data.root", "nowhere"], "nowhere"),
         (["--ckpt_path", "nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
-        (["--trainer.accelerator", "gpu", "--trainer.devices", "7,"], "7"),
+        (["--trainer.accelerator", "gpu", "--trainer.devices", "7,"], "gpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

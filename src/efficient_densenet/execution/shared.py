@@ -151,7 +151,8 @@ def stem_obstacle(norm: Any, relu: Any, pool: Any) -> str | None:
     """As `obstacle`, for the stem's norm, relu and max pool."""
     if has_hooks([norm, relu, pool]):
         return "there are hooks on its modules, which must take effect"
-    if not runs(pool, nn.MaxPool2d) or (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1):
+    window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation) if runs(pool, nn.MaxPool2d) else None
+    if window != (3, 2, 1, 1) or pool.ceil_mode or pool.return_indices:
         return f"{pool} is not the max pool of a DenseNet's stem"
     return _pair_obstacle(norm, relu) or _norms_obstacle([norm])
 
@@ -199,7 +200,7 @@ def _uses_batch(norm: Any) -> bool:
 
 def _check_values_per_channel(x: Tensor, group: torch.distributed.ProcessGroup | None) -> None:
     if group is None and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def _autocast(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -23,9 +23,9 @@ def all_statistics(local: Statistics, count: int, group: str) -> tuple[Tensor, T
         return mean, variance, counts
     own = torch.cat([mean, variance, counts.view(1)])
     process_group = _resolve(group)
-    everyone = torch.empty((process_group.size(), len(own)), dtype=own.dtype, device=own.device)
+    everyone = own.new_empty(process_group.size() * len(own))
     dist.all_gather_into_tensor(everyone, own, process_group)
-    means, variances, parts = everyone.split([len(mean), len(mean), 1], 1)
+    means, variances, parts = everyone.view(-1, len(own)).split([len(mean), len(mean), 1], 1)
     return *merge(means, variances, parts.squeeze(1)), parts.sum()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -117,5 +118,8 @@ def _describe(difference: Difference, case: Case, num_devices: int) -> str:
     text = f"{d.kind}{of}{where}: off by {d.share(d.error):.3g} of its norm"
     if case.bit_for_bit or case.dtype == "float64":
         return text
-    times = f" ({d.error / d.ordinary_error:.2f} times)" if d.ordinary_error > 0 else ""
-    return f"{text}, the ordinary network by {d.share(d.ordinary_error):.3g}{times}"
+    times = d.error / d.ordinary_error if d.ordinary_error else math.inf
+    return (
+        f"{text}, the ordinary network by {d.share(d.ordinary_error):.3g}"
+        f"{f' ({times:.2f} times)' if math.isfinite(times) else ''}"
+    )

@@ -27,13 +27,13 @@ from efficient_densenet.measure.processes import serve
 KINDS = ("output", "loss", "input gradient", "parameter gradient", "buffer")
 WHOLE = "whole gradient"
 
-FLOOR = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2.0**-3}
+FLOOR = {"float64": 1e-10, "float32": 2.0**-15, "bfloat16": 2.0**-2}
 """Errors up to this share of a tensor's norm pass, however small the ordinary network's error happens to be.
 
-float64: the ordinary network is the reference itself; sums are in another order. float32: the ordinary network adds up
-in double precision on a CPU; correct single precision leaves errors up to some hundred eps where the terms of a gradient
-nearly cancel, as for the norm of an ImageNet stem; a mistake of one per cent is a hundred times this. bfloat16: an
-activation next to zero may fall on its other side, see `kinks`, and a small tensor's gradient hangs on a few of them.
+float64: the ordinary network is the reference itself; its sums are in another order. float32: 256 eps, about the most
+by which rounding is off where the terms of a small tensor's gradient nearly cancel; a mistake of one per cent is three
+hundred times this. bfloat16: an activation next to zero may fall on its other side, see `kinks`, and the gradient of a
+small tensor hangs on a few of them; mistakes show in `WHOLE_FLOOR`.
 """
 WHOLE_FLOOR = {"float64": 1e-10, "float32": 2.0**-18, "bfloat16": 2.0**-6}
 """The same for all parameter gradients together, which leave less to luck: 32 eps in float32, two in bfloat16."""

@@ -181,7 +181,8 @@ class DenseNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
-        self._check_input(x)
+        if isinstance(x, Tensor):  # not a proxy of torch.fx, of which nothing is known yet
+            self._check_input(x)
         return F.relu(self.features(x), inplace=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

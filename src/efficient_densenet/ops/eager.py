@@ -164,8 +164,8 @@ def _wide_rows(x: Tensor) -> Tensor:
     """A contiguous ``(n, *spatial, C)`` as a matrix whose rows hold r pixels, r·C values.
 
     The column sums of the batch-norm kernels add up rows one by one, in single precision, and lose most of their
-    speed in a remainder of a row that does not fill a vector. Wide rows make r sums of fewer terms, which are then added up in
-    double precision, and whole vectors.
+    speed in a remainder of a row that does not fill a vector. Wide rows make r sums of fewer terms, which are then
+    added up in double precision, and whole vectors.
     """
     channels = x.shape[-1]
     pixels = x.numel() // channels

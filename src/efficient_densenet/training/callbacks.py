@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from efficient_densenet.training import plots
 from efficient_densenet.files import replacing
+from efficient_densenet.training import plots
 
 
 class EpochSeed(Callback):

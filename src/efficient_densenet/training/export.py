@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{output} was not written: {error}")
         return 1
     print(
-        f"{output}: {arguments.batch_size} × {' × '.join(map(str, shape))} images to {len(trained.class_names)} classes; "
+        f"{output}: {arguments.batch_size} × {' × '.join(map(str, shape))} images to {len(trained.class_names)} "
+        "classes; "
         f"largest difference from the network {difference:.1e} of the largest output"
     )
     return 0

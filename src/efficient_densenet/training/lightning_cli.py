@@ -23,8 +23,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# networks: imported so that its classes can be named in a configuration.
-from efficient_densenet.training import networks, runs
+from efficient_densenet.training import runs
 from efficient_densenet.training.callbacks import EpochSeed, EpochTable, Figures
 from efficient_densenet.training.checkpointing import SafeCheckpointIO
 from efficient_densenet.training.data import ImageDataModule
@@ -34,6 +33,7 @@ _LOGGED_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "See
 _WARNED_NOISE = (
     r"The number of training batches .* is smaller than the logging interval",  # metrics.csv has every epoch
     r"Checkpoint directory .* exists and is not empty",  # that is what resuming means
+    r"Be aware that when using `ckpt_path`, callbacks",  # evaluation has no checkpoints to write
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's affair
     r"The '\w+' does not have many workers",  # a folder of small images needs none
 )
@@ -50,6 +50,11 @@ def main(command: str, options: list[str]) -> int:
         _CLI(command, options)
     except (ArgumentError, MisconfigurationException) as error:
         raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        # jsonargparse wraps what a constructor raises in a report on every type that it tried.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
     return 0
 
 
@@ -67,6 +72,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 class _CLI(LightningCLI):
     def __init__(self, command: str, options: list[str]) -> None:
+        parsing = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             Classifier,
             ImageDataModule,
@@ -75,7 +81,7 @@ class _CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             trainer_defaults={"default_root_dir": "runs"},
             seed_everything_default=42,
-            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+            parser_kwargs=parsing | {name: dict(parsing) for name in self.subcommands()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=[command, *options],

@@ -1,4 +1,4 @@
-"""What is trained, and how one step of it goes: a network, its loss, its optimiser and schedule, and what is measured."""
+"""What is trained and how one step of it goes: network, loss, optimiser and schedule, and what is measured."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Classifier(LightningModule):
     not percentages); and the learning rate ``lr``. The loss of training is the one with `label_smoothing`.
 
     Args:
-        network: makes the network, images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``. It is called with the
-            ``in_channels`` and ``num_classes`` of the data, which are known once the data are prepared.
+        network: makes the network, images ``(N, in_channels, H, W)`` → logits ``(N, num_classes)``. It is called with
+            the ``in_channels`` and ``num_classes`` of the data, which are known once the data are prepared.
         optimizer: makes the optimiser from the parameters; weight decay is its affair.
         scheduler: makes the learning-rate schedule from the optimiser, for example
             ``torch.optim.lr_scheduler.MultiStepLR``.

@@ -1,0 +1,131 @@
+"""The shared buffer as PyTorch's compilers, exporters and transformations see it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from comparison import assert_close, training_step
+from torch._dynamo.testing import CompileCounterWithBackend
+from twins import BOTTLENECK, IMAGENET, images, pair
+
+from efficient_densenet import DenseNet
+from efficient_densenet.execution import KEEP, library
+
+EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+
+
+def tensor(*shape):
+    return torch.rand(shape, dtype=torch.float64) + 0.5
+
+
+def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True):
+    """Two layers on four channels that make three each, and perhaps a transition; the second norm is frozen."""
+    torch.manual_seed(0)
+    shapes = []
+    for width in (4, 7):
+        shapes += [(3, width, 3, 3)] if per_layer == 1 else [(6, width, 1, 1), (3, 6, 3, 3)]
+    if pool:
+        shapes.append((5, 10, 1, 1))
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    gains, biases = ([tensor(w.shape[1]) for w in weights] for _ in range(2))
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    for leaf in (x, *gains, *biases, *weights):
+        leaf.requires_grad_(requires_grad)
+    uses_batch = [i != 1 for i in range(len(weights))]
+    constants = [tensor(weights[1].shape[1]) for _ in range(2)]
+    masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
+    return x, gains, biases, constants, uses_batch, [1e-5] * len(gains), weights, masks, 2.0, per_layer, pool, keep, ""
+
+
+@pytest.mark.parametrize(
+    ("per_layer", "pool", "keep", "masked"),
+    [(1, 0, "features", True), (2, 2, "bottleneck", False), (2, 2, "features", False), (2, 2, "inputs", True)],
+)
+def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked):
+    arguments = stage_arguments(per_layer, pool, keep, masked)
+    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK)
+
+
+@pytest.mark.parametrize("per_layer", [1, 2])
+@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize("keep", KEEP)
+def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
+    """Shapes, types and memory layouts of all that the operators return."""
+    arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
+    packed = library.stage_forward(*arguments)
+    x = arguments[0] if pool and keep == "inputs" else None
+    backward = (torch.randn_like(packed[0]), x, packed, [i != 0 for i in range(len(arguments[6]))], *arguments[1:])
+    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
+    torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_stems_operators_are_proper(frozen):
+    x, gain, bias = torch.randn(2, 4, 7, 6, dtype=torch.float64), tensor(4), tensor(4)
+    constants = [tensor(4), tensor(4)] if frozen else []
+    output, *statistics = library.norm_relu_max_pool_forward(x, gain, bias, constants, 1e-5, "")
+    backward = (torch.randn_like(output), x, gain, bias, constants, statistics, 1e-5, "")
+    torch.library.opcheck(library.norm_relu_max_pool_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    for leaf in (x, gain, bias):
+        leaf.requires_grad_()
+    forward = (x, gain, bias, constants, 1e-5, "")
+    torch.library.opcheck(library.norm_relu_max_pool_forward, forward, test_utils=EVERY_CHECK)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_one_graph_with_one_operator_for_each_block_whatever_the_size(training):
+    """Compiled once for static and once for dynamic sizes; more layers do not make a longer graph."""
+    ordinary, efficient = pair(IMAGENET | {"block_config": (4, 3)}, training=training)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(efficient, backend=counter, fullgraph=True)
+    for shape in ((3, 19, 22), (3, 19, 22), (4, 24, 29), (5, 33, 30), (2, 40, 41)):
+        actual = {k.replace("_orig_mod.", ""): v for k, v in training_step(compiled, images(*shape)).items()}
+        assert_close(actual, training_step(ordinary, images(*shape)))
+    assert counter.frame_count == 2
+    calls = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert len([call for call in calls if "stage_forward" in call]) == 2
+    assert len([call for call in calls if "norm_relu_max_pool_forward" in call]) == 1
+
+
+def test_compiled_dropout_draws_new_masks():
+    _, network = pair(BOTTLENECK | {"drop_rate": 0.5})
+    compiled, x = torch.compile(network, backend="aot_eager", fullgraph=True), images()
+    first, second = (training_step(compiled, x)["output"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("arguments", [BOTTLENECK, IMAGENET], ids=["bottleneck", "imagenet stem"])
+def test_onnx(arguments):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    ordinary, efficient = pair(arguments, training=False, dtype=torch.float32)
+    x, file = images(dtype=torch.float32), io.BytesIO()
+    torch.onnx.export(efficient, (x,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close({"output": torch.from_numpy(actual)}, {"output": ordinary(x).detach()})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_torch_fx(training):
+    ordinary, efficient = pair(IMAGENET, training=training)
+    traced = torch.fx.symbolic_trace(efficient)
+    assert_close(training_step(traced, images()), training_step(ordinary, images()))
+
+
+def test_state_dicts_fit_every_form():
+    forms = [False, "recompute", True]
+    for source in forms:
+        state = DenseNet(**IMAGENET, efficient=source).state_dict()
+        for target in forms:
+            for keep in KEEP:
+                network = DenseNet(**IMAGENET, efficient=target, keep=keep)
+                network.load_state_dict(state, strict=True)
+                assert list(network.state_dict()) == list(state)
