@@ -1,4 +1,4 @@
-"""What two processes on one CPU compute together, for the tests of distributed training: they run once for all tests."""
+"""What two processes on one CPU compute together, for the tests of distributed training, all in one go."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def run(folder: Path) -> list[dict[str, dict]]:
 
 def without_final_norm(network: nn.Module) -> nn.Module:
     """Stem, blocks and transitions. SyncBatchNorm itself refuses to run on a CPU, and here nothing else calls it."""
-    del network.features[-1]
+    *_, final_norm = dict(network.features.named_children())
+    delattr(network.features, final_norm)
     return network.features
 
 
@@ -53,7 +54,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def _data_parallel(rank: int, name: str) -> dict[str, Tensor]:
-    """Two steps, for DistributedDataParallel also sends the buffers of the first process around."""
+    """Two steps, for before the second DistributedDataParallel sends the buffers of the first process around."""
     ordinary, efficient = pair(IMAGENET, "bottleneck" if name == "ordinary" else name)
     network = ordinary if name == "ordinary" else efficient
     wrapped = DistributedDataParallel(network)

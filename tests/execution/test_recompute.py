@@ -9,46 +9,26 @@ import weakref
 
 import pytest
 import torch
+import twins
 from comparison import assert_close, assert_identical, buffers, training_step, weighted_sum
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from twins import BOTTLENECK, NETWORKS, PLAIN, norms
 
-from efficient_densenet import DenseNet
 from efficient_densenet.execution import recompute
 from efficient_densenet.models import DenseLayer
-
-PLAIN = {"num_init_features": 6, "growth_rate": 5, "block_config": (3, 2), "num_classes": 7}
-BOTTLENECK = PLAIN | {"bn_size": 2, "compression": 0.5}
-IMAGENET = BOTTLENECK | {"input_size": 64}
-NETWORKS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
 every_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
 def pair(arguments, training=True, change=lambda network: None):
-    """An ordinary and a recomputing network with the same weights and mode, both passed through `change`."""
-    torch.manual_seed(0)
-    ordinary = DenseNet(**arguments)
-    for norm in norms(ordinary):  # nothing trivial: no gain of one, no mean of zero
-        for tensor in (norm.weight, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            nn.init.uniform_(tensor, -0.5, 0.5)
-    efficient = DenseNet(**arguments, efficient="recompute")
-    efficient.load_state_dict(ordinary.state_dict(), strict=True)
-    for network in (ordinary, efficient):
-        change(network.train(training))
-    return ordinary, efficient
+    """An ordinary and a recomputing network with the same weights and mode, in single precision."""
+    return twins.pair(arguments, training=training, change=change, dtype=torch.float32, efficient="recompute")
 
 
-def norms(network):
-    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def images(n=3, height=19, width=22, **kwargs):
-    torch.manual_seed(1)
-    return torch.randn(n, 3, height, width, **kwargs)
+def images(n=3, height=19, width=22, dtype=torch.float32):
+    return twins.images(n, height, width, dtype)
 
 
 def assert_same_steps(ordinary, efficient, x, steps=2):

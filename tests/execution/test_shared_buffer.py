@@ -1,53 +1,22 @@
-"""The shared buffer computes what the ordinary network does, in every mode, and keeps what it says."""
+"""The shared buffer computes what the ordinary network does, in every mode."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from itertools import pairwise
-from math import prod
 
 import pytest
 import torch
 from comparison import assert_close, buffers, training_step, weighted_sum
 from torch import nn
+from twins import BOTTLENECK, IMAGENET, NETWORKS, PLAIN, images, norms, pair
 
-from efficient_densenet import DenseNet, densenet_cifar
-
-PLAIN = {"num_init_features": 6, "growth_rate": 5, "block_config": (3, 2), "num_classes": 7}
-BOTTLENECK = PLAIN | {"bn_size": 2, "compression": 0.5}
-IMAGENET = BOTTLENECK | {"input_size": 64}
-NETWORKS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
-KEEP = ["bottleneck", "features", "inputs"]
+from efficient_densenet import DenseNet
+from efficient_densenet.execution import KEEP
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
 every_keep = pytest.mark.parametrize("keep", KEEP)
-
-
-def pair(arguments, keep="bottleneck", training=True, change=lambda network: None, dtype=torch.float64):
-    """An ordinary network and one on the shared buffer, with the same weights, both passed through `change`."""
-    torch.manual_seed(0)
-    ordinary = DenseNet(**arguments)
-    for norm in norms(ordinary):
-        for tensor in (norm.weight, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            nn.init.uniform_(tensor, -0.5, 0.5)
-    efficient = DenseNet(**arguments, efficient=True, keep=keep)
-    efficient.load_state_dict(ordinary.state_dict(), strict=True)
-    for network in (ordinary, efficient):
-        change(network.train(training).to(dtype))
-    return ordinary, efficient
-
-
-def norms(network):
-    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def images(n=3, height=19, width=22, dtype=torch.float64):
-    torch.manual_seed(1)
-    return torch.randn(n, 3, height, width, dtype=dtype)
 
 
 def assert_same_steps(ordinary, efficient, x, steps=2):
@@ -286,81 +255,6 @@ def test_parametrizations_take_effect_on_the_buffer():
         nn.init.uniform_(conv.parametrizations.weight.original0, 1, 2)
 
     assert_same_steps(*pair(BOTTLENECK, change=change), images(), steps=1)
-
-
-def alive_after_forward(network, x):
-    """Exact bytes that a forward pass leaves alive, its output included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        output = network(x)
-    events = profile.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]"), output
-
-
-@pytest.mark.parametrize(("keep", "middles", "features"), [("bottleneck", 1, 1), ("features", 0, 1), ("inputs", 0, 0)])
-@pytest.mark.parametrize("layers", [3, 6])
-def test_bytes_kept_by_a_block_and_its_transition(keep, middles, features, layers):
-    """X, the bottleneck outputs, and the statistics: linear in depth, and nothing else."""
-    init, growth, width, pixels = 24, 8, 32, 2 * 16 * 16
-    network = DenseNet(3, init, growth, (layers, 1), 0.5, bn_size=4, efficient=True, keep=keep)
-    block, transition = network.features.denseblock1, network.features.transition1
-    x = torch.randn(2, init, 16, 16, requires_grad=True)
-    alive, output = alive_after_forward(lambda x: block(x, transition), x)
-    channels = init + layers * growth
-    kept = pixels * (features * channels + middles * layers * width)
-    statistics = 2 * channels + 1 + 2 * layers * width
-    assert alive == 4 * (kept + statistics + output.numel())
-
-
-@pytest.mark.parametrize("keep", KEEP)
-def test_memory_is_linear_in_depth(keep):
-    alive = []
-    for depth in (22, 40, 58):
-        network = densenet_cifar(depth, 8, efficient=True, keep=keep)
-        alive.append(alive_after_forward(network, torch.randn(2, 3, 32, 32))[0])
-    growth = [b - a for a, b in pairwise(alive)]
-    assert abs(growth[1] - growth[0]) <= 0.01 * growth[0]
-
-
-def multiplications(network, x):
-    """Of all convolutions: in forward, in forward operations during backward, and in backward operations."""
-    counts = []
-    profile = {"activities": [torch.profiler.ProfilerActivity.CPU], "record_shapes": True}
-    with torch.profiler.profile(**profile) as forward:
-        loss = weighted_sum(network(x))
-    with torch.profiler.profile(**profile) as backward:
-        loss.backward()
-    for profiled, name in ((forward, "convolution"), (backward, "convolution"), (backward, "convolution_backward")):
-        shapes = [event.input_shapes for event in profiled.events() if event.name == f"aten::{name}"]
-        # (input or output gradient) N·pixels, and everything a weight has; convolutions here keep the resolution
-        counts.append(sum(prod((s[0][0], *s[0][2:])) * prod(s[1 + (name != "convolution")]) for s in shapes))
-    return counts
-
-
-def test_what_is_computed_again_by_exact_counts():
-    arguments = {"num_init_features": 8, "growth_rate": 4, "block_config": (3, 2), "bn_size": 2, "compression": 0.5}
-    x, pixels = torch.randn(2, 3, 16, 16), 2 * 16 * 16
-    ordinary = multiplications(DenseNet(**arguments), x)
-    transition = 20 * 10 * pixels  # pooled first: a quarter of it remains
-    layers = 8 * sum((8, 12, 16)) * pixels + 8 * sum((10, 14)) * pixels // 4  # the 1×1 convolutions
-    block = layers + 9 * 8 * 4 * (3 * pixels + 2 * pixels // 4)
-    last_block = 8 * sum((10, 14)) * pixels // 4 + 2 * 9 * 8 * 4 * pixels // 4
-    again = {"bottleneck": 0, "features": layers, "inputs": layers + (block - last_block)}
-    for keep, expected in again.items():
-        forward, repeated, backward = multiplications(DenseNet(**arguments, efficient=True, keep=keep), x)
-        assert forward == ordinary[0] - transition * 3 // 4
-        assert repeated == expected
-        assert backward == ordinary[2] - transition * 3 // 4
-
-
-def test_nothing_is_kept_without_gradients():
-    ordinary, efficient = pair(IMAGENET, training=False)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            output = efficient(images())
-            torch.testing.assert_close(output, ordinary(images()))
-            assert output.grad_fn is None
-            alive, output = alive_after_forward(efficient, images())
-            assert alive == output.numel() * 8
 
 
 def test_copies_and_pickles():

@@ -140,15 +140,15 @@ class _CLI(LightningCLI):
         if show_bar:
             callbacks.append(RichProgressBar(leave=True))
         if save:
-            callbacks.append(
-                ModelCheckpoint(
-                    filename="best",
-                    monitor="val/top1",
-                    mode="max",
-                    save_last=True,
-                    save_on_train_epoch_end=True,  # so that a resumed run begins with a whole epoch
-                    auto_insert_metric_name=False,
-                    enable_version_counter=False,
-                )
-            )
+            # Lightning's save_last would write the last epoch only where it is also the best one.
+            callbacks += [_checkpoint("best", monitor="val/top1", mode="max"), _checkpoint("last")]
         return callbacks
+
+
+def _checkpoint(name: str, **which: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        filename=name,
+        save_on_train_epoch_end=True,  # so that a resumed run begins with a whole epoch
+        enable_version_counter=False,
+        **which,
+    )

@@ -47,7 +47,7 @@ def _line(axes: Axes, rows: Sequence[dict[str, float]], column: str, name: str |
     points = [(row["epoch"], scale * row[column]) for row in rows if column in row]
     if points:
         marker = "o" if len(points) < 40 else None
-        color, style = ("C0" if column.startswith("train") else "C1"), ("--" if column.endswith("top5") else "-")
+        color, style = ("C1" if column.startswith("val") else "C0"), ("--" if column.endswith("top5") else "-")
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, color=color, linestyle=style)
 
 

@@ -1,0 +1,172 @@
+"""Runs that are killed, batches that are split, and the trainer's options. As a program: one step in two processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from efficient_densenet import DenseNet
+from efficient_densenet.cli import main
+from efficient_densenet.training.data import Digits
+from efficient_densenet.training.module import Classifier
+
+TINY = """
+model:
+  network:
+    class_path: efficient_densenet.DenseNet
+    init_args: {num_init_features: 8, growth_rate: 4, block_config: [1, 1], drop_rate: 0.2}
+  scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 6}}
+data: {class_path: Digits, init_args: {num_workers: 0}}
+trainer: {accelerator: cpu, devices: 1, max_epochs: 6, limit_train_batches: 8, limit_val_batches: 1}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    return config
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(tiny, tmp_path):
+    def command(root):
+        program = [sys.executable, "-m", "efficient_densenet"]
+        return [*program, "fit", "--config", tiny, "--trainer.default_root_dir", tmp_path / root, "--ckpt_path", "last"]
+
+    def run_folder(root):
+        return tmp_path / root / "tiny" / "version_0"
+
+    def last(root):
+        return run_folder(root) / "checkpoints" / "last.ckpt"
+
+    killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not last("killed").exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert torch.load(last("killed"), weights_only=True)["epoch"] < 5  # whole, and from before the end
+
+    for root in ("killed", "unbroken"):
+        subprocess.run(command(root), check=True, capture_output=True, timeout=200)
+    resumed, unbroken = (torch.load(last(root), weights_only=True) for root in ("killed", "unbroken"))
+    assert resumed["global_step"] == unbroken["global_step"] == 48
+    for key, tensor in unbroken["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], tensor), key
+    assert (run_folder("killed") / "metrics.csv").read_text() == (run_folder("unbroken") / "metrics.csv").read_text()
+    assert not (tmp_path / "killed/tiny/version_1").exists()
+
+
+class SameImages(Digits):
+    """The same 64 images in every epoch, without augmentation."""
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(Subset(self.splits.val, range(64)))
+
+
+class FrozenNorms(Classifier):
+    """The images of a batch do not influence each other, so splitting it changes nothing but the order of sums."""
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()
+
+
+def weights_after_a_step(batch_size: int = 64, **options) -> dict[str, Tensor]:
+    """Of a network that has made one step on `SameImages`."""
+    seed_everything(3, verbose=False)
+    network = partial(DenseNet, num_init_features=8, growth_rate=4, block_config=(1, 1))
+    module = FrozenNorms(network, partial(torch.optim.SGD, lr=0.5))
+    no_output = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, limit_val_batches=0, enable_model_summary=False, **no_output, **options
+    )
+    trainer.fit(module, datamodule=SameImages(batch_size=batch_size, num_workers=0))
+    assert trainer.global_step == 1
+    return module.network.state_dict()
+
+
+@pytest.mark.parametrize(
+    "planned_pieces", [4, 6], ids=["a whole batch in four pieces", "an epoch that ends two pieces early"]
+)
+def test_accumulation_steps_by_the_average_gradient(planned_pieces):
+    whole = weights_after_a_step(devices=1)
+    split = weights_after_a_step(devices=1, batch_size=16, accumulate_grad_batches=planned_pieces)
+    torch.testing.assert_close(split, whole)
+
+
+def test_two_processes_step_by_the_average_gradient(tmp_path):
+    subprocess.run([sys.executable, __file__, tmp_path / "rank"], check=True, capture_output=True, timeout=200)
+    whole = weights_after_a_step(devices=1)
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}", weights_only=True), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.precision", "bf16-mixed"],
+        ["--trainer.gradient_clip_val", "0.1"],
+        ["--trainer.accumulate_grad_batches", "3"],
+        ["--trainer.sync_batchnorm", "true"],
+        ["--model.channels_last", "true"],
+        ["--model.scheduler", "CosineAnnealingWarmRestarts", "--model.scheduler.T_0", "1"],
+        ["--model.scheduler", "MultiStepLR", "--model.scheduler.milestones", "[1]"],
+        [
+            *("--model.schedule_interval", "step", "--model.scheduler", "CyclicLR"),
+            *("--model.scheduler.base_lr", "0.01", "--model.scheduler.max_lr", "0.1"),
+        ],
+    ],
+    ids=lambda options: options[0] if len(options) == 2 else options[-3],
+)
+def test_options_of_the_trainer(tiny, tmp_path, options):
+    brief = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    assert main(["fit", "--config", str(tiny), "--trainer.default_root_dir", str(tmp_path), *brief, *options]) == 0
+    assert (tmp_path / "tiny/version_0/checkpoints/best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "cut short"), (b"not a checkpoint at all", "not a checkpoint")],
+)
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys, content, message):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(content)
+    arguments = ["--config", str(tiny), "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(damaged)]
+    assert main(["fit", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_validation_without_a_checkpoint_says_what_to_do(tiny, tmp_path, capsys):
+    assert main(["validate", "--config", str(tiny), "--trainer.default_root_dir", str(tmp_path)]) == 2
+    assert "train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("broken.png", "broken.png"), ("absent.png", "no file or folder")], ids=["corrupt", "missing"]
+)
+def test_predict_names_a_file_that_it_cannot_read(tmp_path, capsys, file, message):
+    checkpoint = tmp_path / "weights.pth"
+    torch.save(
+        DenseNet(num_init_features=8, growth_rate=4, block_config=(1, 1), num_classes=3).state_dict(), checkpoint
+    )
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG cut short")
+    assert main(["predict", "--checkpoint", str(checkpoint), str(tmp_path / file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    weights = weights_after_a_step(devices=2, strategy="ddp")
+    torch.save(weights, f"{sys.argv[1]}{torch.distributed.get_rank()}")
