@@ -154,6 +154,13 @@ def test_validation_without_a_checkpoint_says_what_to_do(tiny, tmp_path, capsys)
     assert "train first" in capsys.readouterr().err
 
 
+def test_batch_norm_across_processes_needs_gpus(tiny, tmp_path, capsys):
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    together = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
+    assert main(["fit", "--config", str(tiny), *folder, *together]) == 2
+    assert "sync_batchnorm works on GPUs alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "message"), [("broken.png", "broken.png"), ("absent.png", "no file or folder")], ids=["corrupt", "missing"]
 )
@@ -170,3 +177,4 @@ def test_predict_names_a_file_that_it_cannot_read(tmp_path, capsys, file, messag
 if __name__ == "__main__":
     weights = weights_after_a_step(devices=2, strategy="ddp")
     torch.save(weights, f"{sys.argv[1]}{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import distributed
 
 from efficient_densenet.training import runs
 from efficient_densenet.training.callbacks import EpochSeed, EpochTable, Figures
@@ -55,6 +56,8 @@ def main(command: str, options: list[str]) -> int:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         raise
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # a process that ends with its threads running is taken for a crashed one
     return 0
 
 
@@ -129,7 +132,10 @@ class _CLI(LightningCLI):
         self.trainer_defaults["callbacks"] = self._callbacks(show_bar, save)
         plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
         kwargs["plugins"] = [SafeCheckpointIO(), *(plugin for plugin in plugins if plugin is not None)]
-        return super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)
+        trainer = super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)
+        if settings.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            raise UserError("sync_batchnorm works on GPUs alone: leave it out, or train on the CPU with one device")
+        return trainer
 
     def _callbacks(self, show_bar: bool, save: bool) -> list[Callback]:
         table = EpochTable(print_rows=not show_bar)
