@@ -20,6 +20,7 @@ from statistics import linear_regression
 from typing import Any
 
 from engine_report import plot, tables
+from torch import nn
 
 from efficient_densenet.execution import KEEP
 from efficient_densenet.files import replacing
@@ -52,15 +53,14 @@ class Plan:
 
     Attributes:
         subjects: the networks; the largest batch is searched for the first one.
-        depths: of plain networks with k=12.
-        depth_batches: the two batches at which their memory is measured on the shared buffer.
+        depths: of plain networks with k=12, each with the two batches at which its memory is measured: large enough
+            that the scratch of the shared buffer no longer grows.
         rounds: turns of one step that each contender gets on the clock.
         limit: bytes for the largest batch.
     """
 
     subjects: tuple[Subject, ...]
-    depths: tuple[int, ...]
-    depth_batches: tuple[int, int]
+    depths: dict[int, tuple[int, int]]
     rounds: int
     limit: int
 
@@ -80,15 +80,13 @@ FULL = Plan(
         Subject("BC L=100 k=12", _bottleneck(100), (16, 32), (8, 64), 32),
         Subject("DenseNet-121", Network("densenet121", {}, 224, 1000), (4, 8), (2, 16), 8),
     ),
-    depths=(40, 100, 190, 250),
-    depth_batches=(8, 12),
+    depths={40: (48, 64), 100: (24, 32), 190: (24, 32), 250: (24, 32)},
     rounds=7,
     limit=2_000_000_000,
 )
 QUICK = Plan(
     subjects=(Subject("BC L=16 k=12", _bottleneck(16), (4, 8), (2, 4), 2),),
-    depths=(10, 16, 22),
-    depth_batches=(2, 4),
+    depths={10: (2, 4), 16: (2, 4), 22: (2, 4)},
     rounds=2,
     limit=1_000_000_000,
 )
@@ -120,17 +118,21 @@ def resident(plan: Plan) -> list[Record]:
 
 
 def depth(plan: Plan) -> list[Record]:
-    """Bytes per image of plain networks with k=12 of several depths, and the straight line nearest to them."""
+    """Bytes per image of plain networks with k=12 of several depths, and the straight line nearest to them.
+
+    Without a bottleneck, to keep the features is the same as to keep the bottleneck outputs.
+    """
     records = []
-    for name in ("ordinary", *KEEP):
-        # At enough images the scratch of the shared buffer no longer grows; ordinary networks have none, but are large.
-        batches = (1, 2) if name == "ordinary" else plan.depth_batches
+    for name in ("ordinary", "bottleneck", "inputs"):
         points = {}
-        for layers in plan.depths:
+        for layers, batches in plan.depths.items():
             _progress(f"depth: L={layers}, {name}")
-            points[layers] = _slope(_live_bytes(name, _plain(layers), batches))
+            if name == "ordinary":  # which has no scratch, and would be too large at those batches
+                points[layers] = _slope(_live_bytes(name, _plain(layers), (1, 2)))
+            else:
+                points[layers] = _slope(_live_bytes(name, _plain(layers), batches, _freeze_convolutions))
         values = [point["bytes_per_image"] for point in points.values()]
-        line = linear_regression(plan.depths, values)
+        line = linear_regression(list(plan.depths), values)
         records.append(
             {
                 "contender": name,
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(file, found)  # at once: what comes later may fail
     found = json.loads(file.read_text())
     text = tables(found)
-    print(text)
+    print(text, end="")
     with replacing(file.with_suffix(".md")) as beside:
         beside.write_text(text)
     if "depth" in found:
@@ -215,8 +217,25 @@ def _job(network: Network, batch_size: int) -> Job:
     }
 
 
-def _live_bytes(name: str, network: Network, batches: Sequence[int]) -> dict[int, int]:
-    return {n: peak_bytes(TrainingStep(name, network, n, Place("cpu"))) for n in batches}
+def _live_bytes(
+    name: str, network: Network, batches: Sequence[int], prepare: Callable[[nn.Module], None] = lambda network: None
+) -> dict[int, int]:
+    peaks = {}
+    for n in batches:
+        step = TrainingStep(name, network, n, Place("cpu"))
+        prepare(step.network)
+        peaks[n] = peak_bytes(step)
+    return peaks
+
+
+def _freeze_convolutions(network: nn.Module) -> None:
+    """Leave out the gradients of their weights, which would outweigh the activations of a deep block at few images.
+
+    What the shared buffer keeps does not depend on it.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.requires_grad_(False)
 
 
 def _slope(peaks: dict[int, int]) -> Record:

@@ -101,7 +101,7 @@ def _resident(records: Records) -> str:
 
 def _depth(records: Records) -> str:
     depths = list(records[0]["points"])
-    return _table(
+    table = _table(
         [
             "contender",
             *(f"L={depth}, MB per image" for depth in depths),
@@ -118,6 +118,7 @@ def _depth(records: Records) -> str:
             for r in records
         ],
     )
+    return f"{table}\n\nWithout a bottleneck, `features` is the same as `bottleneck`."
 
 
 def _time(records: Records) -> str:

@@ -67,9 +67,15 @@ def test_answers_and_ends(worker):
         assert answers[0] == answers[1]
         assert [answer[:2] for answer in answers[0]] == [["ä", 0], ["ä", 1]]
         assert all(answer[3] == 1 for answer in answers[0])
+    assert not any(alive(answer[2]) for answer in answers[0])
+
+
+def test_errors_are_told_apart(worker):
+    with Team(worker, {"value": 1}) as team:
         with pytest.raises(UserError, match="use another value"):
             team.ask("wrong")
-    assert not any(alive(answer[2]) for answer in answers[0])
+        with pytest.raises(OutOfMemoryError, match="smaller batch"):
+            team.ask("full")
 
 
 def test_a_death_is_reported_at_once(worker):
@@ -81,11 +87,6 @@ def test_a_death_is_reported_at_once(worker):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_out_of_memory_is_told_apart(worker):
-    with Team(worker, {"value": 1}) as team, pytest.raises(OutOfMemoryError, match="smaller batch"):
-        team.ask("full")
-
-
-def test_a_worker_that_cannot_start(tmp_path, monkeypatch):
+def test_a_worker_that_cannot_start():
     with pytest.raises(UserError, match="No module named"):
-        Team("efficient_densenet.there_is_no_such_module", {}, threads=torch.get_num_threads())
+        Team("there_is_no_such_module", {}, threads=torch.get_num_threads())

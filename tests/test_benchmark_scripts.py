@@ -1,0 +1,62 @@
+"""The programs in benchmarks/ run, on tiny networks; what they measure is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import engine
+
+    yield engine
+    for name in ("engine", "engine_report"):
+        del sys.modules[name]
+
+
+def test_the_memory_of_the_engine(engine, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert engine.main(["--quick", "--sections", "memory", "depth", "--output", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"engine.json", "engine.md", "engine.png"}
+    found = json.loads((tmp_path / "engine.json").read_text())
+    assert set(found) == {"memory", "depth"} and found["depth"]["hardware"]["cpu"]
+    ordinary, *shared = found["depth"]["records"]
+    assert all(record["largest_residual"] < 0.01 < ordinary["largest_residual"] for record in shared)
+    table = (tmp_path / "engine.md").read_text()
+    assert capsys.readouterr().out == table and "TINY NETWORKS" in table
+
+    (tmp_path / "engine.md").unlink()
+    assert engine.main(["--sections", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "engine.md").read_text() == table
+
+
+def test_every_section_has_a_table(engine):
+    import engine_report
+
+    assert set(engine.SECTIONS) == set(engine_report._TABLES)
+
+
+def test_times_and_largest_batches_are_tables(engine):
+    import engine_report
+
+    row = {"contender": "inputs", "F": {"median": 1000.0}, "B": {"median": 2.0}, "F+B": 3.0, "F+B to ordinary": 0.5}
+    machine = {
+        "quick": False,
+        "hardware": {"cpu": "c", "cores": 2},
+        "versions": {"torch": "2"},
+        "commit": None,
+        "date": "d",
+    }
+    batches = [{"contender": "ordinary", "largest_batch": 3}, {"contender": "inputs", "largest_batch": 36}]
+    found = {
+        "time": machine | {"records": [{"network": "n", "batch_size": 8, "summary": [row]}]},
+        "max-batch": machine | {"records": [{"network": "n", "limit_bytes": 2e9, "results": batches}]},
+    }
+    text = engine_report.tables(found)
+    assert "| n, batch 8 | inputs | 1,000 | 2 | 3 | 0.500 |" in text
+    assert "| n | 2 GB | inputs | 36 | 12.0 |" in text
