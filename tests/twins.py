@@ -47,3 +47,42 @@ def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 def images(n: int = 3, height: int = 19, width: int = 22, dtype: torch.dtype = torch.float64) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(n, 3, height, width, dtype=dtype)
+
+
+# What may be different about a network's norms, or frozen: for `change`, and for the tests of every way to run.
+
+
+def momentum_none(network: nn.Module) -> None:
+    for norm in norms(network):
+        norm.momentum = None
+
+
+def without_running_statistics(network: nn.Module) -> None:
+    for norm in norms(network):
+        norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = (
+            False,
+            None,
+            None,
+            None,
+        )
+
+
+def without_affine(network: nn.Module) -> None:
+    for norm in norms(network):
+        norm.weight = norm.bias = None
+
+
+def frozen_norms(network: nn.Module) -> None:
+    for norm in norms(network):
+        norm.eval().requires_grad_(False)
+
+
+def frozen_first_block(network: nn.Module) -> None:
+    network.features.conv0.requires_grad_(False)
+    network.features.denseblock1.requires_grad_(False)
+
+
+def frozen_convolutions(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.requires_grad_(False)

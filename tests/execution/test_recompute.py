@@ -11,9 +11,19 @@ import pytest
 import torch
 import twins
 from comparison import assert_close, assert_identical, buffers, training_step, weighted_sum
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from twins import BOTTLENECK, NETWORKS, PLAIN, norms
+from twins import (
+    BOTTLENECK,
+    NETWORKS,
+    PLAIN,
+    frozen_convolutions,
+    frozen_first_block,
+    frozen_norms,
+    momentum_none,
+    norms,
+    without_affine,
+    without_running_statistics,
+)
 
 from efficient_densenet.execution import recompute
 from efficient_densenet.models import DenseLayer
@@ -79,42 +89,6 @@ def test_channels_last(arguments):
 @pytest.mark.parametrize("shape", [(1, 17, 23), (2, 8, 5)], ids=str)
 def test_odd_shapes(shape):
     assert_same_steps(*pair(BOTTLENECK), images(*shape))
-
-
-def momentum_none(network):
-    for norm in norms(network):
-        norm.momentum = None
-
-
-def without_running_statistics(network):
-    for norm in norms(network):
-        norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = (
-            False,
-            None,
-            None,
-            None,
-        )
-
-
-def without_affine(network):
-    for norm in norms(network):
-        norm.weight = norm.bias = None
-
-
-def frozen_norms(network):
-    for norm in norms(network):
-        norm.eval().requires_grad_(False)
-
-
-def frozen_first_block(network):
-    network.features.conv0.requires_grad_(False)
-    network.features.denseblock1.requires_grad_(False)
-
-
-def frozen_convolutions(network):
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.requires_grad_(False)
 
 
 @every_network

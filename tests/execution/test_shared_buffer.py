@@ -10,7 +10,21 @@ import pytest
 import torch
 from comparison import assert_close, buffers, training_step, weighted_sum
 from torch import nn
-from twins import BOTTLENECK, IMAGENET, NETWORKS, PLAIN, images, norms, pair
+from twins import (
+    BOTTLENECK,
+    IMAGENET,
+    NETWORKS,
+    PLAIN,
+    frozen_convolutions,
+    frozen_first_block,
+    frozen_norms,
+    images,
+    momentum_none,
+    norms,
+    pair,
+    without_affine,
+    without_running_statistics,
+)
 
 from efficient_densenet import DenseNet
 from efficient_densenet.execution import KEEP
@@ -36,45 +50,9 @@ def test_equals_the_ordinary_network(arguments, keep, training):
     assert_same_steps(*pair(arguments, keep, training), images())
 
 
-def momentum_none(network):
-    for norm in norms(network):
-        norm.momentum = None
-
-
-def without_running_statistics(network):
-    for norm in norms(network):
-        norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = (
-            False,
-            None,
-            None,
-            None,
-        )
-
-
-def without_affine(network):
-    for norm in norms(network):
-        norm.weight = norm.bias = None
-
-
-def frozen_norms(network):
-    for norm in norms(network):
-        norm.eval().requires_grad_(False)
-
-
 def every_other_norm_frozen(network):
     for norm in norms(network)[::2]:
         norm.eval()
-
-
-def frozen_first_block(network):
-    network.features.conv0.requires_grad_(False)
-    network.features.denseblock1.requires_grad_(False)
-
-
-def frozen_convolutions(network):
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.requires_grad_(False)
 
 
 def channels_last(network):

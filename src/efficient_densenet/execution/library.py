@@ -42,7 +42,7 @@ def _stage(
 ) -> Stage:
     rest = iter(constants)
     norms = [
-        Norm(gain, bias, None if batch else next(rest), None if batch else next(rest), e)
+        _norm(gain, bias, () if batch else (next(rest), next(rest)), e)
         for gain, bias, batch, e in zip(gains, biases, uses_batch, eps, strict=True)
     ]
     return Stage(norms, weights, masks, mask_scale, per_layer, pool, keep, group)

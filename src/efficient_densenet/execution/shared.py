@@ -60,7 +60,7 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
     """Run a dense block, and the transition behind it if there is one, on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
-    ``(N, C, *(spatial // 2))``. The result is channels-last in memory.
+    ``(N, C, *(spatial // pool))``. The result is channels-last in memory.
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
     ``"features"`` the features alone, ``"inputs"`` only `x`. Gradients of gradients are refused.
@@ -254,10 +254,8 @@ def _move_running_averages(norm: Any, batch: Statistics, count: Tensor) -> None:
         return
     norm.num_batches_tracked.add_(1)
     mean, variance = batch[0], batch[1] * (count / (count - 1))
-    if norm.momentum is None:  # a cumulative average
+    weight = norm.momentum
+    if weight is None:  # a cumulative average
         weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
-    else:
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)

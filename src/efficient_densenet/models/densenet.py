@@ -85,7 +85,8 @@ class DenseNet(nn.Module):
             with False up to rounding, and there are no gradients of gradients.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
-            ``"inputs"`` only the blocks' inputs (runs each block forward again; smallest).
+            ``"inputs"`` only the blocks' inputs (runs each block forward again). It leaves least between forward and
+            backward; the peak of a step, in the first block's backward, is about that of ``"features"``.
 
     Raises:
         UserError: an argument is out of range, or (at the first call) an input does not fit the network.

@@ -36,15 +36,12 @@ class DenseLayer(nn.Module):
         efficient: Efficient = False,
     ) -> None:
         super().__init__()
-        width = num_input_features
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
         if bn_size is None:
-            self.norm1 = nn.BatchNorm2d(width)
-            self.relu1 = nn.ReLU(inplace=True)
-            self.conv1 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
         else:
-            self.norm1 = nn.BatchNorm2d(width)
-            self.relu1 = nn.ReLU(inplace=True)
-            self.conv1 = nn.Conv2d(width, bn_size * growth_rate, kernel_size=1, bias=False)
+            self.conv1 = nn.Conv2d(num_input_features, bn_size * growth_rate, kernel_size=1, bias=False)
             self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
             self.relu2 = nn.ReLU(inplace=True)
             self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, kernel_size=3, padding=1, bias=False)
