@@ -38,7 +38,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, and the batches at which it is measured: two for each kind of memory, one for time."""
+    """A network, and the batches at which it is measured: two for each kind of memory, one for time.
+
+    Those for memory are large enough that the scratch of the shared buffer, a few megabytes, no longer grows.
+    """
 
     name: str
     network: Network
@@ -76,8 +79,8 @@ def _bottleneck(depth: int) -> Network:
 
 FULL = Plan(
     subjects=(
-        Subject("L=40 k=12", _plain(40), (16, 32), (16, 128), 128),
-        Subject("BC L=100 k=12", _bottleneck(100), (16, 32), (8, 64), 32),
+        Subject("L=40 k=12", _plain(40), (64, 96), (16, 128), 128),
+        Subject("BC L=100 k=12", _bottleneck(100), (32, 48), (8, 64), 32),
         Subject("DenseNet-121", Network("densenet121", {}, 224, 1000), (4, 8), (2, 16), 8),
     ),
     depths={40: (48, 64), 100: (24, 32), 190: (24, 32), 250: (24, 32)},

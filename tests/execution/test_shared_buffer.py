@@ -28,6 +28,8 @@ from twins import (
 
 from efficient_densenet import DenseNet
 from efficient_densenet.execution import KEEP
+from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.kinks import move_zeros_into_gaps
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
 every_keep = pytest.mark.parametrize("keep", KEEP)
@@ -144,9 +146,12 @@ def test_errors_are_like_the_ordinary_networks(arguments, keep, mode):
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
     x = images(8, 24, 24)
     reference, _ = pair(arguments, keep)
+    move_zeros_into_gaps(reference, x, Place("cpu"))
+    state = copy.deepcopy(reference.state_dict())
     expected = training_step(reference, x)
     errors = []
     for network in pair(arguments, keep, dtype=dtype):
+        network.load_state_dict(state)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
             errors.append(relative_error(training_step(network, x.to(dtype)), expected))
     assert errors[1] <= 2 * errors[0]

@@ -40,6 +40,15 @@ def test_bytes_kept_by_a_block_and_its_transition(keep, middles, features, layer
     assert alive == 4 * (kept + statistics + output.numel())
 
 
+@pytest.mark.parametrize(("keep", "convolved"), [("bottleneck", 1), ("features", 1), ("inputs", 0)])
+def test_bytes_kept_by_the_stem(keep, convolved):
+    network, x = DenseNet(3, 8, 4, (1, 1), input_size=64, efficient=True, keep=keep), torch.randn(2, 3, 64, 64)
+    alive, output = alive_after_forward(network.features._stem, x)
+    rearranged, statistics = x.numel(), 2 * 8 + 1
+    assert output.numel() == 2 * 8 * 16 * 16
+    assert alive == 4 * (rearranged + convolved * 2 * 8 * 32 * 32 + statistics + output.numel())
+
+
 @every_keep
 def test_memory_is_linear_in_depth(keep):
     alive = []

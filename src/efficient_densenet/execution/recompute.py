@@ -43,6 +43,29 @@ def norm_relu_conv(inputs: Sequence[Tensor], norm: nn.Module, relu: nn.Module, c
         return conv(prologue.run())
 
 
+@contextmanager
+def forgotten(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """``module(x)``, for which everything that runs in this context saves a promise to compute it again.
+
+    Kept for backward: `x`, once. The module must be without randomness, and without hooks.
+    """
+    again, source, autocast = _Stage(module), _Kept(x, x._version), _autocast(x.device.type)
+    output = module(x)
+    made = weakref.ref(output)  # not itself, which the hooks would keep
+
+    def pack(tensor: Tensor) -> _Kept | None:
+        return None if tensor is made() else _Kept(tensor, tensor._version)
+
+    def unpack(packed: _Kept | None) -> Tensor:
+        if packed is not None:
+            return _unchanged(packed)
+        with torch.no_grad(), autocast:
+            return again.rerun(_unchanged(source))
+
+    with saved_tensors_hooks(pack, unpack):
+        yield output
+
+
 class _Kept(NamedTuple):
     """A tensor that stays, with the version that autograd would have checked (hooks switch its check off)."""
 

@@ -21,6 +21,7 @@ from torch.nn.modules.utils import _pair
 
 from efficient_densenet.execution.hooks import has_hooks, runs
 from efficient_densenet.execution.library import norm_relu_max_pool_forward, stage_forward
+from efficient_densenet.execution.recompute import forgotten
 from efficient_densenet.ops.reference import Statistics
 
 KEEP = ("bottleneck", "features", "inputs")
@@ -103,6 +104,18 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
         batch = (mean[: norm.num_features], variance[: norm.num_features]) if position == 0 else middles[layer]
         _move_running_averages(norm, batch, count)
     return output
+
+
+def stem(x: Tensor, conv: Any, norm: Any, keep: str) -> Tensor:
+    """The stem of an ImageNet network: `conv`, and `norm_relu_max_pool` of what it makes.
+
+    Kept for backward: the convolution's input and output; with ``keep="inputs"`` the input alone.
+    """
+    # A compiler decides by itself what to compute again.
+    if keep != "inputs" or not torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks([conv]):
+        return norm_relu_max_pool(conv(x), norm)
+    with forgotten(conv, x) as made:
+        return norm_relu_max_pool(made, norm)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:

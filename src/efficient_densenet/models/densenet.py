@@ -30,6 +30,11 @@ class _Features(nn.Sequential):
         """As the blocks are."""
         return next((m.efficient for m in self if isinstance(m, DenseBlock)), False)
 
+    @property
+    def keep(self) -> str:
+        """As the blocks do."""
+        return next((m.keep for m in self if isinstance(m, DenseBlock)), "bottleneck")
+
     def forward(self, x: Tensor) -> Tensor:
         modules = list(self)
         if list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"]:
@@ -51,7 +56,7 @@ class _Features(nn.Sequential):
         if wants_buffer(x, self.efficient):
             obstacle = shared.stem_obstacle(norm, relu, pool)
             if obstacle is None:
-                return shared.norm_relu_max_pool(conv(x.contiguous(memory_format=torch.channels_last)), norm)
+                return shared.stem(x.contiguous(memory_format=torch.channels_last), conv, norm, self.keep)
             warnings.warn(f"the stem keeps more than it needs: {obstacle}", stacklevel=2)
         return norm_relu_conv([conv(x)], norm, relu, pool, self.efficient)
 
@@ -85,8 +90,8 @@ class DenseNet(nn.Module):
             with False up to rounding, and there are no gradients of gradients.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
-            ``"inputs"`` only the blocks' inputs (runs each block forward again). It leaves least between forward and
-            backward; the peak of a step, in the first block's backward, is about that of ``"features"``.
+            ``"inputs"`` only the inputs of the blocks and of the stem (smallest: runs them forward again; the
+            peak of a step is then in the backward of the first block, which needs its features anyway).
 
     Raises:
         UserError: an argument is out of range, or (at the first call) an input does not fit the network.
