@@ -80,7 +80,7 @@ def _bottleneck(depth: int) -> Network:
 FULL = Plan(
     subjects=(
         Subject("L=40 k=12", _plain(40), (64, 96), (16, 128), 128),
-        Subject("BC L=100 k=12", _bottleneck(100), (32, 48), (8, 64), 32),
+        Subject("BC L=100 k=12", _bottleneck(100), (48, 64), (8, 64), 32),
         Subject("DenseNet-121", Network("densenet121", {}, 224, 1000), (4, 8), (2, 16), 8),
     ),
     depths={40: (48, 64), 100: (24, 32), 190: (24, 32), 250: (24, 32)},
