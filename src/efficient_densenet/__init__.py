@@ -1,5 +1,6 @@
 """DenseNets that train in a fraction of the memory, with the same results."""
 
+from efficient_densenet.adopt import dense_block, make_efficient, report, restore
 from efficient_densenet.errors import MissingExtraError, UserError
 from efficient_densenet.models import (
     DenseNet,
@@ -17,10 +18,14 @@ __all__ = [
     "DenseNet",
     "MissingExtraError",
     "UserError",
+    "dense_block",
     "densenet121",
     "densenet161",
     "densenet169",
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "make_efficient",
+    "report",
+    "restore",
 ]

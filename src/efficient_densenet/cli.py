@@ -25,6 +25,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "check-gradients": _Command("measure.check_gradients", "compare the efficient network with the ordinary one"),
     "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
+    "inspect": _Command("adopt.inspect", "show what make_efficient would do to a model of another library"),
     "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),
     "prepare-imagenet": _Command("training.prepare_imagenet", "unpack the ImageNet archives into folders"),
     "fit": _Command("training.lightning_cli", "train a network", own_parser=True),

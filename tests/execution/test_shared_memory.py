@@ -11,7 +11,7 @@ from comparison import weighted_sum
 from twins import IMAGENET, images, pair
 
 from efficient_densenet import DenseNet, densenet_cifar
-from efficient_densenet.execution import KEEP
+from efficient_densenet.execution import KEEP, Stem, shared
 from efficient_densenet.measure.memory import peak_bytes
 
 every_keep = pytest.mark.parametrize("keep", KEEP)
@@ -43,7 +43,8 @@ def test_bytes_kept_by_a_block_and_its_transition(keep, middles, features, layer
 @pytest.mark.parametrize(("keep", "convolved"), [("bottleneck", 1), ("features", 1), ("inputs", 0)])
 def test_bytes_kept_by_the_stem(keep, convolved):
     network, x = DenseNet(3, 8, 4, (1, 1), input_size=64, efficient=True, keep=keep), torch.randn(2, 3, 64, 64)
-    alive, output = alive_after_forward(network.features._stem, x)
+    parts = Stem(*list(network.features)[:4])
+    alive, output = alive_after_forward(lambda x: shared.stem(x, parts, keep), x)
     rearranged, statistics = x.numel(), 2 * 8 + 1
     assert output.numel() == 2 * 8 * 16 * 16
     assert alive == 4 * (rearranged + convolved * 2 * 8 * 32 * 32 + statistics + output.numel())

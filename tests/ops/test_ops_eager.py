@@ -92,7 +92,7 @@ def test_gradients_accumulate_and_weights_are_left_out(dtype, spare):
 @every_dtype
 @every_spare
 @every_size_of_piece
-@pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 13])
 def test_norm_relu_max_pool(size, channels, dtype, spare):
     """Against the reference in the same type, for rounding makes ties, and a tie's gradient goes to the first pixel."""

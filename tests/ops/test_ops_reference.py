@@ -56,11 +56,12 @@ def test_norm_relu_conv_is_pytorchs(shape, kernel, pool):
     close([grad_x, inverse * g_centred, g, grad_weight], [g.detach() for g in grads])
 
 
-@pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5)], ids=str)
 def test_norm_relu_max_pool_is_pytorchs(size):
     x, gain, bias, mean = Operands.random((2, size, 3))
     leaves = [t.detach().clone().requires_grad_() for t in (x, gain, bias)]
-    expected = F.max_pool2d(F.relu(leaves[0] * leaves[1] + leaves[2]).movedim(-1, 1), 3, 2, 1).movedim(1, -1)
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(size)]
+    expected = pool(F.relu(leaves[0] * leaves[1] + leaves[2]).movedim(-1, 1), 3, 2, 1).movedim(1, -1)
     grad_out = torch.randn_like(expected)
     grads = torch.autograd.grad(expected, leaves, grad_out)
 

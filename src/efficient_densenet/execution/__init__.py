@@ -18,16 +18,21 @@ from torch import Tensor, nn
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import concatenate, recompute, shared
-from efficient_densenet.execution.shared import KEEP, Layer, Reader, Tail
+from efficient_densenet.execution.parts import Dropout, Layer, Reader, Stem, Tail, obstacle
+from efficient_densenet.execution.shared import KEEP
 
 __all__ = [
     "KEEP",
+    "Dropout",
     "Efficient",
     "Layer",
     "Reader",
+    "Stem",
     "Tail",
     "check_efficient",
+    "layer_by_layer",
     "norm_relu_conv",
+    "obstacle",
     "shared",
     "wants_buffer",
 ]
@@ -65,6 +70,20 @@ def norm_relu_conv(
     ordinary = not efficient or not torch.is_grad_enabled() or torch.compiler.is_compiling()
     way = concatenate if ordinary or _must_be_ordinary(inputs[0]) else recompute
     return way.norm_relu_conv(inputs, norm, relu, conv)
+
+
+def layer_by_layer(x: Tensor, layers: Sequence[Layer], efficient: Efficient) -> Tensor:
+    """A dense block from its layers' parts, which need not fit the shared buffer; without their modules' own forward.
+
+    Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``.
+    """
+    features = [x]
+    for layer in layers:
+        inputs: Sequence[Tensor] = features
+        for norm, relu, conv, fused in layer.readers:
+            inputs = [norm_relu_conv(inputs, norm, nn.Identity() if fused else relu, conv, efficient)]
+        features.append(layer.dropout(inputs[0]))
+    return concatenate.concat(features)
 
 
 def _must_be_ordinary(x: Tensor) -> bool:

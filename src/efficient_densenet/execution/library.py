@@ -202,8 +202,8 @@ def norm_relu_max_pool_forward(
 
 @norm_relu_max_pool_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    _, channels, height, width = x.shape
-    output = room(x, channels, ((height + 1) // 2, (width + 1) // 2))
+    channels = x.shape[1]
+    output = room(x, channels, [(n + 1) // 2 for n in x.shape[2:]])
     dtype = statistics_dtype(x.dtype)
     return [output, *(x.new_empty(shape, dtype=dtype) for shape in ((channels,), (channels,), ()))]
 

@@ -32,7 +32,8 @@ class Stage:
     """A block's norms and convolutions in their order, layer by layer, those of the transition last.
 
     `per_layer` is 1 without and 2 with a bottleneck; `pool` is the transition's pool, 0 where there is no transition;
-    `masks` are the layers' dropout masks ``(N, k, *spatial)``, false or true, with their scale, or nothing; `keep` is
+    `masks` are the layers' dropout masks, false or true, with their scale, or nothing: ``(N, k, *spatial)``, or
+    ``(N, k, 1, …)`` where whole channels are dropped; `keep` is
     what stays for backward: "bottleneck" (features and bottleneck outputs), "features", or "inputs" (only the input);
     `group` names the processes that share their statistics, "" if none do.
     """
@@ -86,11 +87,11 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
         The output, channels-last in memory and channels first in shape: X itself, or what the transition makes of it;
         and what backward needs.
     """
-    output = room(x, x.shape[1] + stage.growth, x.shape[2:])
+    output = _with_input(x, stage)
     features = output.movedim(1, -1)
     (mean, variance), count = blank(features), features.new_tensor(rows(features), dtype=statistics_dtype(x.dtype))
     statistics = BatchStatistics(mean, variance, count, [])
-    middles = _run_layers(x, features, stage, statistics, measure=True)
+    middles = _run_layers(features, stage, statistics, measure=True)
     if stage.pool:
         affine, weight = stage.norms[-1].affine((mean, variance)), stage.weights[-1]
         output = room(x, weight.shape[0], [n // stage.pool for n in x.shape[2:]])
@@ -100,9 +101,18 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     return output, Kept(statistics, middles, features if keeps_features else None)
 
 
-def _run_layers(x: Tensor, features: Tensor, stage: Stage, statistics: BatchStatistics, measure: bool) -> list[Tensor]:
+def _with_input(x: Tensor, stage: Stage) -> Tensor:
+    """Room for the features ``(N, C_T, *spatial)``, which begin with `x`; `x` itself where that is all of them."""
+    if not stage.growth:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    features = room(x, x.shape[1] + stage.growth, x.shape[2:])
+    features[:, : x.shape[1]].copy_(x)
+    return features
+
+
+def _run_layers(features: Tensor, stage: Stage, statistics: BatchStatistics, measure: bool) -> list[Tensor]:
     """Fill `features`, and `statistics` too if they are still to be measured; return the bottleneck outputs to keep."""
-    run = ops.backend(x)
+    run = ops.backend(features)
     mean, variance, total, middle_statistics = statistics
     measure = measure and stage.uses_batch
     count_here = rows(features)
@@ -111,8 +121,7 @@ def _run_layers(x: Tensor, features: Tensor, stage: Stage, statistics: BatchStat
         mean[channels], variance[channels], everywhere = all_statistics(found, count_here, stage.group)
         total.copy_(everywhere)
 
-    width = x.shape[1]
-    features[..., :width].copy_(x.movedim(1, -1))
+    width = features.shape[-1] - stage.growth
     if measure:
         take_in(run.statistics(features[..., :width]), slice(0, width))
     middles = []
@@ -162,8 +171,8 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     statistics, middles, features = kept
     if features is None:
         assert x is not None
-        features = room(x, x.shape[1] + stage.growth, x.shape[2:]).movedim(1, -1)
-        middles = _run_layers(x, features, stage, statistics, measure=False)
+        features = _with_input(x, stage).movedim(1, -1)
+        middles = _run_layers(features, stage, statistics, measure=False)
     batch = (statistics.mean, statistics.variance)
     readers = _Readers(stage, need_weights)
     grad, through = torch.empty_like(features), ThroughStatistics(batch[0], statistics.total, stage.group)

@@ -13,7 +13,7 @@ from efficient_densenet.execution.synchronise import all_statistics
 
 
 def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``max_pool(relu(norm(x)))`` of ``x: (N, C, H, W)``; with mean, variance and count of the batch."""
+    """``max_pool(relu(norm(x)))`` of ``x: (N, C, *spatial)``; with mean, variance and count of the batch."""
     source = _channels_last(x)
     run = ops.backend(source)
     local = run.statistics(source) if norm.uses_batch else blank(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Efficient, check_efficient, norm_relu_conv, shared, wants_buffer
-from efficient_densenet.execution.hooks import has_hooks, runs
+from efficient_densenet.execution import Efficient, Stem, check_efficient, norm_relu_conv, wants_buffer
+from efficient_densenet.execution.hooks import runs
+from efficient_densenet.execution.joining import run_in_order
 from efficient_densenet.models.layers import DenseBlock, Transition
 
 _MAX_CIFAR_SIZE = 32  # larger inputs get the ImageNet stem
@@ -37,33 +37,24 @@ class _Features(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         modules = list(self)
-        if list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"]:
-            x = self._stem(x)
-            modules = modules[4:]
-        while modules:
-            module = modules.pop(0)
-            if modules and _can_join(module, modules[0]):
-                x = module(x, modules.pop(0))
-            elif isinstance(module, nn.BatchNorm2d) and wants_buffer(x, self.efficient) and x.device.type == "cpu":
-                # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.
-                x = module(x.contiguous())
-            else:
-                x = module(x)
+        if wants_buffer(x, self.efficient):
+            return run_in_order(x, modules, self._read_stem, _can_join, self.keep)
+        found = self._read_stem(modules)
+        if found is not None:
+            stem, taken = found
+            x = norm_relu_conv([stem.conv(x)], *stem[1:4], self.efficient)
+            del modules[:taken]
+        for module in modules:
+            x = module(x)
         return x
 
-    def _stem(self, x: Tensor) -> Tensor:
-        conv, norm, relu, pool = list(self)[:4]
-        if wants_buffer(x, self.efficient):
-            obstacle = shared.stem_obstacle(norm, relu, pool)
-            if obstacle is None:
-                return shared.stem(x.contiguous(memory_format=torch.channels_last), conv, norm, self.keep)
-            warnings.warn(f"the stem keeps more than it needs: {obstacle}", stacklevel=2)
-        return norm_relu_conv([conv(x)], norm, relu, pool, self.efficient)
+    def _read_stem(self, modules: Sequence[nn.Module]) -> tuple[Stem, int] | None:
+        is_stem = list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"] and len(modules) == len(self)
+        return (Stem(modules[0], modules[1], modules[2], modules[3]), 4) if is_stem else None
 
 
 def _can_join(block: nn.Module, following: nn.Module) -> bool:
-    """Whether these are a block and its transition, and nobody can tell that the block's output is never handed out."""
-    return runs(block, DenseBlock) and runs(following, Transition) and not has_hooks([block, following])
+    return runs(block, DenseBlock) and runs(following, Transition)
 
 
 class DenseNet(nn.Module):

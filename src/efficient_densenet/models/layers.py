@@ -12,7 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.execution import Efficient, Layer, Reader, Tail, norm_relu_conv, shared, wants_buffer
+from efficient_densenet.execution import (
+    Dropout,
+    Efficient,
+    Layer,
+    Reader,
+    Tail,
+    norm_relu_conv,
+    obstacle,
+    shared,
+    wants_buffer,
+)
 from efficient_densenet.execution.concatenate import concat
 from efficient_densenet.execution.hooks import runs
 
@@ -56,7 +66,7 @@ class DenseLayer(nn.Module):
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         inputs = [features] if isinstance(features, Tensor) else features
         for reader in self.readers():
-            inputs = [norm_relu_conv(inputs, *reader, self.efficient)]
+            inputs = [norm_relu_conv(inputs, *reader[:3], self.efficient)]
         (x,) = inputs
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
 
@@ -90,12 +100,10 @@ class DenseBlock(nn.ModuleDict):
         if wants_buffer(x, self.efficient):
             layers = [_as_layer(module) for module in self.values()]
             behind = None if transition is None else transition.tail()
-            obstacle = shared.obstacle(layers, behind)
-            if obstacle is None:
+            reason = obstacle(layers, behind)
+            if reason is None:
                 return shared.dense_block(x, layers, behind, self.keep)
-            warnings.warn(
-                f"a dense block does not run on the shared buffer but layer by layer: {obstacle}", stacklevel=2
-            )
+            warnings.warn(f"a dense block does not run on the shared buffer but layer by layer: {reason}", stacklevel=2)
         features = [x]
         for layer in self.values():
             features.append(layer(features))
@@ -107,7 +115,7 @@ def _as_layer(module: Any) -> Layer:
     """What the engine runs in place of `module`; without readers where it cannot know what `module` does."""
     if not runs(module, DenseLayer):
         return Layer(module, [])
-    return Layer(module, module.readers(), module.drop_rate if module.training else 0.0)
+    return Layer(module, module.readers(), Dropout(module.drop_rate if module.training else 0.0))
 
 
 class Transition(nn.Sequential):

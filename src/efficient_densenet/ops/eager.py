@@ -23,6 +23,8 @@ _aten = torch.ops.aten
 # Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
 _SCRATCH = {"cpu": 4 << 20}
 _SCRATCH_ELSEWHERE = 64 << 20
+# As `_cube`, for one dimension as the second of two.
+_LINE = ([1, 3], [1, 2], [0, 1], [1, 1], False)
 # Values: two such rows of sums fit into the first-level cache beside what is added to them.
 _WIDEST_ROW = 4096
 
@@ -73,18 +75,18 @@ def norm_relu_conv_backward(
 
 def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     for images, scratch in _pieces(x):
-        out[images].copy_(_last(F.max_pool2d(_prologue(x[images], scale, shift, scratch), 3, 2, 1)))
+        pooled, _ = _max_pool(_prologue(x[images], scale, shift, scratch))
+        out[images].copy_(_last(pooled))
 
 
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
 ) -> tuple[Tensor, Tensor]:
     sums = _Sums(mean)
-    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
     for images, scratch in _pieces(x):
         s = _prologue(x[images], scale, shift, scratch)
-        _, indices = _aten.max_pool2d_with_indices(s, *window)
-        g = _aten.max_pool2d_with_indices_backward(_first(grad_out[images]), s, *window, indices)
+        _, indices = _max_pool(s)
+        g = _max_pool_backward(_first(grad_out[images]), s, indices)
         sums.add(_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
     return sums.result()
 
@@ -225,6 +227,28 @@ def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
     if grad.shape == _last(s).shape:
         return _first(grad)
     return _first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
+
+
+def _max_pool(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Window 3, stride 2, padding 1; with the place of each maximum."""
+    if s.dim() == 3:
+        pooled, indices = _aten.max_pool2d_with_indices(s.unsqueeze(2), *_LINE)
+        return pooled.squeeze(2), indices.squeeze(2)
+    pool = _aten.max_pool2d_with_indices if s.dim() == 4 else _aten.max_pool3d_with_indices
+    return pool(s, *_cube(s))
+
+
+def _max_pool_backward(grad: Tensor, s: Tensor, indices: Tensor) -> Tensor:
+    if s.dim() == 3:
+        grad, s, indices = (t.unsqueeze(2) for t in (grad, s, indices))
+        return _aten.max_pool2d_with_indices_backward(grad, s, *_LINE, indices).squeeze(2)
+    pool = _aten.max_pool2d_with_indices_backward if s.dim() == 4 else _aten.max_pool3d_with_indices_backward
+    return pool(grad, s, *_cube(s), indices)
+
+
+def _cube(s: Tensor) -> tuple:
+    """The max pool's window, stride, padding, dilation and rounding up."""
+    return *([size] * (s.dim() - 2) for size in (3, 2, 1, 1)), False
 
 
 def _first(x: Tensor) -> Tensor:

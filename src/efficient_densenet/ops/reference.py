@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 Statistics = tuple[Tensor, Tensor]
@@ -77,10 +78,10 @@ def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> 
     """``out = max_pool(relu(scale·x + shift))`` with window 3, stride 2, padding 1: the stem of an ImageNet network.
 
     Args:
-        x: ``(N, H, W, C)``.
-        out: ``(N, ⌈H/2⌉, ⌈W/2⌉, C)``, is overwritten.
+        x: ``(N, *spatial, C)``.
+        out: ``(N, *⌈spatial/2⌉, C)``, is overwritten.
     """
-    out.copy_(_last(F.max_pool2d(_prologue(x, scale, shift), 3, 2, 1)))
+    out.copy_(_last(MAX_POOL[x.dim() - 2](_prologue(x, scale, shift), 3, 2, 1)))
 
 
 def norm_relu_max_pool_backward(
@@ -89,7 +90,7 @@ def norm_relu_max_pool_backward(
     """The backward pass of `norm_relu_max_pool`: ``grad_x = scale·g``; returns ``Σ g`` and ``Σ g·(x − mean)``."""
     with torch.enable_grad():
         s = _prologue(x, scale, shift).detach().requires_grad_()
-        (grad,) = torch.autograd.grad(F.max_pool2d(s, 3, 2, 1), s, _first(grad_out))
+        (grad,) = torch.autograd.grad(MAX_POOL[x.dim() - 2](s, 3, 2, 1), s, _first(grad_out))
     return _accumulate(_last(grad * (s > 0)), x, scale, mean, grad_x, accumulate=False)
 
 

@@ -1,0 +1,91 @@
+"""`efficient-densenet inspect`: what would become of a model, without training anything."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+from typing import Any
+
+from torch import nn
+
+from efficient_densenet.adopt.report import report
+from efficient_densenet.errors import UserError
+from efficient_densenet.execution import KEEP
+
+_MONAI = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1000}  # which have no defaults of their own
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="torchvision:NAME, timm:NAME, monai:NAME, torchxrayvision:NAME, smp:ENCODER, or package.module:NAME of "
+        "something that returns a model",
+    )
+    parser.add_argument("--keep", choices=KEEP, default="features", help="what would stay in memory for backward")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="arguments",
+        help="arguments of the model, such as spatial_dims=3",
+    )
+    parser.add_argument(
+        "--image", type=_shape, default=(3, 224, 224), metavar="C,H,W", help="the shape of one image, or of one volume"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model = _build(arguments.model, dict(_assignment(text) for text in arguments.arguments))
+    print(report(model, arguments.keep, arguments.image))
+    return 0
+
+
+def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
+    source, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UserError(f"{name!r} names no model: write for example torchvision:densenet121 or mypackage.nets:Net")
+    if source == "torchvision":
+        source = "torchvision.models"
+    elif source == "timm":
+        attribute, arguments = "create_model", {"model_name": attribute, **arguments}
+    elif source == "monai":
+        source, arguments = "monai.networks.nets", _MONAI | arguments
+    elif source == "torchxrayvision":
+        source = "torchxrayvision.models"
+    elif source == "smp":
+        source, attribute, arguments = (
+            "segmentation_models_pytorch.encoders", "get_encoder", {"name": attribute, "weights": None, **arguments}
+        )  # fmt: skip
+    try:
+        builder = getattr(importlib.import_module(source), attribute)
+    except (ImportError, AttributeError) as error:
+        package = source.split(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        way_out = f"; install it with: pip install {package}" if missing else ""
+        raise UserError(f"{name} was not found: {error}{way_out}") from error
+    try:
+        model = builder(**arguments)
+    except Exception as error:
+        raise UserError(f"{name} could not be built: {error}; give its arguments with --set NAME=VALUE") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} returns {type(model).__name__}, which is no torch.nn.Module")
+    return model
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word without quotes
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) < 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 3,224,224")
+    return tuple(map(int, parts))

@@ -1,0 +1,97 @@
+"""Look through a model for what can be made efficient: what each candidate is, how it would run, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import nn
+
+from efficient_densenet.adopt import read
+from efficient_densenet.adopt.adopted import (
+    RECOMPUTE,
+    SHARED,
+    Adopted,
+    AdoptedBlock,
+    AdoptedSequence,
+    AdoptedTransition,
+    disagreement,
+    runs_in_order,
+)
+from efficient_densenet.execution import obstacle
+from efficient_densenet.execution.hooks import runs
+from efficient_densenet.models import DenseBlock
+
+
+class Finding(NamedTuple):
+    """A module that looks like a part of a DenseNet.
+
+    Attributes:
+        name: in the model; empty for the model itself.
+        module: the module.
+        task: what it would become; None where it stays as it is.
+        way: how it would run; empty where it stays as it is.
+        reason: why it does not run on the shared buffer, if so.
+    """
+
+    name: str
+    module: nn.Module
+    task: type[Adopted] | None
+    way: str
+    reason: str = ""
+
+
+def survey(model: nn.Module) -> list[Finding]:
+    """Every dense block, every transition, and the sequences that run them, in the order of the model."""
+    findings: list[Finding] = []
+    inside: set[nn.Module] = set()  # of a block that was found
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        finding = _block(name, module) or _transition(name, module)
+        if finding is not None:
+            findings.append(finding)
+            if finding.task is not None:
+                inside |= set(module.modules())
+    return [*findings, *_sequences(model, {f.module for f in findings if f.task is AdoptedBlock})]
+
+
+def _block(name: str, module: nn.Module) -> Finding | None:
+    if isinstance(module, DenseBlock):
+        return Finding(name, module, None, "", "it is of this library: build the network with efficient=True")
+    try:
+        layers = read.block(module)
+    except read.NotDenseError as error:
+        return Finding(name, module, None, "", str(error)) if _looks_dense(module) else None
+    differs = disagreement(module)
+    if differs is not None:
+        return Finding(name, module, None, "", differs)
+    reason = obstacle(layers)
+    return Finding(name, module, AdoptedBlock, SHARED if reason is None else RECOMPUTE, reason or "")
+
+
+def _transition(name: str, module: nn.Module) -> Finding | None:
+    tail = read.transition(module) if runs_in_order(module) else None
+    if tail is None:
+        return None
+    reason = obstacle([], tail)
+    return Finding(name, module, AdoptedTransition, SHARED if reason is None else RECOMPUTE, reason or "")
+
+
+def _sequences(model: nn.Module, blocks: set[nn.Module]) -> Iterator[Finding]:
+    for name, module in model.named_modules():
+        if module not in blocks and runs_in_order(module) and blocks & set(module.children()):
+            yield Finding(name, module, AdoptedSequence, SHARED)
+
+
+def _looks_dense(module: nn.Module) -> bool:
+    """Whether its parts read more and more channels, each at least one norm and one convolution: a near miss."""
+    widths = []
+    for child in module.children():
+        convolutions = [m for m in child.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        has_norm = any("norm" in type(m).__name__.lower() for m in child.modules())
+        if not convolutions or not has_norm or runs(child, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            return False
+        widths.append(convolutions[0].in_channels)
+    return len(widths) > 1 and all(b > a for a, b in pairwise(widths))

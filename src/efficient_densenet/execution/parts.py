@@ -1,0 +1,147 @@
+"""What a dense network consists of, as the engine sees it, and why given modules cannot be such parts.
+
+The modules are `Any`: what they must be is checked when they are used, by `obstacle` and `stem_obstacle`, so that
+whatever was changed, replaced or hooked since the last call takes effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from efficient_densenet.execution.hooks import has_hooks, runs
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+class Reader(NamedTuple):
+    """A norm–relu–convolution that reads features.
+
+    With `fused`, the norm applies the relu by itself and does nothing else besides; whoever says so has tried it.
+    """
+
+    norm: Any
+    relu: Any
+    conv: Any
+    fused: bool = False
+
+
+class Dropout(NamedTuple):
+    """Dropout as it is at this call: no rate in evaluation. Of single values, or of whole channels."""
+
+    rate: float = 0.0
+    whole_channels: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.rate:
+            return x
+        return F.dropout1d(x, self.rate) if self.whole_channels else F.dropout(x, self.rate)
+
+
+class Layer(NamedTuple):
+    """A dense layer: its module; its one reader, or two where it has a bottleneck; and dropout behind them."""
+
+    module: Any
+    readers: Sequence[Reader]
+    dropout: Dropout = Dropout()
+
+
+class Tail(NamedTuple):
+    """What a transition consists of; `fused` as in `Reader`."""
+
+    norm: Any
+    relu: Any
+    conv: Any
+    pool: Any
+    fused: bool = False
+
+
+class Stem(NamedTuple):
+    """What the stem of an ImageNet network ends with; `fused` as in `Reader`."""
+
+    conv: Any
+    norm: Any
+    relu: Any
+    pool: Any
+    fused: bool = False
+
+
+def all_readers(layers: Sequence[Layer], transition: Tail | None) -> list[Reader]:
+    """In their order, the transition's last."""
+    readers = [reader for layer in layers for reader in layer.readers]
+    return readers if transition is None else [*readers, Reader(*transition[:3], transition.fused)]
+
+
+def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | None:
+    """Why these modules, as they are now, cannot run on the shared buffer; None if they can."""
+    for layer in layers:
+        if not layer.readers:
+            return f"{type(layer.module).__name__} is a layer of another kind"
+    if any((len(m.readers), m.dropout) != (len(layers[0].readers), layers[0].dropout) for m in layers):
+        return "its layers are not all of one form"
+    readers = all_readers(layers, transition)
+    inner = [m for reader in readers for m in reader[:3]] + ([transition.pool] if transition else [])
+    if has_hooks([*(m for layer in layers for m in layer.module.modules()), *inner]):
+        return "there are hooks on modules inside it, which must take effect"
+    if transition is not None and (not runs(transition.pool, *AVERAGE_POOLS) or not window(transition.pool)):
+        return f"{transition.pool} is not an average pool whose window is its stride"
+    for reader in readers:
+        reason = _conv_obstacle(reader.conv) or _norm_relu_obstacle(reader.norm, reader.relu, reader.fused)
+        if reason:
+            return reason
+    return _norms_obstacle([reader.norm for reader in readers])
+
+
+def stem_obstacle(stem: Stem) -> str | None:
+    """As `obstacle`, for the stem's norm, relu and max pool; its convolution may be any module."""
+    _, norm, relu, pool, fused = stem
+    if has_hooks([norm, relu, pool]):
+        return "there are hooks on its modules, which must take effect"
+    plain = runs(pool, *MAX_POOLS) and not pool.ceil_mode and not pool.return_indices
+    if not plain or [_all(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] != [3, 2, 1, 1]:
+        return f"{pool} is not the max pool of a DenseNet's stem"
+    return _norm_relu_obstacle(norm, relu, fused) or _norms_obstacle([norm])
+
+
+def window(pool: Any) -> int:
+    """The window and stride of an average pool without peculiarities, else 0."""
+    size = _all(pool.kernel_size)
+    divisor = getattr(pool, "divisor_override", None)  # one dimension has none
+    plain = _all(pool.stride) == size and _all(pool.padding) == 0 and not pool.ceil_mode and divisor is None
+    return size if plain else 0
+
+
+def _all(sizes: int | Iterable[int]) -> int:
+    """The size along every dimension; -1 where they differ."""
+    different = {sizes} if isinstance(sizes, int) else set(sizes)
+    return different.pop() if len(different) == 1 else -1
+
+
+def _conv_obstacle(conv: Any) -> str | None:
+    if not runs(conv, *CONVOLUTIONS):
+        return f"{type(conv).__name__} is not a convolution of PyTorch's own"
+    same_size = all(k % 2 == 1 and p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=False))
+    plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == "zeros"
+    if not (plain and same_size and {*conv.stride, *conv.dilation} == {1}):
+        return f"{conv} is not a plain convolution that keeps the resolution"
+    return None
+
+
+def _norm_relu_obstacle(norm: Any, relu: Any, fused: bool) -> str | None:
+    if not (isinstance(norm, _BatchNorm) if fused else runs(norm, _BatchNorm, nn.SyncBatchNorm)):
+        return f"{type(norm).__name__} is not a batch norm of PyTorch's own"
+    if not runs(relu, nn.ReLU):
+        return f"{type(relu).__name__} is not ReLU"
+    return None
+
+
+def _norms_obstacle(norms: Sequence[Any]) -> str | None:
+    groups = {norm.process_group if isinstance(norm, nn.SyncBatchNorm) else None for norm in norms if norm.training}
+    kinds = {isinstance(norm, nn.SyncBatchNorm) for norm in norms if norm.training}
+    return "some of its norms are synchronised and others are not" if len(kinds) > 1 or len(groups) > 1 else None
