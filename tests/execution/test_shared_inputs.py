@@ -74,8 +74,8 @@ def test_one_two_and_three_dimensions(size, pool, per_layer, keep):
         return Layer(nn.Sequential(*(m for r in readers for m in r[:3])), readers)
 
     layers = [layer(width) for width in (5, 8, 11)]
-    tail = Tail(*reader(14, 7, 1), average_pool(pool)) if pool else None
-    modules = nn.ModuleList([layer.module for layer in layers] + ([nn.Sequential(*tail)] if tail else []))
+    tail = Tail(*reader(14, 7, 1)[:3], average_pool(pool)) if pool else None
+    modules = nn.ModuleList([layer.module for layer in layers] + ([nn.Sequential(*tail[:4])] if tail else []))
     assert obstacle(layers, tail) is None
 
     def ordinary(x):
