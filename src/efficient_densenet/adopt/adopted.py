@@ -70,7 +70,7 @@ class AdoptedBlock(Adopted):
             reason = obstacle(layers, tail)
             if reason is None:
                 return shared.dense_block(x, layers, tail, self.adoption.keep)
-            if not has_hooks(self.modules()):
+            if not has_hooks(list(self.modules())[1:]):
                 if self.adoption.way == SHARED:
                     _warn(f"does not run on the shared buffer, but recomputes: {reason}")
                 return _then(layer_by_layer(x, layers, "recompute"), transition)
@@ -83,7 +83,7 @@ class AdoptedTransition(Adopted):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         tail = read.transition(self)
-        if tail is None or not wants_buffer(x, True) or has_hooks(self.modules()):
+        if tail is None or not wants_buffer(x, True) or has_hooks(list(self.modules())[1:]):
             return self.original.forward(self, x)
         if obstacle([], tail) is None:
             return shared.dense_block(x, [], tail, self.adoption.keep)

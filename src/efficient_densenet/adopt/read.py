@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import Dropout1d, Dropout2d, Dropout3d, _DropoutNd
 
 from efficient_densenet.execution import Dropout, Layer, Reader, Stem, Tail
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
@@ -102,11 +102,18 @@ def _parts(module: nn.Module) -> Iterator[Any]:
         return
     if hasattr(module, "norm_weight") and hasattr(module, "conv_weight"):
         yield from _bare_bottleneck(module)
-    elif isinstance(module, (*_NORMS, _ConvNd)) or next(module.children(), None) is None or _is_pool(module):
+    elif _is_norm(module) or isinstance(module, _ConvNd) or next(module.children(), None) is None or _is_pool(module):
         yield module
     else:
         for child in module.children():
             yield from _parts(child)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A norm of PyTorch's, or one that another library has frozen: with a weight for each channel."""
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+    return named or isinstance(module, _NORMS)
 
 
 def _is_pool(module: nn.Module) -> bool:
@@ -128,13 +135,13 @@ def _reader(parts: list[Any]) -> Reader:
 
 def _norm_and_activation(parts: list[Any]) -> tuple[Any, Any, bool]:
     """A norm and an activation, or a norm that has both, taken out of `parts`."""
-    if not parts or not isinstance(parts[0], _NORMS):
+    if not parts or not _is_norm(parts[0]):
         raise NotDenseError(f"it begins with {type(parts[0]).__name__}, not with a norm" if parts else "no norm")
     norm = parts.pop(0)
     act = getattr(norm, "act", None)
     if isinstance(act, nn.Module) and not isinstance(act, nn.Identity):
         return norm, act, True
-    if not parts or isinstance(parts[0], (*_NORMS, _ConvNd, _DropoutNd)) or _is_pool(parts[0]):
+    if not parts or _is_norm(parts[0]) or isinstance(parts[0], (_ConvNd, _DropoutNd)) or _is_pool(parts[0]):
         raise NotDenseError(f"no activation follows its {type(norm).__name__}")
     return norm, parts.pop(0), False
 
@@ -144,7 +151,7 @@ def _in_channels(reader: Reader) -> int:
     for name in ("num_features", "num_channels"):
         if hasattr(norm, name):
             return getattr(norm, name)
-    return norm.normalized_shape[0]
+    return norm.normalized_shape[0] if hasattr(norm, "normalized_shape") else len(norm.weight)
 
 
 def _bare_bottleneck(module: Any) -> Iterator[nn.Module]:

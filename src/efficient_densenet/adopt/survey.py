@@ -46,14 +46,14 @@ def survey(model: nn.Module) -> list[Finding]:
     """Every dense block, every transition, and the sequences that run them, in the order of the model."""
     findings: list[Finding] = []
     inside: set[nn.Module] = set()  # of a block that was found
+    left: set[nn.Module] = set()  # inside what was left, for the reason given there
     for name, module in model.named_modules():
         if module in inside:
             continue
         finding = _block(name, module) or _transition(name, module)
-        if finding is not None:
+        if finding is not None and (finding.task is not None or module not in left):
             findings.append(finding)
-            if finding.task is not None:
-                inside |= set(module.modules())
+            (left if finding.task is None else inside).update(module.modules())
     return [*findings, *_sequences(model, {f.module for f in findings if f.task is AdoptedBlock})]
 
 

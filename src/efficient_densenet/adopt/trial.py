@@ -19,6 +19,7 @@ from torch.func import functional_call
 from efficient_densenet.adopt import read
 from efficient_densenet.execution import Reader, layer_by_layer
 
+_CPU = torch.device("cpu")
 _SIZE = (5, 4, 3)  # pixels: odd and even, and enough for a 3×3 window to have an inside
 _TOLERANCE = 1e-3  # relative, in float32: another function is off by more than a tenth
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,7 +34,7 @@ def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> 
     readers = [reader for layer in layers for reader in layer.readers]
     dims = len(readers[0].conv.kernel_size)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, readers[0].conv.in_channels, *_SIZE[:dims], generator=generator)
+    x = torch.randn(2, readers[0].conv.in_channels, *_SIZE[:dims], generator=generator, device=_CPU)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), _no_hooks(block), _own_modes(block):
         state = {f"block.{name}": _random(name, t, generator) for name, t in _state(block)}
         for training in (False, True):
@@ -51,8 +52,8 @@ def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> 
                 if not _agree(rebuilt[name], expected):
                     what = "its output" if name == "output" else name.removeprefix("block.")
                     return f"{what} is another than that of dense layers made of the same parts"
-        if any(_draws_random_numbers(reader) for reader in readers):
-            return "its activation is random"  # and cannot be computed again
+        if any(_draws_random_numbers(reader, generator) for reader in readers):
+            return "its norm or activation is random"  # and cannot be computed again
     return None
 
 
@@ -94,22 +95,23 @@ def _state(block: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype)
-    values = torch.rand(like.shape, generator=generator)
+        return torch.zeros(like.shape, dtype=like.dtype, device=_CPU)
+    values = torch.rand(like.shape, generator=generator, device=_CPU)
     if like.dim() < 2:
         return values - 0.5 if name.endswith(("bias", "mean")) else values + 0.5
     fan_in = like[0].numel()
     return values.sub_(0.5).mul_((12 / fan_in) ** 0.5)
 
 
-def _draws_random_numbers(reader: Reader) -> bool:
-    if any(True for _ in reader.relu.parameters()):
-        return False
-    before = torch.get_rng_state()
-    reader.relu.train()(torch.zeros(2, reader.conv.in_channels, *_SIZE[: len(reader.conv.kernel_size)]))
-    same = torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    return not same
+def _draws_random_numbers(reader: Reader, generator: torch.Generator) -> bool:
+    """In training, as the modules of its block are now."""
+    both = nn.ModuleList([reader.norm] if reader.fused else [reader.norm, reader.relu])
+    state = {f"block.{name}": _random(name, t, generator) for name, t in _state(both)}
+    x = torch.zeros(2, reader.conv.in_channels, *_SIZE[: len(reader.conv.kernel_size)], device=_CPU)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        functional_call(_Forward(both, lambda modules, x: nn.Sequential(*modules)(x)), state, (x,))
+        return not torch.equal(before, torch.get_rng_state())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ Models say which way they want and know nothing about how it works.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import concatenate, recompute, shared
+from efficient_densenet.execution.hooks import has_hooks
 from efficient_densenet.execution.parts import Dropout, Layer, Reader, Stem, Tail, obstacle
 from efficient_densenet.execution.shared import KEEP
 
@@ -64,11 +66,20 @@ def norm_relu_conv(
         norm: a normalisation over ``ΣC_i`` channels.
         relu: an activation without randomness.
         conv: what consumes the activation: a convolution, or a pool.
-        efficient: see `Efficient`; without its block around it, ``True`` is the same as ``"recompute"``.
+        efficient: see `Efficient`; without its block around it, ``True`` is the same as ``"recompute"``, but gives no
+            warning, for its block has given one.
     """
     # Without gradients nothing is stored; and a compiler decides by itself what to compute again.
     ordinary = not efficient or not torch.is_grad_enabled() or torch.compiler.is_compiling()
     way = concatenate if ordinary or _must_be_ordinary(inputs[0]) else recompute
+    if way is recompute and has_hooks([norm, relu]):
+        if efficient == "recompute":  # else its block has given the reason
+            warnings.warn(
+                "hooks on the norm or activation inside a dense layer must see every activation exactly once: "
+                "this layer keeps its activations instead of computing them again",
+                stacklevel=2,
+            )
+        way = concatenate
     return way.norm_relu_conv(inputs, norm, relu, conv)
 
 

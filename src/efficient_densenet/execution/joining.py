@@ -57,4 +57,4 @@ def _run_stem(x: Tensor, stem: Stem, keep: str) -> Tensor:
         return shared.stem(x, stem, keep)
     warnings.warn(f"the stem keeps more than it needs: {obstacle}", stacklevel=3)
     conv, norm, relu, pool, fused = stem
-    return norm_relu_conv([conv(x)], norm, nn.Identity() if fused else relu, pool, "recompute")
+    return norm_relu_conv([conv(x)], norm, nn.Identity() if fused else relu, pool, True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.execution.fused import only_rectifies
 from efficient_densenet.execution.hooks import has_hooks, runs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,7 +25,7 @@ MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 class Reader(NamedTuple):
     """A norm–relu–convolution that reads features.
 
-    With `fused`, the norm applies the relu by itself and does nothing else besides; whoever says so has tried it.
+    With `fused`, the norm applies the relu by itself.
     """
 
     norm: Any
@@ -41,7 +43,7 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         if not self.rate:
             return x
-        return F.dropout1d(x, self.rate) if self.whole_channels else F.dropout(x, self.rate)
+        return torch.feature_dropout(x, self.rate, True) if self.whole_channels else F.dropout(x, self.rate)
 
 
 class Layer(NamedTuple):
@@ -90,7 +92,7 @@ def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | N
     if has_hooks([*(m for layer in layers for m in layer.module.modules()), *inner]):
         return "there are hooks on modules inside it, which must take effect"
     if transition is not None and (not runs(transition.pool, *AVERAGE_POOLS) or not window(transition.pool)):
-        return f"{transition.pool} is not an average pool whose window is its stride"
+        return f"{_in_words(transition.pool)} is not an average pool whose window is its stride"
     for reader in readers:
         reason = _conv_obstacle(reader.conv) or _norm_relu_obstacle(reader.norm, reader.relu, reader.fused)
         if reason:
@@ -105,7 +107,7 @@ def stem_obstacle(stem: Stem) -> str | None:
         return "there are hooks on its modules, which must take effect"
     plain = runs(pool, *MAX_POOLS) and not pool.ceil_mode and not pool.return_indices
     if not plain or [_all(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] != [3, 2, 1, 1]:
-        return f"{pool} is not the max pool of a DenseNet's stem"
+        return f"{_in_words(pool)} is not the max pool of a DenseNet's stem"
     return _norm_relu_obstacle(norm, relu, fused) or _norms_obstacle([norm])
 
 
@@ -123,18 +125,23 @@ def _all(sizes: int | Iterable[int]) -> int:
     return different.pop() if len(different) == 1 else -1
 
 
+def _in_words(module: Any) -> str:
+    """On one line."""
+    return type(module).__name__ if any(True for _ in module.children()) else str(module)
+
+
 def _conv_obstacle(conv: Any) -> str | None:
     if not runs(conv, *CONVOLUTIONS):
         return f"{type(conv).__name__} is not a convolution of PyTorch's own"
     same_size = all(k % 2 == 1 and p == k // 2 for p, k in zip(conv.padding, conv.kernel_size, strict=False))
     plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == "zeros"
     if not (plain and same_size and {*conv.stride, *conv.dilation} == {1}):
-        return f"{conv} is not a plain convolution that keeps the resolution"
+        return f"{_in_words(conv)} is not a plain convolution that keeps the resolution"
     return None
 
 
 def _norm_relu_obstacle(norm: Any, relu: Any, fused: bool) -> str | None:
-    if not (isinstance(norm, _BatchNorm) if fused else runs(norm, _BatchNorm, nn.SyncBatchNorm)):
+    if not (only_rectifies(norm) if fused else runs(norm, _BatchNorm, nn.SyncBatchNorm)):
         return f"{type(norm).__name__} is not a batch norm of PyTorch's own"
     if not runs(relu, nn.ReLU):
         return f"{type(relu).__name__} is not ReLU"

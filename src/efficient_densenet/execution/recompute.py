@@ -15,7 +15,6 @@ concatenation, norm and activation per convolution, in backward.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,18 +25,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from efficient_densenet.execution import concatenate
-from efficient_densenet.execution.hooks import has_hooks
 
 
 def norm_relu_conv(inputs: Sequence[Tensor], norm: nn.Module, relu: nn.Module, conv: nn.Module) -> Tensor:
-    """The function of `concatenate.norm_relu_conv`, bit for bit, storing neither concatenation nor activation."""
-    if has_hooks([norm, relu]):
-        warnings.warn(
-            "hooks on the norm or activation inside a dense layer must see every activation exactly once: "
-            "this layer keeps its activations instead of computing them again",
-            stacklevel=2,
-        )
-        return concatenate.norm_relu_conv(inputs, norm, relu, conv)
+    """The function of `concatenate.norm_relu_conv`, bit for bit, storing neither concatenation nor activation.
+
+    Norm and activation must be without hooks, which would see the second run too.
+    """
     prologue = _Prologue(inputs, norm, relu)
     with saved_tensors_hooks(prologue.pack, prologue.unpack):
         return conv(prologue.run())

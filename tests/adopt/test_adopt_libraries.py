@@ -1,0 +1,142 @@
+"""Models of the real libraries compute the same after `make_efficient`, and keep to their structure."""
+
+from __future__ import annotations
+
+import monai.networks.nets
+import pytest
+import timm
+import torch
+import torchvision
+import torchxrayvision
+from comparison import assert_identical
+from others import (
+    assert_trains_alike,
+    images,
+    monai_small,
+    pair,
+    randomised,
+    three_steps,
+    timm_small,
+    torchvision_small,
+    unet,
+    xray_small,
+)
+
+from efficient_densenet import make_efficient, report, restore
+from efficient_densenet.execution import KEEP
+
+every_keep = pytest.mark.parametrize("keep", KEEP)
+
+SMALL = {
+    "torchvision": torchvision_small,
+    "torchvision, checkpointed": lambda: torchvision_small(memory_efficient=True),
+    "torchvision, dropout": lambda: torchvision_small(drop_rate=0.3),
+    "timm": timm_small,
+    "timm, checkpointed": lambda: timm_small(memory_efficient=True),
+    "timm, dropout": lambda: timm_small(proj_drop_rate=0.3, drop_rate=0.2),
+    "timm, deep stem": lambda: timm_small(stem_type="deep"),
+    "timm, tiered stem": lambda: timm_small(stem_type="deep_tiered"),
+    "timm, features": lambda: timm_small(features_only=True),
+    "MONAI 2D": monai_small,
+    "MONAI 2D, dropout": lambda: monai_small(dropout_prob=0.3),
+    "torchxrayvision": xray_small,
+    "torchxrayvision, dropout": lambda: xray_small(drop_rate=0.3),
+}
+
+
+def on_the_buffer(model):
+    return {e.name for e in report(model).adopted if e.now == "shared buffer" and not e.reason}
+
+
+@every_keep
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("error")
+def test_small_models_train_as_the_ordinary_ones(name, keep, monkeypatch):
+    monkeypatch.setattr(torchxrayvision.utils, "fix_resolution", lambda x, *_: x)
+    ordinary, efficient = pair(SMALL[name](), keep)
+    assert len(on_the_buffer(efficient)) == 3  # two blocks and a transition
+    assert_trains_alike(ordinary, efficient, images())
+
+
+@every_keep
+@pytest.mark.parametrize(("dims", "size"), [(1, (41,)), (3, (18, 17, 19))])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.filterwarnings("error")
+def test_monai_in_one_and_three_dimensions(dims, size, dropout, keep):
+    ordinary, efficient = pair(monai_small(dims, dropout_prob=dropout), keep)
+    assert_trains_alike(ordinary, efficient, images(*size))
+
+
+BIG = {
+    "torchvision": torchvision.models.densenet121,
+    "timm": lambda: timm.create_model("densenet121"),
+    "timm, features": lambda: timm.create_model("densenet121", features_only=True),
+    "timm 264, deep stem": lambda: timm.create_model("densenet264d", growth_rate=8),
+    "MONAI": lambda: monai.networks.nets.DenseNet121(spatial_dims=2, in_channels=3, out_channels=7, dropout_prob=0.2),
+    "segmentation_models_pytorch": unet,
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.filterwarnings("error")
+def test_published_models_train_as_the_ordinary_ones(name):
+    ordinary, efficient = pair(BIG[name](), "features")
+    assert len(on_the_buffer(efficient)) == 7
+    assert_trains_alike(ordinary, efficient, images(64, 64))
+
+
+def test_torchxrayvision_at_the_size_it_wants():
+    model = torchxrayvision.models.DenseNet(block_config=(2, 2, 2, 2), weights=None)
+    ordinary, efficient = pair(model, "features")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            efficient(images(224, 224, n=1)[:, :1]), ordinary(images(224, 224, n=1)[:, :1]), rtol=1e-10, atol=1e-10
+        )
+
+
+def test_blurred_stems_keep_more_and_say_so():
+    ordinary, efficient = pair(timm.create_model("densenetblur121d", growth_rate=8, block_config=(2, 2)), "features")
+    with pytest.warns(UserWarning, match="the stem keeps more than it needs: .*is not the max pool"):
+        assert_trains_alike(ordinary, efficient, images())
+    assert "the stem keeps more" in str(report(efficient))
+
+
+RECOMPUTED = {
+    "timm, SiLU": lambda: timm_small(act_layer="silu"),
+    "timm, leaky ReLU": lambda: timm_small(act_layer="leaky_relu"),
+    "timm, group norm": lambda: timm_small(norm_layer="groupnorm1"),
+    "MONAI, PReLU": lambda: monai_small(act="prelu"),
+    "MONAI, leaky ReLU": lambda: monai_small(act=("leakyrelu", {"negative_slope": 0.1, "inplace": True})),
+    "MONAI, instance norm": lambda: monai_small(norm="instance"),
+    "MONAI, group norm": lambda: monai_small(norm=("group", {"num_groups": 1})),
+    "MONAI 3D, dropout": lambda: monai_small(3, act="prelu", dropout_prob=0.3),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+@pytest.mark.filterwarnings("ignore:the stem keeps more")
+@pytest.mark.filterwarnings("error:a dense block")
+def test_other_norms_and_activations_recompute(name):
+    ordinary, efficient = pair(RECOMPUTED[name](), "features")
+    size = (18, 17, 19) if "3D" in name else (33, 35)
+    assert {e.now for e in report(efficient).adopted} == {"recompute", "joins stem and transitions"}
+    assert_trains_alike(ordinary, efficient, images(*size))
+
+
+def test_norms_that_are_no_norms_of_pytorch_are_left_with_a_reason():
+    from efficient_densenet.errors import UserError
+
+    with pytest.raises(UserError, match="close to that came:\n.*denseblock1"):
+        make_efficient(timm_small(norm_layer="evonormb0"))
+
+
+@pytest.mark.parametrize("name", ["torchvision, checkpointed", "timm, dropout", "MONAI 2D"])
+def test_restored_models_are_the_original_ones_bit_for_bit(name):
+    model = randomised(SMALL[name]())
+    classes = [type(module) for module in model.modules()]
+    expected = three_steps(pair(model)[0].train(), images()) if "checkpointed" not in name else None
+    restored = restore(make_efficient(model))
+    assert restored is model and [type(module) for module in model.modules()] == classes
+    assert not any("adoption" in vars(module) for module in model.modules())
+    if expected is not None:
+        assert_identical(three_steps(restored, images()), expected)
