@@ -11,6 +11,7 @@ from efficient_densenet.models import (
     densenet264,
     densenet_cifar,
 )
+from efficient_densenet.ops import backends
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "DenseNet",
     "MissingExtraError",
     "UserError",
+    "backends",
     "dense_block",
     "densenet121",
     "densenet161",

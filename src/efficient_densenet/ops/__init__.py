@@ -1,7 +1,7 @@
 """The fused norm–relu–convolution and its statistics: tensors in, tensors out.
 
-`reference` defines the operations; every backend is a module (or object) with functions of the same names and meaning.
-`backend` chooses: at present there is one, plain PyTorch, which runs on any device.
+`reference` defines the operations; every backend is a module with functions of the same names and meaning: `eager` in
+plain PyTorch, which runs on any device, and `cpu`, compiled for processors. `backend` chooses.
 """
 
 from __future__ import annotations
@@ -10,9 +10,19 @@ from types import ModuleType
 
 from torch import Tensor
 
-from efficient_densenet.ops import eager
+from efficient_densenet.ops import cpu, eager
 
 
 def backend(x: Tensor) -> ModuleType:
     """The backend for activations like `x`."""
-    return eager
+    return cpu if cpu.supports(x) else eager
+
+
+def backends() -> dict[str, str]:
+    """What runs on each kind of device, and why: words for people."""
+    loaded = cpu.library.load()
+    kept = "float32, float64 and bfloat16" if loaded.kernels else "nothing"
+    return {
+        "cpu": f"native kernels for {kept}: {loaded.description}",
+        "everything else": "plain PyTorch",
+    }

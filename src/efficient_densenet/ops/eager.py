@@ -10,19 +10,14 @@ memory, so they are used for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficient_densenet.ops.convolution import channels_first, channels_last, convolve, convolve_backward, pieces
 from efficient_densenet.ops.reference import AVERAGE_POOL, Statistics, merge, statistics_dtype
 
 _aten = torch.ops.aten
-# Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
-_SCRATCH = {"cpu": 4 << 20}
-_SCRATCH_ELSEWHERE = 64 << 20
 # As `_cube`, for one dimension as the second of two.
 _LINE = ([1, 3], [1, 2], [0, 1], [1, 1], False)
 # Values: two such rows of sums fit into the first-level cache beside what is added to them.
@@ -33,11 +28,11 @@ def norm_relu_conv(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
 ) -> Statistics | None:
     moments = _Moments() if want_statistics else None
-    for images, scratch in _pieces(x):
+    for images, scratch in pieces(x):
         s = _prologue(x[images], scale, shift, scratch)
         if pool > 1:
             s = _average_pool(s, pool)
-        y = _last(_aten.convolution(s, weight, None, *_geometry(weight))).contiguous()
+        y = convolve(channels_last(s), weight)
         out[images].copy_(y)
         if moments is not None:
             moments.add(y)
@@ -58,48 +53,47 @@ def norm_relu_conv_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if need_weight else None
     sums = _Sums(mean)
-    for images, scratch in _pieces(x):
+    for images, scratch in pieces(x):
         piece = x[images]
         s = _prologue(piece, scale, shift, scratch)
         pooled = _average_pool(s, pool) if pool > 1 else s
-        g, gw, _ = _aten.convolution_backward(
-            _first(grad_out[images]), pooled, weight, None, *_geometry(weight), [True, need_weight, False]
-        )
+        g, gw = convolve_backward(grad_out[images], channels_last(pooled), weight, need_weight)
+        g = channels_first(g)
         if pool > 1:
             g = _average_pool_backward(g, s, pool)
         if grad_weight is not None:
             grad_weight += gw
-        sums.add(_last(_rectify_backward(g, s)).contiguous(), piece, scale, grad_x[images], accumulate, scratch)
+        sums.add(channels_last(_rectify_backward(g, s)).contiguous(), piece, scale, grad_x[images], accumulate, scratch)
     return None if grad_weight is None else grad_weight.to(weight.dtype), *sums.result()
 
 
 def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    for images, scratch in _pieces(x):
+    for images, scratch in pieces(x):
         pooled, _ = _max_pool(_prologue(x[images], scale, shift, scratch))
-        out[images].copy_(_last(pooled))
+        out[images].copy_(channels_last(pooled))
 
 
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
 ) -> tuple[Tensor, Tensor]:
     sums = _Sums(mean)
-    for images, scratch in _pieces(x):
+    for images, scratch in pieces(x):
         s = _prologue(x[images], scale, shift, scratch)
         _, indices = _max_pool(s)
-        g = _max_pool_backward(_first(grad_out[images]), s, indices)
-        sums.add(_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
+        g = _max_pool_backward(channels_first(grad_out[images]), s, indices)
+        sums.add(channels_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
     return sums.result()
 
 
 def statistics(x: Tensor) -> Statistics:
     moments = _Moments()
-    for images, scratch in _pieces(x):
+    for images, scratch in pieces(x):
         moments.add(scratch.copy_(x[images]))
     return moments.merged()
 
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
-    for images, _ in _pieces(x):
+    for images, _ in pieces(x):
         centred = x[images] - mean
         out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
 
@@ -177,17 +171,6 @@ def _wide_rows(x: Tensor) -> Tensor:
     return x.view(-1, channels * r)
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of images, each with a contiguous scratch tensor of its shape."""
-    bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
-    step = max(1, _SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
-    step = min(step, max(1, x.shape[0]))
-    scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
-    for start in range(0, x.shape[0], step):
-        stop = min(start + step, x.shape[0])
-        yield slice(start, stop), scratch[: stop - start]
-
-
 def _double(x: Tensor) -> torch.dtype:
     """The type in which partial sums are added up: double precision, where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -199,18 +182,12 @@ def _prologue(x: Tensor, scale: Tensor, shift: Tensor, scratch: Tensor) -> Tenso
         torch.addcmul(shift, x, scale, out=scratch)
     else:  # half precision is computed in single precision
         scratch.copy_(torch.addcmul(shift, x.to(scale.dtype), scale))
-    return _first(scratch.relu_())
+    return channels_first(scratch.relu_())
 
 
 def _rectify_backward(g: Tensor, s: Tensor) -> Tensor:
     """Zero where the rectifier cut off, in place."""
     return _aten.threshold_backward.grad_input(g, s, 0, grad_input=g)
-
-
-def _geometry(weight: Tensor) -> tuple:
-    """Stride, padding, dilation, transposed, output padding and groups of a convolution that keeps the resolution."""
-    dims = weight.dim() - 2
-    return [1] * dims, [k // 2 for k in weight.shape[2:]], [1] * dims, False, [0] * dims, 1
 
 
 def _average_pool(s: Tensor, pool: int) -> Tensor:
@@ -221,12 +198,12 @@ def _average_pool(s: Tensor, pool: int) -> Tensor:
 
 def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
     """Each pixel's gradient, shared out evenly over its window; pixels beyond the last whole window get none."""
-    grad = _last(grad) / pool ** (s.dim() - 2)
+    grad = channels_last(grad) / pool ** (s.dim() - 2)
     for d in range(grad.dim() - 2, 0, -1):
         grad = grad.unsqueeze(d + 1).expand(*[-1] * (d + 1), pool, *[-1] * (grad.dim() - d - 1)).flatten(d, d + 1)
-    if grad.shape == _last(s).shape:
-        return _first(grad)
-    return _first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
+    if grad.shape == channels_last(s).shape:
+        return channels_first(grad)
+    return channels_first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
 
 
 def _max_pool(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,11 +226,3 @@ def _max_pool_backward(grad: Tensor, s: Tensor, indices: Tensor) -> Tensor:
 def _cube(s: Tensor) -> tuple:
     """The max pool's window, stride, padding, dilation and rounding up."""
     return *([size] * (s.dim() - 2) for size in (3, 2, 1, 1)), False
-
-
-def _first(x: Tensor) -> Tensor:
-    return x.movedim(-1, 1)
-
-
-def _last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1)

@@ -1,0 +1,59 @@
+"""The convolutions between the fused passes, by PyTorch itself, and the pieces of a batch that they run on.
+
+On a CPU they are oneDNN's, which run at nearly the speed of the processor; what is left to gain lies around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+# Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
+SCRATCH = {"cpu": 4 << 20}
+_SCRATCH_ELSEWHERE = 64 << 20
+
+
+def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of images of ``x: (N, *spatial, C)``, each with a contiguous scratch tensor of its shape."""
+    if not len(x):
+        return
+    bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
+    most = max(1, SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
+    step = ceil(len(x) / ceil(len(x) / most))  # pieces of nearly one size
+    scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    for start in range(0, len(x), step):
+        stop = min(start + step, len(x))
+        yield slice(start, stop), scratch[: stop - start]
+
+
+def convolve(s: Tensor, weight: Tensor) -> Tensor:
+    """``(n, *spatial, C)`` → ``(n, *spatial, O)``, contiguous; stride 1, padded so that the resolution stays."""
+    return channels_last(_aten.convolution(channels_first(s), weight, None, *_geometry(weight))).contiguous()
+
+
+def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of `s`, contiguous, and of `weight` (undefined where it is not needed)."""
+    g, grad_weight, _ = _aten.convolution_backward(
+        channels_first(grad_out), channels_first(s), weight, None, *_geometry(weight), [True, need_weight, False]
+    )
+    return channels_last(g).contiguous(), grad_weight
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """``(n, *spatial, C)`` as PyTorch's own operations want it: a view."""
+    return x.movedim(-1, 1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The view back."""
+    return x.movedim(1, -1)
+
+
+def _geometry(weight: Tensor) -> tuple:
+    """Stride, padding, dilation, transposed, output padding and groups."""
+    dims = weight.dim() - 2
+    return [1] * dims, [k // 2 for k in weight.shape[2:]], [1] * dims, False, [0] * dims, 1

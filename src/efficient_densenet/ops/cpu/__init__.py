@@ -1,0 +1,174 @@
+"""The operations of `reference` on a CPU: PyTorch's convolutions, and one pass each for all that lies between them.
+
+A pass reads and writes what it must, once, at the speed of the memory: see `kernels.cpp`. As in `eager`, the rectified
+prefix lives in a scratch tensor of a few megabytes, a few images at a time. Sums are added up in double precision, in
+an order that depends on the shapes and the number of threads alone.
+
+Bytes moved per value of the prefix, beside the convolutions: forward reads x and writes the scratch; backward does so
+again, and reads the scratch's gradient, x and D, and writes D.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.ops import eager
+from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
+from efficient_densenet.ops.cpu.library import load
+from efficient_densenet.ops.reference import Statistics, merge, statistics_dtype
+
+norm_relu_max_pool = eager.norm_relu_max_pool
+norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def supports(x: Tensor) -> bool:
+    """Whether activations like `x` run here."""
+    return x.device.type == "cpu" and x.dtype in _TYPES and load().kernels is not None
+
+
+def norm_relu_conv(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
+) -> Statistics | None:
+    moments = []
+    for images, scratch in pieces(x):
+        y = convolve(_prologue(x[images], scale, shift, pool, scratch), weight)
+        moments.append(_copy_moments(y, out[images], want_statistics))
+    return _merged(out, moments) if want_statistics else None
+
+
+def norm_relu_conv_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    pool: int = 1,
+    need_weight: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    grad_weight = None
+    sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
+        grad_x.zero_()  # pixels outside whole windows
+    for images, scratch in pieces(x):
+        piece = x[images]
+        s = _prologue(piece, scale, shift, pool, scratch)
+        g, gw = convolve_backward(grad_out[images], s, weight, need_weight)
+        if need_weight:
+            gw = gw.to(scale.dtype)
+            grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
+        _accumulate(g, piece, scale, shift, mean, grad_x[images], accumulate, pool, sums)
+    if need_weight:
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+    g_sum, g_centred = sums.to(scale.dtype)
+    return grad_weight, g_sum, g_centred
+
+
+def statistics(x: Tensor) -> Statistics:
+    return _merged(x, [_copy_moments(x, None, True)])
+
+
+def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    load().kernels.finish(
+        _TYPES[x.dtype], *_matrix(grad), *_matrix(x), rows, channels, *_constants(mean, constant, slope), *_matrix(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _prologue(x: Tensor, scale: Tensor, shift: Tensor, pool: int, scratch: Tensor) -> Tensor:
+    """``average_pool(relu(scale·x + shift))`` in the scratch tensor."""
+    kernels: Any = load().kernels
+    type_, channels, threads = _TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
+    if pool == 1:
+        constants = _constants(scale, shift)
+        kernels.prologue(type_, *_matrix(x), x.numel() // channels, channels, *constants, scratch.data_ptr(), threads)
+        return scratch
+    pooled = torch.empty((len(x), *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
+    kernels.prologue_pool(
+        type_, *_matrix(x), _volume(x, pool), channels, *_constants(scale, shift), pooled.data_ptr(), threads
+    )
+    return pooled
+
+
+def _accumulate(
+    g: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    pool: int,
+    sums: Tensor,
+) -> None:
+    kernels: Any = load().kernels
+    channels = x.shape[-1]
+    run, size = (
+        (kernels.accumulate, (x.numel() // channels,)) if pool == 1 else (kernels.accumulate_pool, (_volume(x, pool),))
+    )
+    run(
+        _TYPES[x.dtype], g.data_ptr(), *_matrix(x), *size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
+        accumulate, sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _copy_moments(x: Tensor, out: Tensor | None, want: bool) -> tuple[int, Tensor | None]:
+    """Copy `x` to `out`, if given; return the number of rows, and if wanted their means and summed squares."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    moments = torch.empty((2, channels), dtype=torch.float64) if want else None
+    kernels: Any = load().kernels
+    kernels.copy_moments(
+        _TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
+        None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return rows, moments
+
+
+def _merged(x: Tensor, parts: Sequence[tuple[int, Any]]) -> Statistics:
+    """The statistics of all parts together."""
+    dtype = statistics_dtype(x.dtype)
+    if len(parts) == 1:
+        rows, moments = parts[0]
+        return moments[0].to(dtype), (moments[1] / rows).to(dtype)
+    counts = torch.tensor([rows for rows, _ in parts], dtype=torch.float64)
+    means, squares = torch.stack([moments for _, moments in parts], 1)
+    mean, variance = merge(means, squares / counts.unsqueeze(1), counts)
+    return mean.to(dtype), variance.to(dtype)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    """Data, and the distance from row to row, of a slice of the channels of a contiguous ``(n, *spatial, C)``."""
+    distance = x.shape[-1]
+    rows = 1
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size > 1:
+            if rows == 1:
+                distance = stride
+            assert stride == distance * rows, f"{x.shape} with strides {x.stride()} is no slice of channels"
+            rows *= size
+    assert x.shape[-1] == 1 or x.stride(-1) == 1
+    return x.data_ptr(), distance
+
+
+def _constants(*vectors: Tensor) -> list[int]:
+    assert all(v.is_contiguous() for v in vectors)
+    return [v.data_ptr() for v in vectors]
+
+
+def _volume(x: Tensor, pool: int) -> Any:
+    """Images, planes, lines and pixels of ``x: (n, *spatial, C)``, and the window in each direction."""
+    missing = 5 - x.dim()
+    sizes = [len(x), *[1] * missing, *x.shape[1:-1]]
+    return (ctypes.c_int64 * 7)(*sizes, *[1] * missing, *[pool] * (x.dim() - 2))

@@ -1,0 +1,254 @@
+// The passes between the convolutions, on a CPU: each reads what it needs once and writes what it must once.
+//
+// The mathematics is in ../reference.py; `loops.h` holds the loops, compiled here for several instruction sets, of which
+// `choose` takes the best that the processor has. There is no Python and no PyTorch in this file: a plain shared
+// library, called through ctypes, which runs on the OpenMP runtime that PyTorch has already started.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Index = std::int64_t;
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+// A matrix of channels-last values: rows `ld` values apart.
+template <class E> struct Matrix {
+  E *data;
+  Index ld;
+};
+
+// Images of pixels in lines in planes, and the window of a pool over them; sizes of missing dimensions are 1.
+struct Volume {
+  Index images, planes, lines, pixels;
+  Index plane_window, line_window, pixel_window;
+  Index images_out() const { return images; }
+  Index planes_out() const { return planes / plane_window; }
+  Index lines_out() const { return lines / line_window; }
+  Index pixels_out() const { return pixels / pixel_window; }
+  Index window() const { return plane_window * line_window * pixel_window; }
+};
+
+// ---- threads ----------------------------------------------------------------------------------------------------
+
+struct OpenMP {
+  void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
+  int (*thread)() = nullptr;
+  int (*team)() = nullptr;
+} openmp;
+
+// Calls `work(chunk)` for every chunk, on the threads of PyTorch. Which thread takes a chunk changes no result.
+template <class Work> void for_chunks(int chunks, const Work &work) {
+  if (chunks <= 1 || !openmp.parallel) {
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      work(chunk);
+    return;
+  }
+  struct Call {
+    const Work &work;
+    int chunks;
+  } call{work, chunks};
+  openmp.parallel(
+      [](void *data) {
+        auto &call = *static_cast<Call *>(data);
+        for (int chunk = openmp.thread(); chunk < call.chunks; chunk += openmp.team())
+          call.work(chunk);
+      },
+      &call, static_cast<unsigned>(chunks), 0);
+}
+
+// The part of `n` things that belongs to a chunk.
+struct Range {
+  Index begin, end;
+  Range(Index n, int chunk, int chunks) : begin(n * chunk / chunks), end(n * (chunk + 1) / chunks) {}
+  Index size() const { return end - begin; }
+};
+
+// Too little work is not worth waking a thread for.
+int chunks_for(Index things, Index values, int threads) {
+  Index most = values / 16384;
+  if (most > things)
+    most = things;
+  return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
+}
+
+// The type in which values are computed: single precision, or double for doubles.
+template <class E> struct ComputeType {
+  using type = float;
+};
+template <> struct ComputeType<double> {
+  using type = double;
+};
+template <class E> using Compute = typename ComputeType<E>::type;
+
+// Rows that are summed up in the type of computation before they go to double precision.
+constexpr Index kRowsPerSum = 256;
+// Rows that share what is loaded for a group of channels.
+constexpr Index kTile = 8;
+
+} // namespace
+
+// ---- the loops, once for each instruction set -------------------------------------------------------------------
+
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#else
+#define X86 0
+#endif
+
+namespace baseline {
+constexpr int kVectorBytes = 16;
+#include "loops.h"
+} // namespace baseline
+
+#if X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+constexpr int kVectorBytes = 32;
+#include "loops.h"
+} // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+namespace avx512 {
+constexpr int kVectorBytes = 64;
+#include "loops.h"
+} // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+// ---- what Python calls ------------------------------------------------------------------------------------------
+
+namespace {
+
+enum Instructions { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Type { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2 };
+
+int instructions = kBaseline;
+
+int best_instructions() {
+#if X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return kAvx2;
+#endif
+  return kBaseline;
+}
+
+} // namespace
+
+#if X86
+#define FOR_TYPE(E, function, ...)                                                                                     \
+  (instructions == kAvx512 ? avx512::function<E>(__VA_ARGS__)                                                          \
+   : instructions == kAvx2 ? avx2::function<E>(__VA_ARGS__)                                                            \
+                           : baseline::function<E>(__VA_ARGS__))
+#else
+#define FOR_TYPE(E, function, ...) baseline::function<E>(__VA_ARGS__)
+#endif
+
+// `E` is the element type in the arguments of the call.
+#define DISPATCH(type, function, ...)                                                                                  \
+  switch (type) {                                                                                                      \
+  case kFloat32: {                                                                                                     \
+    using E = float;                                                                                                   \
+    FOR_TYPE(E, function, __VA_ARGS__);                                                                                \
+    break;                                                                                                             \
+  }                                                                                                                    \
+  case kFloat64: {                                                                                                     \
+    using E = double;                                                                                                  \
+    FOR_TYPE(E, function, __VA_ARGS__);                                                                                \
+    break;                                                                                                             \
+  }                                                                                                                    \
+  default: {                                                                                                           \
+    using E = bf16;                                                                                                    \
+    FOR_TYPE(E, function, __VA_ARGS__);                                                                                \
+  }                                                                                                                    \
+  }
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+template <class E> static Matrix<E> matrix(void *data, Index ld) { return {static_cast<E *>(data), ld}; }
+template <class E> static const Compute<E> *constants(const void *data) {
+  return static_cast<const Compute<E> *>(data);
+}
+
+// Take the functions of a running OpenMP (all null: one thread) and instructions no better than `limit`; tells which.
+EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
+  openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
+  openmp.thread = reinterpret_cast<decltype(openmp.thread)>(thread);
+  openmp.team = reinterpret_cast<decltype(openmp.team)>(team);
+  int best = best_instructions();
+  instructions = best < limit ? best : limit;
+  return instructions;
+}
+
+// out = relu(scale·x + shift); `out` has no gaps.
+EXPORT void ed_prologue(int type, void *x, Index ldx, Index rows, Index channels, const void *scale, const void *shift,
+                        void *out, int threads) {
+  DISPATCH(type, prologue, matrix<E>(x, ldx), rows, channels, constants<E>(scale), constants<E>(shift),
+           static_cast<E *>(out), threads);
+}
+
+// out = average_pool(relu(scale·x + shift)); `out` has no gaps; `volume` points to four sizes and three windows.
+EXPORT void ed_prologue_pool(int type, void *x, Index ldx, const Index *volume, Index channels, const void *scale,
+                             const void *shift, void *out, int threads) {
+  Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
+  DISPATCH(type, prologue_pool, matrix<E>(x, ldx), v, channels, constants<E>(scale), constants<E>(shift),
+           static_cast<E *>(out), threads);
+}
+
+// out = x (nowhere if null); with `moments` also the mean and the sum of squared deviations, (2, channels) doubles.
+EXPORT void ed_copy_moments(int type, void *x, Index ldx, Index rows, Index channels, void *out, Index ldo,
+                            double *moments, int threads) {
+  DISPATCH(type, copy_moments, matrix<E>(x, ldx), rows, channels, matrix<E>(out, ldo), moments, threads);
+}
+
+// g = 0 where scale·x + shift <= 0; grad_x (+)= scale·g; sums (2, channels) += Σg, Σg·(x − mean). `g` has no gaps.
+EXPORT void ed_accumulate(int type, const void *g, void *x, Index ldx, Index rows, Index channels, const void *scale,
+                          const void *shift, const void *mean, void *grad_x, Index ldg, int add, double *sums,
+                          int threads) {
+  DISPATCH(type, accumulate, static_cast<const E *>(g), matrix<E>(x, ldx), rows, channels, constants<E>(scale),
+           constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), add != 0, sums, threads);
+}
+
+// The same, where `g` is the gradient of the average pool's output; pixels outside whole windows are not touched.
+EXPORT void ed_accumulate_pool(int type, const void *g, void *x, Index ldx, const Index *volume, Index channels,
+                               const void *scale, const void *shift, const void *mean, void *grad_x, Index ldg, int add,
+                               double *sums, int threads) {
+  Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
+  DISPATCH(type, accumulate_pool, static_cast<const E *>(g), matrix<E>(x, ldx), v, channels, constants<E>(scale),
+           constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), add != 0, sums, threads);
+}
+
+// out = grad − constant − slope·(x − mean).
+EXPORT void ed_finish(int type, void *grad, Index ldg, void *x, Index ldx, Index rows, Index channels, const void *mean,
+                      const void *constant, const void *slope, void *out, Index ldo, int threads) {
+  DISPATCH(type, finish, matrix<E>(grad, ldg), matrix<E>(x, ldx), rows, channels, constants<E>(mean),
+           constants<E>(constant), constants<E>(slope), matrix<E>(out, ldo), threads);
+}

@@ -1,0 +1,402 @@
+// The loops of `kernels.cpp`, included there once for each instruction set, inside a namespace that says how many bytes
+// its vectors have. Written with the vector types of GCC and Clang: no intrinsics, no assumptions about rounding.
+//
+// All loops go row by row through a few rows at a time, and through the channels in the widest vectors that fit, then
+// half as wide ones, down to single values: nothing is read or written beyond a row.
+
+template <class S, int W> struct Vectors {
+  typedef S type __attribute__((vector_size(W * sizeof(S))));
+  typedef std::uint32_t bits32 __attribute__((vector_size(W * 4)));
+  typedef std::uint16_t bits16 __attribute__((vector_size(W * 2)));
+};
+template <class S, int W> using vector = typename Vectors<S, W>::type;
+
+template <int W> inline vector<float, W> load(const float *p) {
+  vector<float, W> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <int W> inline vector<double, W> load(const double *p) {
+  vector<double, W> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <int W> inline vector<float, W> load(const bf16 *p) {
+  typename Vectors<float, W>::bits16 half;
+  std::memcpy(&half, p, sizeof half);
+  typename Vectors<float, W>::bits32 bits = __builtin_convertvector(half, typename Vectors<float, W>::bits32) << 16;
+  vector<float, W> v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+template <int W> inline void store(float *p, vector<float, W> v) { std::memcpy(p, &v, sizeof v); }
+template <int W> inline void store(double *p, vector<double, W> v) { std::memcpy(p, &v, sizeof v); }
+template <int W> inline void store(bf16 *p, vector<float, W> v) { // to the nearest, ties to even
+  typename Vectors<float, W>::bits32 bits;
+  std::memcpy(&bits, &v, sizeof v);
+  typename Vectors<float, W>::bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  typename Vectors<float, W>::bits32 is_nan = (typename Vectors<float, W>::bits32)(v != v);
+  rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0);
+  auto half = __builtin_convertvector(rounded, typename Vectors<float, W>::bits16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// Zero where a value is at most zero; NaN stays NaN, as in PyTorch.
+template <class V> inline V rectify(V v) { return v <= 0 ? V{} : v; }
+template <class V> inline V where_positive(V v, V g) { return v <= 0 ? V{} : g; }
+
+template <class E> constexpr int widest() { return kVectorBytes / sizeof(Compute<E>); }
+
+// body.template operator()<W>(c) for groups of W channels that together are all of them.
+template <int W, class Body> inline void for_channels(Index c, Index channels, const Body &body) {
+  for (; c + W <= channels; c += W)
+    body.template run<W>(c);
+  if constexpr (W > 1)
+    if (c < channels)
+      for_channels<W / 2>(c, channels, body);
+}
+
+// Sums of each channel: added up in the type of computation for a while, then in double precision.
+template <class S> struct Sums {
+  Index channels;
+  std::vector<S> parts;
+  std::vector<double> totals;
+  explicit Sums(Index channels) : channels(channels), parts(2 * channels), totals(2 * channels) {}
+  S *first() { return parts.data(); }
+  S *second() { return parts.data() + channels; }
+  void flush() {
+    for (Index i = 0; i < 2 * channels; ++i) {
+      totals[i] += parts[i];
+      parts[i] = 0;
+    }
+  }
+};
+
+// ---- prologue ---------------------------------------------------------------------------------------------------
+
+template <class E> struct PrologueBody {
+  const E *x;
+  Index ldx, rows, ldo;
+  const Compute<E> *scale, *shift;
+  E *out;
+  template <int W> void run(Index c) const {
+    auto a = load<W>(scale + c), b = load<W>(shift + c);
+    for (Index r = 0; r < rows; ++r)
+      store<W>(out + r * ldo + c, rectify(load<W>(x + r * ldx + c) * a + b));
+  }
+};
+
+template <class E>
+void prologue(Matrix<E> x, Index rows, Index channels, const Compute<E> *scale, const Compute<E> *shift, E *out,
+              int threads) {
+  int chunks = chunks_for(rows, rows * channels, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(rows, chunk, chunks);
+    for (Index r = range.begin; r < range.end; r += kTile) {
+      Index n = range.end - r < kTile ? range.end - r : kTile;
+      for_channels<widest<E>()>(
+          0, channels, PrologueBody<E>{x.data + r * x.ld, x.ld, n, channels, scale, shift, out + r * channels});
+    }
+  });
+}
+
+// ---- prologue and average pool ----------------------------------------------------------------------------------
+
+// Calls work(row of the output, row of the window's first pixel) for the lines of the output in a chunk.
+template <class Work> void for_windows(const Volume &v, int chunk, int chunks, const Work &work) {
+  Range range(v.images * v.planes_out() * v.lines_out(), chunk, chunks);
+  for (Index line = range.begin; line < range.end; ++line) {
+    Index y = line % v.lines_out(), z = line / v.lines_out() % v.planes_out(), n = line / v.lines_out() / v.planes_out();
+    Index first = ((n * v.planes + z * v.plane_window) * v.lines + y * v.line_window) * v.pixels;
+    for (Index x = 0; x < v.pixels_out(); ++x)
+      work(line * v.pixels_out() + x, first + x * v.pixel_window);
+  }
+}
+
+// The rows of a window, relative to its first.
+inline std::vector<Index> window_rows(const Volume &v) {
+  std::vector<Index> rows;
+  for (Index z = 0; z < v.plane_window; ++z)
+    for (Index y = 0; y < v.line_window; ++y)
+      for (Index x = 0; x < v.pixel_window; ++x)
+        rows.push_back((z * v.lines + y) * v.pixels + x);
+  return rows;
+}
+
+template <class E> struct ProloguePoolBody {
+  const E *x;
+  Index ldx;
+  const std::vector<Index> &window;
+  const Compute<E> *scale, *shift;
+  E *out;
+  template <int W> void run(Index c) const {
+    auto a = load<W>(scale + c), b = load<W>(shift + c);
+    vector<Compute<E>, W> sum{};
+    for (Index row : window)
+      sum += rectify(load<W>(x + row * ldx + c) * a + b);
+    store<W>(out + c, sum * (Compute<E>(1) / window.size()));
+  }
+};
+
+template <class E>
+void prologue_pool(Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale, const Compute<E> *shift,
+                   E *out, int threads) {
+  std::vector<Index> window = window_rows(v);
+  Index lines = v.images * v.planes_out() * v.lines_out();
+  int chunks = chunks_for(lines, lines * v.pixels_out() * channels * v.window(), threads);
+  for_chunks(chunks, [&](int chunk) {
+    for_windows(v, chunk, chunks, [&](Index to, Index from) {
+      for_channels<widest<E>()>(
+          0, channels,
+          ProloguePoolBody<E>{x.data + from * x.ld, x.ld, window, scale, shift, out + to * channels});
+    });
+  });
+}
+
+// ---- copy and moments -------------------------------------------------------------------------------------------
+
+template <class E> struct MomentsBody {
+  const E *x;
+  Index ldx, rows;
+  const Compute<E> *pivot;
+  E *out;
+  Index ldo;
+  Compute<E> *first, *second; // null: only copy
+  template <int W> void run(Index c) const {
+    using V = vector<Compute<E>, W>;
+    V p{}, s1{}, s2{};
+    if (first)
+      p = load<W>(pivot + c), s1 = load<W>(first + c), s2 = load<W>(second + c);
+    for (Index r = 0; r < rows; ++r) {
+      V v = load<W>(x + r * ldx + c);
+      if (out)
+        store<W>(out + r * ldo + c, v);
+      if (first) {
+        V d = v - p;
+        s1 += d;
+        s2 += d * d;
+      }
+    }
+    if (first)
+      store<W>(first + c, s1), store<W>(second + c, s2);
+  }
+};
+
+// A value near the mean of each channel, so that the squares of what is left do not cancel.
+template <class E> struct PivotBody {
+  const E *x;
+  Index ldx, rows;
+  Compute<E> *pivot;
+  template <int W> void run(Index c) const {
+    vector<Compute<E>, W> first = load<W>(x + c), sum{};
+    for (Index r = 1; r < rows; ++r)
+      sum += load<W>(x + r * ldx + c) - first;
+    store<W>(pivot + c, first + sum * (Compute<E>(1) / rows));
+  }
+};
+
+template <class E>
+void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double *moments, int threads) {
+  using S = Compute<E>;
+  int chunks = chunks_for(rows, rows * channels, threads);
+  std::vector<double> means(moments ? chunks * channels : 0), squares(means.size());
+  for_chunks(chunks, [&](int chunk) {
+    Range range(rows, chunk, chunks);
+    Sums<S> sums(moments ? channels : 0);
+    std::vector<S> pivot(moments ? channels : 0);
+    if (moments && range.size())
+      for_channels<widest<E>()>(0, channels,
+                                PivotBody<E>{x.data + range.begin * x.ld, x.ld, range.size() < 16 ? range.size() : 16,
+                                             pivot.data()});
+    Index since_flush = 0;
+    for (Index r = range.begin; r < range.end; r += kTile) {
+      Index n = range.end - r < kTile ? range.end - r : kTile;
+      for_channels<widest<E>()>(0, channels,
+                                MomentsBody<E>{x.data + r * x.ld, x.ld, n, pivot.data(),
+                                               out.data ? out.data + r * out.ld : nullptr, out.ld,
+                                               moments ? sums.first() : nullptr, moments ? sums.second() : nullptr});
+      if (moments && ((since_flush += n) >= kRowsPerSum || r + n == range.end))
+        sums.flush(), since_flush = 0;
+    }
+    if (moments && range.size())
+      for (Index c = 0; c < channels; ++c) {
+        double shift = sums.totals[c] / range.size();
+        means[chunk * channels + c] = pivot[c] + shift;
+        squares[chunk * channels + c] = sums.totals[channels + c] - shift * sums.totals[c];
+      }
+  });
+  if (!moments)
+    return;
+  for (Index c = 0; c < channels; ++c) { // parts are merged as Chan et al. do it
+    double n = 0, mean = 0, square = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      double m = Range(rows, chunk, chunks).size();
+      if (m == 0)
+        continue;
+      double delta = means[chunk * channels + c] - mean;
+      square += squares[chunk * channels + c] + delta * delta * n * m / (n + m);
+      mean += delta * m / (n + m);
+      n += m;
+    }
+    moments[c] = mean;
+    moments[channels + c] = square;
+  }
+}
+
+// ---- gradients --------------------------------------------------------------------------------------------------
+
+// Adds the sums of all chunks to `into`, in the order of the chunks.
+template <class S> void add_up(const std::vector<Sums<S>> &parts, double *into) {
+  for (const Sums<S> &part : parts)
+    for (std::size_t i = 0; i < part.totals.size(); ++i)
+      into[i] += part.totals[i];
+}
+
+template <class E, bool kAdd> struct AccumulateBody {
+  const E *g;
+  Index ldgrad;
+  const E *x;
+  Index ldx;
+  E *grad_x;
+  Index ldg;
+  Index rows;
+  const Compute<E> *scale, *shift, *mean;
+  Compute<E> *first, *second;
+  template <int W> void run(Index c) const {
+    using V = vector<Compute<E>, W>;
+    V a = load<W>(scale + c), b = load<W>(shift + c), m = load<W>(mean + c);
+    V s1 = load<W>(first + c), s2 = load<W>(second + c);
+    for (Index r = 0; r < rows; ++r) {
+      V v = load<W>(x + r * ldx + c);
+      V d = where_positive(v * a + b, load<W>(g + r * ldgrad + c));
+      s1 += d;
+      s2 += d * (v - m);
+      V moved = a * d;
+      if constexpr (kAdd)
+        moved += load<W>(grad_x + r * ldg + c);
+      store<W>(grad_x + r * ldg + c, moved);
+    }
+    store<W>(first + c, s1), store<W>(second + c, s2);
+  }
+};
+
+template <class E, bool kAdd>
+void accumulate_rows(const E *g, Matrix<E> x, Index rows, Index channels, const Compute<E> *scale,
+                     const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x, double *sums, int threads) {
+  int chunks = chunks_for(rows, rows * channels, threads);
+  std::vector<Sums<Compute<E>>> parts(chunks, Sums<Compute<E>>(channels));
+  for_chunks(chunks, [&](int chunk) {
+    Range range(rows, chunk, chunks);
+    Sums<Compute<E>> &part = parts[chunk];
+    Index since_flush = 0;
+    for (Index r = range.begin; r < range.end; r += kTile) {
+      Index n = range.end - r < kTile ? range.end - r : kTile;
+      for_channels<widest<E>()>(0, channels,
+                                AccumulateBody<E, kAdd>{g + r * channels, channels, x.data + r * x.ld, x.ld,
+                                                        grad_x.data + r * grad_x.ld, grad_x.ld, n, scale, shift, mean,
+                                                        part.first(), part.second()});
+      if ((since_flush += n) >= kRowsPerSum)
+        part.flush(), since_flush = 0;
+    }
+    part.flush();
+  });
+  add_up(parts, sums);
+}
+
+template <class E>
+void accumulate(const E *g, Matrix<E> x, Index rows, Index channels, const Compute<E> *scale, const Compute<E> *shift,
+                const Compute<E> *mean, Matrix<E> grad_x, bool add, double *sums, int threads) {
+  (add ? accumulate_rows<E, true> : accumulate_rows<E, false>)(g, x, rows, channels, scale, shift, mean, grad_x, sums,
+                                                              threads);
+}
+
+template <class E, bool kAdd> struct AccumulatePoolBody {
+  const E *g;
+  const E *x;
+  Index ldx;
+  E *grad_x;
+  Index ldg;
+  const std::vector<Index> &window;
+  const Compute<E> *scale, *shift, *mean;
+  Compute<E> *first, *second;
+  template <int W> void run(Index c) const {
+    using V = vector<Compute<E>, W>;
+    V a = load<W>(scale + c), b = load<W>(shift + c), m = load<W>(mean + c);
+    V s1 = load<W>(first + c), s2 = load<W>(second + c);
+    V share = load<W>(g + c) * (Compute<E>(1) / window.size());
+    for (Index row : window) {
+      V v = load<W>(x + row * ldx + c);
+      V d = where_positive(v * a + b, share);
+      s1 += d;
+      s2 += d * (v - m);
+      V moved = a * d;
+      if constexpr (kAdd)
+        moved += load<W>(grad_x + row * ldg + c);
+      store<W>(grad_x + row * ldg + c, moved);
+    }
+    store<W>(first + c, s1), store<W>(second + c, s2);
+  }
+};
+
+template <class E, bool kAdd>
+void accumulate_windows(const E *g, Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale,
+                        const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x, double *sums, int threads) {
+  std::vector<Index> window = window_rows(v);
+  Index lines = v.images * v.planes_out() * v.lines_out();
+  int chunks = chunks_for(lines, lines * v.pixels_out() * channels * v.window(), threads);
+  std::vector<Sums<Compute<E>>> parts(chunks, Sums<Compute<E>>(channels));
+  for_chunks(chunks, [&](int chunk) {
+    Sums<Compute<E>> &part = parts[chunk];
+    Index since_flush = 0;
+    for_windows(v, chunk, chunks, [&](Index to, Index from) {
+      for_channels<widest<E>()>(0, channels,
+                                AccumulatePoolBody<E, kAdd>{g + to * channels, x.data + from * x.ld, x.ld,
+                                                            grad_x.data + from * grad_x.ld, grad_x.ld, window, scale,
+                                                            shift, mean, part.first(), part.second()});
+      if ((since_flush += v.window()) >= kRowsPerSum)
+        part.flush(), since_flush = 0;
+    });
+    part.flush();
+  });
+  add_up(parts, sums);
+}
+
+template <class E>
+void accumulate_pool(const E *g, Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale,
+                     const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x, bool add, double *sums,
+                     int threads) {
+  (add ? accumulate_windows<E, true> : accumulate_windows<E, false>)(g, x, v, channels, scale, shift, mean, grad_x,
+                                                                    sums, threads);
+}
+
+template <class E> struct FinishBody {
+  const E *grad;
+  Index ldg;
+  const E *x;
+  Index ldx;
+  E *out;
+  Index ldo;
+  Index rows;
+  const Compute<E> *mean, *constant, *slope;
+  template <int W> void run(Index c) const {
+    auto m = load<W>(mean + c), k = load<W>(constant + c), s = load<W>(slope + c);
+    for (Index r = 0; r < rows; ++r)
+      store<W>(out + r * ldo + c, load<W>(grad + r * ldg + c) - (load<W>(x + r * ldx + c) - m) * s - k);
+  }
+};
+
+template <class E>
+void finish(Matrix<E> grad, Matrix<E> x, Index rows, Index channels, const Compute<E> *mean,
+            const Compute<E> *constant, const Compute<E> *slope, Matrix<E> out, int threads) {
+  int chunks = chunks_for(rows, rows * channels, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(rows, chunk, chunks);
+    for (Index r = range.begin; r < range.end; r += kTile) {
+      Index n = range.end - r < kTile ? range.end - r : kTile;
+      for_channels<widest<E>()>(0, channels,
+                                FinishBody<E>{grad.data + r * grad.ld, grad.ld, x.data + r * x.ld, x.ld,
+                                              out.data + r * out.ld, out.ld, n, mean, constant, slope});
+    }
+  });
+}

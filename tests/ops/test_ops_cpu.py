@@ -1,0 +1,146 @@
+"""What is particular to the native kernels: instruction sets, threads, what is no number, and their absence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from operands import Operands, weight_for
+from torch.nn import functional as F
+
+import efficient_densenet
+from efficient_densenet import densenet_cifar
+from efficient_densenet.ops import cpu, eager
+from efficient_densenet.ops.cpu import library
+
+kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native kernels are not built")
+LARGE = (5, (33, 31), 37)  # enough for several threads
+
+
+def everything(x, scale, shift, mean, weight, pool=1):
+    """The results of all operations."""
+    out = torch.empty((len(x), *(n // pool for n in x.shape[1:-1]), len(weight)), dtype=x.dtype)
+    found = cpu.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
+    grad_x = torch.ones_like(x)
+    sums = cpu.norm_relu_conv_backward(out, x, scale, shift, mean, weight, grad_x, True, pool)
+    finished = torch.empty_like(x)
+    cpu.finish(grad_x, x, mean, scale, shift, finished)
+    return [out, *found, grad_x, *sums, finished, *cpu.statistics(x)]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("instructions", [0, 1])
+def test_every_instruction_set_computes_the_same(dtype, pool, instructions, monkeypatch):
+    operands = Operands.random(LARGE, dtype, 3)
+    weight = weight_for(operands.x, 8, 1)
+    best = everything(*operands, weight, pool)
+    path = next(library.Path(library.__file__).parent.glob("_kernels*.so"))
+    other = library.open_library(path, instructions)
+    monkeypatch.setattr(cpu, "load", lambda: other)
+    if library.INSTRUCTIONS[instructions] not in other.description:
+        pytest.skip("this processor has less")
+    try:
+        found = everything(*operands, weight, pool)
+    finally:
+        library.open_library(path)  # the instructions are a setting of the library itself
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(found, best, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@kernels
+def test_threads_change_rounding_alone_and_repeat(threads=(1, 2, 3)):
+    operands = Operands.random(LARGE, torch.float32, 3)
+    weight = weight_for(operands.x, 8, 3)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in threads:
+            torch.set_num_threads(n)
+            results.append(everything(*operands, weight))
+            assert all(torch.equal(a, b) for a, b in zip(everything(*operands, weight), results[-1], strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_passed_on(dtype, value):
+    """As plain PyTorch passes it on, in exactly the same places."""
+    x, scale, shift, mean = Operands.random((2, (5, 4), 13), dtype)
+    x[1, 2, 3, 5] = value
+    weight, grad_out = weight_for(x, 4, 3), torch.randn(2, 5, 4, 4).to(dtype)
+    results = []
+    for ops in (cpu, eager):
+        out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
+        found = ops.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
+        sums = ops.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False)
+        results.append([out, *found, grad_x, *sums, *ops.statistics(x)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@kernels
+@pytest.mark.parametrize("value", [0.1, -0.1, 3.0, 65280.0, 1e-40, -0.0])
+def test_bfloat16_is_rounded_as_pytorch_rounds_it(value):
+    x = (torch.full((1, 1, 40, 1), value) * torch.linspace(0.5, 2, 40).view(-1, 1)).to(torch.bfloat16)
+    found = cpu._prologue(x, torch.full((1,), 1.37), torch.zeros(1), 1, torch.empty_like(x))
+    assert torch.equal(found, F.relu(x.float() * 1.37).to(torch.bfloat16))
+
+
+@kernels
+def test_one_row_and_no_row():
+    x, scale, shift, mean = Operands.random((1, (1, 1), 13))
+    everything(x, scale, shift, mean, weight_for(x, 4, 3))
+    variance = cpu.statistics(x)[1]
+    assert torch.equal(variance, torch.zeros_like(variance))
+    none = x[:0]
+    weight, grad_x, grad_out = weight_for(x, 4, 3), torch.empty_like(none), x.new_empty(0, 1, 1, 4)
+    found = cpu.norm_relu_conv_backward(grad_out, none, scale, shift, mean, weight, grad_x, False)
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in found)
+
+
+def test_without_kernels_plain_pytorch_runs_and_says_so_once():
+    code = """
+import warnings
+from efficient_densenet.ops.cpu import library
+library.__file__ = "/nowhere/library.py"
+import torch
+from efficient_densenet import backends, densenet_cifar
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    network = densenet_cifar(10, 4, efficient=True)
+    for _ in range(2):
+        network(torch.randn(2, 3, 32, 32)).sum().backward()
+print([str(w.message) for w in caught if "native CPU kernels" in str(w.message)])
+print(backends()["cpu"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    warned, told = result.stdout.splitlines()
+    assert warned.count("install a C++ compiler") == 1
+    assert "not built" in told
+
+
+@kernels
+def test_backends_tell_what_is_in_use():
+    assert "_kernels" in efficient_densenet.backends()["cpu"]
+    assert "on PyTorch's threads" in library.load().description
+
+
+@kernels
+def test_networks_run_on_the_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        cpu, "norm_relu_conv", lambda *a, run=cpu.norm_relu_conv, **k: (calls.append(1), run(*a, **k))[1]
+    )
+    densenet_cifar(10, 4, efficient=True)(torch.randn(2, 3, 32, 32))
+    assert len(calls) == 2 * 3 + 2  # layers and transitions
