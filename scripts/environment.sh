@@ -19,7 +19,7 @@ make_environment() {
     local extras=$1 root=$PWD venv=${VENV:-$PWD/.venv} base wanted stamp
     python=$venv/bin/python
     stamp=$venv/installed-$extras
-    wanted=$(cksum "$root/pyproject.toml")
+    wanted=$(cat "$root/pyproject.toml" "$root/setup.py" "$root"/src/efficient_densenet/ops/cpu/*.{cpp,h} | cksum)
     if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi

@@ -88,7 +88,7 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
 
 def _prologue(x: Tensor, scale: Tensor, shift: Tensor, pool: int, scratch: Tensor) -> Tensor:
     """``average_pool(relu(scale·x + shift))`` in the scratch tensor."""
-    kernels: Any = load().kernels
+    kernels = load().kernels
     type_, channels, threads = _TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
     if pool == 1:
         constants = _constants(scale, shift)
@@ -112,7 +112,7 @@ def _accumulate(
     pool: int,
     sums: Tensor,
 ) -> None:
-    kernels: Any = load().kernels
+    kernels = load().kernels
     channels = x.shape[-1]
     run, size = (
         (kernels.accumulate, (x.numel() // channels,)) if pool == 1 else (kernels.accumulate_pool, (_volume(x, pool),))
@@ -128,8 +128,7 @@ def _copy_moments(x: Tensor, out: Tensor | None, want: bool) -> tuple[int, Tenso
     channels = x.shape[-1]
     rows = x.numel() // channels
     moments = torch.empty((2, channels), dtype=torch.float64) if want else None
-    kernels: Any = load().kernels
-    kernels.copy_moments(
+    load().kernels.copy_moments(
         _TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
         None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ _SIGNATURES = {
 class Loaded(NamedTuple):
     """The kernels, or None; and in words what is in use, or why there are none."""
 
-    kernels: ctypes.CDLL | None
+    kernels: Any  # a ctypes.CDLL with the functions of `_SIGNATURES`
     description: str
 
 
@@ -66,7 +66,7 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
         function.argtypes, function.restype = arguments, None
         setattr(kernels, name, function)
     openmp = _running_openmp()
-    functions = [None] * 3
+    functions: list[ctypes.c_void_p | None] = [None] * 3
     if openmp is not None:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
