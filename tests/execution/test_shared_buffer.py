@@ -222,7 +222,7 @@ def another_norm(network):
 
 @every_keep
 @pytest.mark.parametrize("change", [hook_a_norm, prehook_a_layer, another_activation, another_norm])
-@pytest.mark.filterwarnings("ignore:hooks on the norm")
+@pytest.mark.filterwarnings("error:hooks on the norm")
 def test_changes_inside_a_block_take_effect_with_a_warning(keep, change):
     ordinary, efficient = pair(BOTTLENECK, keep, change=change)
     with pytest.warns(UserWarning, match="does not run on the shared buffer but layer by layer"):

@@ -20,7 +20,7 @@ from efficient_densenet.execution import layer_by_layer, norm_relu_conv, obstacl
 from efficient_densenet.execution.hooks import has_hooks
 from efficient_densenet.execution.joining import run_in_order
 
-SHARED, RECOMPUTE = "shared buffer", "recompute"
+SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
 
 @dataclass
@@ -70,7 +70,7 @@ class AdoptedBlock(Adopted):
             reason = obstacle(layers, tail)
             if reason is None:
                 return shared.dense_block(x, layers, tail, self.adoption.keep)
-            if not has_hooks(list(self.modules())[1:]):
+            if not has_hooks(inside(self)):
                 if self.adoption.way == SHARED:
                     _warn(f"does not run on the shared buffer, but recomputes: {reason}")
                 return _then(layer_by_layer(x, layers, "recompute"), transition)
@@ -83,7 +83,7 @@ class AdoptedTransition(Adopted):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         tail = read.transition(self)
-        if tail is None or not wants_buffer(x, True) or has_hooks(list(self.modules())[1:]):
+        if tail is None or not wants_buffer(x, True) or has_hooks(inside(self)):
             return self.original.forward(self, x)
         if obstacle([], tail) is None:
             return shared.dense_block(x, [], tail, self.adoption.keep)
@@ -147,6 +147,11 @@ def _try(block: nn.Module) -> str | None:
         return trial.disagreement(block, original_class(block).forward)
     except read.NotDenseError as error:
         return str(error)
+
+
+def inside(module: nn.Module) -> list[nn.Module]:
+    """All modules in it; its own hooks are called whatever happens inside."""
+    return list(module.modules())[1:]
 
 
 def _can_join(block: nn.Module, following: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from efficient_densenet.adopt.report import report
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
-_MONAI = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1000}  # which have no defaults of their own
+_SIZES = {1: 224, 2: 224, 3: 64}  # of images and volumes, by their dimensions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arguments of the model, such as spatial_dims=3",
     )
     parser.add_argument(
-        "--image", type=_shape, default=(3, 224, 224), metavar="C,H,W", help="the shape of one image, or of one volume"
+        "--image", type=_shape, metavar="C,H,W", help="the shape of one image or volume (None: as usual for the model)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    model = _build(arguments.model, dict(_assignment(text) for text in arguments.arguments))
-    print(report(model, arguments.keep, arguments.image))
+    given, image = dict(_assignment(text) for text in arguments.arguments), arguments.image
+    channels = 1 if arguments.model.startswith("torchxrayvision:") else 3
+    if arguments.model.startswith("monai:"):  # these have no defaults of their own
+        dims = 2 if image is None else len(image) - 1
+        given = {"spatial_dims": dims, "in_channels": image[0] if image else 3, "out_channels": 1000} | given
+        channels, dims = given["in_channels"], given["spatial_dims"]
+        image = image or (channels, *[_SIZES.get(dims, 64)] * dims)
+    print(report(_build(arguments.model, given), arguments.keep, image or (channels, 224, 224)))
     return 0
 
 
@@ -51,7 +57,7 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
     elif source == "timm":
         attribute, arguments = "create_model", {"model_name": attribute, **arguments}
     elif source == "monai":
-        source, arguments = "monai.networks.nets", _MONAI | arguments
+        source = "monai.networks.nets"
     elif source == "torchxrayvision":
         source = "torchxrayvision.models"
     elif source == "smp":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from efficient_densenet.adopt import read
 from efficient_densenet.adopt.adopted import (
+    ORDINARY,
     RECOMPUTE,
     SHARED,
     Adopted,
@@ -17,10 +18,12 @@ from efficient_densenet.adopt.adopted import (
     AdoptedSequence,
     AdoptedTransition,
     disagreement,
+    inside,
     runs_in_order,
 )
-from efficient_densenet.execution import obstacle
-from efficient_densenet.execution.hooks import runs
+from efficient_densenet.execution import Stem, obstacle
+from efficient_densenet.execution.hooks import has_hooks, runs
+from efficient_densenet.execution.parts import stem_obstacle
 from efficient_densenet.models import DenseBlock
 
 
@@ -45,15 +48,15 @@ class Finding(NamedTuple):
 def survey(model: nn.Module) -> list[Finding]:
     """Every dense block, every transition, and the sequences that run them, in the order of the model."""
     findings: list[Finding] = []
-    inside: set[nn.Module] = set()  # of a block that was found
+    taken: set[nn.Module] = set()  # with all inside, by a block or transition that was found
     left: set[nn.Module] = set()  # inside what was left, for the reason given there
     for name, module in model.named_modules():
-        if module in inside:
+        if module in taken:
             continue
         finding = _block(name, module) or _transition(name, module)
         if finding is not None and (finding.task is not None or module not in left):
             findings.append(finding)
-            (left if finding.task is None else inside).update(module.modules())
+            (left if finding.task is None else taken).update(module.modules())
     return [*findings, *_sequences(model, {f.module for f in findings if f.task is AdoptedBlock})]
 
 
@@ -68,7 +71,7 @@ def _block(name: str, module: nn.Module) -> Finding | None:
     if differs is not None:
         return Finding(name, module, None, "", differs)
     reason = obstacle(layers)
-    return Finding(name, module, AdoptedBlock, SHARED if reason is None else RECOMPUTE, reason or "")
+    return Finding(name, module, AdoptedBlock, _way(module, reason), reason or "")
 
 
 def _transition(name: str, module: nn.Module) -> Finding | None:
@@ -76,13 +79,28 @@ def _transition(name: str, module: nn.Module) -> Finding | None:
     if tail is None:
         return None
     reason = obstacle([], tail)
-    return Finding(name, module, AdoptedTransition, SHARED if reason is None else RECOMPUTE, reason or "")
+    return Finding(name, module, AdoptedTransition, _way(module, reason), reason or "")
+
+
+def _way(module: nn.Module, reason: str | None) -> str:
+    if reason is None:
+        return SHARED
+    return ORDINARY if has_hooks(inside(module)) else RECOMPUTE
 
 
 def _sequences(model: nn.Module, blocks: set[nn.Module]) -> Iterator[Finding]:
     for name, module in model.named_modules():
         if module not in blocks and runs_in_order(module) and blocks & set(module.children()):
-            yield Finding(name, module, AdoptedSequence, SHARED)
+            stem = stem_of(module)
+            reason = "" if stem is None else stem_obstacle(stem) or ""
+            yield Finding(name, module, AdoptedSequence, SHARED, reason and f"the stem keeps more: {reason}")
+
+
+def stem_of(sequence: Any) -> Stem | None:
+    """The stem that an adopted sequence runs as one."""
+    modules = list(sequence)
+    found = (read.stem(modules[i:]) for i in range(len(modules)))
+    return next((stem for stem, _ in filter(None, found)), None)
 
 
 def _looks_dense(module: nn.Module) -> bool:

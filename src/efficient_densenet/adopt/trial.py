@@ -35,7 +35,7 @@ def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> 
     dims = len(readers[0].conv.kernel_size)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, readers[0].conv.in_channels, *_SIZE[:dims], generator=generator, device=_CPU)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _no_hooks(block), _own_modes(block):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), no_hooks(block), _own_modes(block):
         state = {f"block.{name}": _random(name, t, generator) for name, t in _state(block)}
         for training in (False, True):
             for module in block.modules():
@@ -115,8 +115,8 @@ def _draws_random_numbers(reader: Reader, generator: torch.Generator) -> bool:
 
 
 @contextmanager
-def _no_hooks(block: nn.Module) -> Iterator[None]:
-    """They are for the user's own calls."""
+def no_hooks(block: nn.Module) -> Iterator[None]:
+    """Without the hooks of all modules inside, which are for the user's own calls."""
     kept = [(m, name, getattr(m, name)) for m in block.modules() for name in _HOOKS]
     for module, name, _ in kept:
         setattr(module, name, OrderedDict())

@@ -40,18 +40,15 @@ def _agree(norm: _BatchNorm, training: bool) -> bool:
     state: dict[str, Tensor] = {k: t.clone() for k, t in names.items() if getattr(norm, k) is not None}
     if norm.num_batches_tracked is not None:
         state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=cpu)
-    use_batch = training or norm.running_mean is None
-    expected = F.relu(
-        F.batch_norm(
-            x, None if use_batch else mean, None if use_batch else variance, state.get("weight"), state.get("bias"),
-            use_batch, 0.0, norm.eps,
-        )  # fmt: skip
+    own = training or norm.running_mean is None  # statistics of the batch
+    normed = F.batch_norm(
+        x, None if own else mean, None if own else variance, state.get("weight"), state.get("bias"), own, eps=norm.eps
     )
     kept = [(module, module.training) for module in norm.modules()]
     try:
         for module in norm.modules():
             module.training = training
-        return torch.allclose(functional_call(norm, state, (x.clone(),)), expected, rtol=1e-4, atol=1e-4)
+        return torch.allclose(functional_call(norm, state, (x.clone(),)), normed.relu(), rtol=1e-4, atol=1e-4)
     except Exception:  # whatever it wants, it is something else
         return False
     finally:

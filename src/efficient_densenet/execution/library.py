@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution import stem
-from efficient_densenet.execution.norms import room
+from efficient_densenet.execution.buffers import room
 from efficient_densenet.execution.stage import BatchStatistics, Kept, Norm, Stage
 from efficient_densenet.ops.reference import statistics_dtype
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -86,10 +84,3 @@ def blank(x: Tensor) -> Statistics:
     """Room for the statistics of each channel of ``x: (N, *spatial, C)``."""
     mean = x.new_zeros(x.shape[-1], dtype=statistics_dtype(x.dtype))
     return mean, torch.zeros_like(mean)
-
-
-def room(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """An empty ``(N, channels, *size)``, channels-last in memory, and no view, which could not be changed in place."""
-    shape = (x.shape[0], *size, channels)
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return x.new_empty_strided((shape[0], channels, *size), (strides[0], 1, *strides[1:-1]))

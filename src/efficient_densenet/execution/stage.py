@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.norms import Affine, Norm, ThroughStatistics, blank, room, rows
+from efficient_densenet.execution.buffers import beside, room
+from efficient_densenet.execution.norms import Affine, Norm, ThroughStatistics, blank, rows
 from efficient_densenet.execution.synchronise import all_statistics
 from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
@@ -175,7 +175,7 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
         middles = _run_layers(features, stage, statistics, measure=False)
     batch = (statistics.mean, statistics.variance)
     readers = _Readers(stage, need_weights)
-    grad, through = torch.empty_like(features), ThroughStatistics(batch[0], statistics.total, stage.group)
+    grad, through = beside(features), ThroughStatistics(batch[0], statistics.total, stage.group)
     grad_out = grad_out.movedim(1, -1)
     if stage.pool:
         readers.backward(len(stage.norms) - 1, grad_out, features, batch, grad, through, False, stage.pool)
@@ -197,14 +197,14 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
             else:
                 middle, _ = _middle(source, stage.norms[i].affine(source_batch), stage.weights[i], False)
             inner = ThroughStatistics(statistics.middles[layer][0], statistics.total, stage.group)
-            grad_middle = torch.empty_like(middle)
+            grad_middle = beside(middle)
             readers.backward(last, grad_made, middle, statistics.middles[layer], grad_middle, inner, False)
             inner.subtract(grad_middle, middle, slice(None), grad_middle)
             grad_made = grad_middle
             del middle, grad_middle  # or they would still be there when the next layer makes its own
         readers.backward(i, grad_made, source, source_batch, grad[..., :width], through, True)
         del grad_made
-    grad_x = grad.new_empty((*grad.shape[:-1], width))
+    grad_x = beside(grad, width)
     through.subtract(grad[..., :width], features[..., :width], slice(0, width), grad_x)
     return Gradients(grad_x.movedim(-1, 1), readers.norms, readers.weights)
 
@@ -250,7 +250,7 @@ class _Readers:
 
 def _middle(source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool) -> tuple[Tensor, Statistics | None]:
     """The bottleneck output ``(N, *spatial, bn_size·k)`` and, if wanted, its statistics."""
-    middle = source.new_empty((*source.shape[:-1], weight.shape[0]))
+    middle = beside(source, weight.shape[0])
     run = ops.backend(source)
     return middle, run.norm_relu_conv(
         source, affine.scale, affine.shift, weight, middle, want_statistics=want_statistics

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.norms import Norm, ThroughStatistics, blank, room, rows
+from efficient_densenet.execution.buffers import beside, room
+from efficient_densenet.execution.norms import Norm, ThroughStatistics, blank, rows
 from efficient_densenet.execution.synchronise import all_statistics
 
 
@@ -31,7 +31,7 @@ def backward(
     mean, variance, count = statistics
     source = _channels_last(x)
     affine = norm.affine((mean, variance))
-    grad = torch.empty_like(source)
+    grad = beside(source)
     g, g_centred = ops.backend(source).norm_relu_max_pool_backward(
         grad_out.movedim(1, -1), source, affine.scale, affine.shift, affine.mean, grad
     )
