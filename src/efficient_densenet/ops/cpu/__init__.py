@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -67,10 +68,8 @@ def norm_relu_conv_backward(
             gw = gw.to(scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, scale, shift, mean, grad_x[images], accumulate, pool, sums)
-    if need_weight:
-        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
     g_sum, g_centred = sums.to(scale.dtype)
-    return grad_weight, g_sum, g_centred
+    return _like(grad_weight, weight) if need_weight else None, g_sum, g_centred
 
 
 def statistics(x: Tensor) -> Statistics:
@@ -133,6 +132,15 @@ def _copy_moments(x: Tensor, out: Tensor | None, want: bool) -> tuple[int, Tenso
         None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return rows, moments
+
+
+def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
+    """The gradient in the type and memory format of the weight; zero if there was no image."""
+    if grad is None:
+        return torch.zeros_like(weight)
+    if grad.dtype == weight.dtype and prod(weight.shape[2:]) == 1 and weight.is_contiguous():
+        return grad.as_strided(weight.shape, weight.stride())  # formats differ in the strides of single pixels alone
+    return torch.empty_like(weight).copy_(grad)
 
 
 def _merged(x: Tensor, parts: Sequence[tuple[int, Any]]) -> Statistics:
