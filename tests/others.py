@@ -50,7 +50,7 @@ def images(*size: int, n: int = 2, dtype: torch.dtype = torch.float64) -> Tensor
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """In float64, and nothing trivial in the norms: no gain of one, no mean of zero."""
+    """In float64, the same each time, and nothing trivial in the norms: no gain of one, no mean of zero."""
     generator = torch.Generator().manual_seed(0)
     model.double()
     with torch.no_grad():
@@ -58,6 +58,9 @@ def randomised(model: nn.Module) -> nn.Module:
             if tensor.dim() == 1 and tensor.is_floating_point():
                 low = -0.5 if name.endswith(("bias", "mean")) else 0.5
                 tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + low)
+            elif tensor.is_floating_point() and tensor.dim() > 1:
+                normal = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.copy_(normal * (2 / tensor[0].numel()) ** 0.5)
     return model
 
 

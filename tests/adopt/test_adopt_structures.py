@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 from efficient_densenet import DenseNet, make_efficient, report, restore
+from efficient_densenet.adopt import trial
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
@@ -150,7 +151,7 @@ def test_frozen_norms_of_other_libraries_recompute():
 @pytest.mark.filterwarnings("ignore:the stem keeps more")
 def test_norms_frozen_after_conversion_as_timm_does_it_recompute_with_a_warning():
     ordinary, efficient = pair(timm_small(), "features", change=timm.layers.freeze_batch_norm_2d)
-    with pytest.warns(UserWarning, match="recomputes: FrozenBatchNormAct2d is not a batch norm of PyTorch's own"):
+    with pytest.warns(UserWarning, match="recomputes: FrozenBatchNormAct2d does not do what a batch norm"):
         actual = training_step(efficient, images(), loss)
     assert_close(actual, training_step(ordinary, images(), loss))
 
@@ -289,6 +290,13 @@ def test_a_block_whose_parts_are_replaced_afterwards_is_tried_again():
     with pytest.warns(UserWarning, match="runs the ordinary way: its output is another"):
         actual = training_step(efficient, images(9, 11), loss)
     assert_close(actual, training_step(ordinary, images(9, 11), loss))
+
+
+def test_a_block_is_tried_once(monkeypatch):
+    model = make_efficient(torchvision_small().double())
+    monkeypatch.setattr(trial, "disagreement", None)
+    model(images()).sum().backward()
+    assert ways(make_efficient(copy.deepcopy(model), "inputs")) == {"shared buffer"}
 
 
 def test_parts_in_a_dictionary_inside_the_block():

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from efficient_densenet.adopt import read
-from efficient_densenet.adopt.adopted import Adopted, AdoptedBlock, Adoption, adopt, restore
+from efficient_densenet.adopt.adopted import Adopted, AdoptedBlock, Adoption, adopt, classes_inside, restore
 from efficient_densenet.adopt.report import Entry, Report, report
 from efficient_densenet.adopt.survey import survey
 from efficient_densenet.errors import UserError
@@ -53,7 +53,7 @@ def make_efficient(model: nn.Module, keep: str = "bottleneck") -> nn.Module:
         if task is not None:
             tried = {} if not isinstance(module, Adopted) else module.adoption.tried
             if task is AdoptedBlock:
-                tried[frozenset(type(m) for m in module.modules())] = None
+                tried[classes_inside(module)] = None
             adopt(module, task, Adoption(keep, way, tried))
     return model
 

@@ -69,7 +69,9 @@ class AdoptedBlock(Adopted):
             tail = None if transition is None else read.transition(transition)
             reason = obstacle(layers, tail)
             if reason is None:
-                return shared.dense_block(x, layers, tail, self.adoption.keep)
+                made = shared.dense_block(x, layers, tail, self.adoption.keep)
+                # What is handed out may be changed in place; what is kept for backward may not.
+                return made.clone() if tail is None and made.requires_grad else made
             if not has_hooks(inside(self)):
                 if self.adoption.way == SHARED:
                     _warn(f"does not run on the shared buffer, but recomputes: {reason}")
@@ -135,7 +137,7 @@ def disagreement(block: nn.Module) -> str | None:
         if torch.compiler.is_compiling():  # a trial is nothing to compile
             return next(iter(block.adoption.tried.values()), None)
         tried = block.adoption.tried
-        classes = frozenset(type(module) for module in block.modules())
+        classes = classes_inside(block)
         if classes not in tried:
             tried[classes] = _try(block)
         return tried[classes]
@@ -147,6 +149,10 @@ def _try(block: nn.Module) -> str | None:
         return trial.disagreement(block, original_class(block).forward)
     except read.NotDenseError as error:
         return str(error)
+
+
+def classes_inside(block: nn.Module) -> frozenset[type]:
+    return frozenset(type(module) for module in inside(block))
 
 
 def inside(module: nn.Module) -> list[nn.Module]:

@@ -111,9 +111,10 @@ def _parts(module: nn.Module) -> Iterator[Any]:
 
 def _is_norm(module: nn.Module) -> bool:
     """A norm of PyTorch's, or one that another library has frozen: with a weight for each channel."""
+    if isinstance(module, _NORMS) or "norm" not in type(module).__name__.lower():
+        return isinstance(module, _NORMS)
     weight = getattr(module, "weight", None)
-    named = "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
-    return named or isinstance(module, _NORMS)
+    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _is_pool(module: nn.Module) -> bool:

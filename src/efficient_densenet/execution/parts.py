@@ -141,7 +141,9 @@ def _conv_obstacle(conv: Any) -> str | None:
 
 
 def _norm_relu_obstacle(norm: Any, relu: Any, fused: bool) -> str | None:
-    if not (only_rectifies(norm) if fused else runs(norm, _BatchNorm, nn.SyncBatchNorm)):
+    if fused and not only_rectifies(norm):
+        return f"{type(norm).__name__} does not do what a batch norm with ReLU does"
+    if not fused and not runs(norm, _BatchNorm, nn.SyncBatchNorm):
         return f"{type(norm).__name__} is not a batch norm of PyTorch's own"
     if not runs(relu, nn.ReLU):
         return f"{type(relu).__name__} is not ReLU"
