@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 
+from efficient_densenet import ops
 from efficient_densenet.cli import main
 from efficient_densenet.measure import contender, contest, max_batch
 from efficient_densenet.measure.contender import TrainingStep
-from efficient_densenet.measure.contenders import CONTENDERS
+from efficient_densenet.measure.contenders import COMPILED, CONTENDERS
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Team
+from efficient_densenet.ops import eager
 
 SMALL = ["--num-init-features", "6", "--block-config", "2,2", "--input-size", "12", "--threads", "1"]
 
@@ -67,15 +70,40 @@ def test_several_devices(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_contenders_are_what_they_are_called(name):
-    network = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10)
+def test_contenders_are_what_they_are_called(name, monkeypatch):
+    network, usual = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10), ops.backend(torch.ones(1))
     step = TrainingStep(name, network, 2, Place("cpu"))
     block = step.network.features.denseblock1
-    expected = {"ordinary": False, "ordinary-channels-last": False, "recompute": "recompute"}.get(name, True)
+    expected = "recompute" if name == "recompute" else not name.startswith(("ordinary", "compiled"))
     assert block.efficient is expected or block.efficient == expected == "recompute"
-    assert expected is not True or block.keep == name
-    assert step.images.is_contiguous(memory_format=torch.channels_last) == (name == "ordinary-channels-last")
-    assert all(0 < t < 60_000 for t in step())
+    assert expected is not True or block.keep == name.removesuffix("-plain")
+    assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
+    assert step.images.is_contiguous(memory_format=torch.channels_last) == name.endswith("channels-last")
+    if name not in COMPILED:  # which takes minutes
+        backend = backends_from_now_on(monkeypatch)
+        assert all(0 < t < 60_000 for t in step())
+        assert expected is not True or backend == {eager if name.endswith("-plain") else usual}
+
+
+def backends_from_now_on(monkeypatch):
+    """The backends that are chosen from now on."""
+    chosen, choose = set(), ops.backend
+
+    def noted(x):
+        chosen.add(choose(x))
+        return choose(x)
+
+    monkeypatch.setattr(ops, "backend", noted)
+    return chosen
+
+
+def test_evaluation_and_half_precision():
+    network = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10)
+    step = TrainingStep("bottleneck", network, 2, Place("cpu"), dtype="bfloat16", training=False)
+    assert step.images.dtype == torch.bfloat16 and not step.network.training
+    forward, backward = step()
+    assert forward > 0 and backward == 0
+    assert all(not p.grad.any() for p in step.network.parameters())
 
 
 def test_summary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.memory import format_bytes, peak_bytes, resident_peak_bytes
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import serve
+from efficient_densenet.ops import plain_pytorch
 
 
 class TrainingStep:
@@ -24,21 +26,36 @@ class TrainingStep:
         network: which network.
         batch_size: images over all devices.
         place: where; its share of the batch is used.
+        dtype: of the network and the images.
+        training: False: evaluation, forward alone, under `torch.inference_mode`.
     """
 
-    def __init__(self, contender: str, network: Network, batch_size: int, place: Place) -> None:
-        self.place = place
+    def __init__(
+        self,
+        contender: str,
+        network: Network,
+        batch_size: int,
+        place: Place,
+        dtype: str = "float32",
+        training: bool = True,
+    ) -> None:
+        self.place, self.training = place, training
         made = CONTENDERS[contender]
+        self.backends = plain_pytorch if made.plain else nullcontext
         torch.manual_seed(0)
         module = made.build(network).to(place.device, memory_format=made.memory_format)  # type: ignore[call-overload]
-        self.network = place.wrap(module.train())
+        self.network = place.wrap(module.to(getattr(torch, dtype)).train(training))
         images, self.labels = (place.share(x) for x in network.batch(batch_size))
-        self.images = images.contiguous(memory_format=made.memory_format)
+        self.images = images.to(getattr(torch, dtype)).contiguous(memory_format=made.memory_format)
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)  # there before the first step, so that it is not counted
 
     def __call__(self) -> tuple[float, float]:
         """Run one step; return the milliseconds of forward and of backward."""
+        with self.backends():
+            return self._train() if self.training else (self._evaluate(), 0.0)
+
+    def _train(self) -> tuple[float, float]:
         self.network.zero_grad(set_to_none=False)
         self.place.meet()
         start = time.perf_counter()
@@ -48,6 +65,14 @@ class TrainingStep:
         loss.backward()
         self.place.synchronize()
         return (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3
+
+    @torch.inference_mode()
+    def _evaluate(self) -> float:
+        self.place.meet()
+        start = time.perf_counter()
+        self.network(self.images)
+        self.place.synchronize()
+        return (time.perf_counter() - start) * 1e3
 
     def turn(self, warmup: int, iterations: int) -> dict[str, list[float]]:
         """Milliseconds of `iterations` steps, after `warmup` steps that do not count."""
@@ -75,7 +100,8 @@ class TrainingStep:
 def start(job: dict[str, Any], place: Place) -> dict[str, Any]:
     if job["memory_limit"] is not None and place.device_type == "cuda":
         _limit_memory(job["memory_limit"])
-    step = TrainingStep(job["contender"], Network(**job["network"]), job["batch_size"], place)
+    how = {name: job[name] for name in ("dtype", "training") if name in job}
+    step = TrainingStep(job["contender"], Network(**job["network"]), job["batch_size"], place, **how)
     return {
         "turn": lambda: step.turn(job["warmup"], job["iterations"]),
         "memory": step.memory,

@@ -6,6 +6,8 @@ plain PyTorch, which runs on any device, and `cpu`, compiled for processors. `ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from torch import Tensor
@@ -13,9 +15,23 @@ from torch import Tensor
 from efficient_densenet.ops import cpu, eager
 
 
+_plain_alone = False
+
+
 def backend(x: Tensor) -> ModuleType:
     """The backend for activations like `x`."""
-    return cpu if cpu.supports(x) else eager
+    return cpu if not _plain_alone and cpu.supports(x) else eager
+
+
+@contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""
+    global _plain_alone
+    before, _plain_alone = _plain_alone, True
+    try:
+        yield
+    finally:
+        _plain_alone = before
 
 
 def backends() -> dict[str, str]:

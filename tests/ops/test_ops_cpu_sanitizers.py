@@ -1,0 +1,68 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: nothing beyond a row is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficient_densenet.ops import cpu
+
+TESTS = Path(__file__).parent
+COMPILER = shutil.which("g++")
+FLAGS = ["-O1", "-g", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Puts the kernels of the first argument in place of the installed ones.
+BEGIN = """
+import sys
+from pathlib import Path
+from efficient_densenet.ops import cpu
+from efficient_densenet.ops.cpu import library
+loaded = library.open_library(Path(sys.argv[1]))
+library.load = cpu.load = lambda: loaded
+"""
+RUN_TESTS = "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+ONE_ROW_TOO_MANY = """
+import torch
+x, zero = torch.zeros(99, 7), torch.zeros(7)
+loaded.kernels.finish(0, x.data_ptr(), 7, x.data_ptr(), 7, 100, 7, *[zero.data_ptr()] * 3, x.data_ptr(), 7, 1)
+"""
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or not sys.platform.startswith("linux") or cpu.library.load().kernels is None,
+    reason="needs g++ on Linux",
+)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    source = Path(cpu.__file__).parent / "kernels.cpp"
+    subprocess.run([COMPILER, *FLAGS, *SANITIZERS, "-o", library, source], check=True)
+    return library
+
+
+def run(library, code, *arguments):
+    names = ("libasan.so", "libubsan.so")
+    paths = [subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in names]
+    settings = {"LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    command = [sys.executable, "-c", BEGIN + code, str(library), *arguments]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=TESTS.parents[1])
+
+
+def test_no_kernel_goes_beyond_its_memory(sanitized):
+    files = [str(TESTS / "test_ops_backends.py"), str(TESTS / "test_ops_cpu.py")]
+    chosen = "cpu and not (max_pool or eager or without_kernels or instruction_set or backends_tell)"
+    result = run(sanitized, RUN_TESTS, *files, "-k", chosen)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "passed" in result.stdout
+
+
+def test_the_sanitizer_would_have_seen_it(sanitized):
+    result = run(sanitized, ONE_ROW_TOO_MANY)
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
