@@ -68,19 +68,19 @@ class Plan:
     limit: int
 
 
-def _plain(depth: int) -> Network:
+def plain(depth: int) -> Network:
     return Network("densenet_cifar", {"depth": depth, "growth_rate": 12, "num_classes": 10}, 32, 10)
 
 
-def _bottleneck(depth: int) -> Network:
-    arguments = {"depth": depth, "growth_rate": 12, "bottleneck": True, "num_classes": 10}
+def bottleneck(depth: int, growth_rate: int = 12) -> Network:
+    arguments = {"depth": depth, "growth_rate": growth_rate, "bottleneck": True, "num_classes": 10}
     return Network("densenet_cifar", arguments, 32, 10)
 
 
 FULL = Plan(
     subjects=(
-        Subject("L=40 k=12", _plain(40), (64, 96), (16, 128), 128),
-        Subject("BC L=100 k=12", _bottleneck(100), (48, 64), (8, 64), 32),
+        Subject("L=40 k=12", plain(40), (64, 96), (16, 128), 128),
+        Subject("BC L=100 k=12", bottleneck(100), (48, 64), (8, 64), 32),
         Subject("DenseNet-121", Network("densenet121", {}, 224, 1000), (4, 8), (2, 16), 8),
     ),
     depths={40: (48, 64), 100: (24, 32), 190: (24, 32), 250: (24, 32)},
@@ -88,7 +88,7 @@ FULL = Plan(
     limit=2_000_000_000,
 )
 QUICK = Plan(
-    subjects=(Subject("BC L=16 k=12", _bottleneck(16), (4, 8), (2, 4), 2),),
+    subjects=(Subject("BC L=16 k=12", bottleneck(16), (4, 8), (2, 4), 2),),
     depths={10: (2, 4), 16: (2, 4), 22: (2, 4)},
     rounds=2,
     limit=1_000_000_000,
@@ -100,7 +100,7 @@ def memory(plan: Plan) -> list[Record]:
     records = []
     for subject in plan.subjects:
         for name in ("ordinary", "recompute", *KEEP):
-            _progress(f"memory: {subject.name}, {name}")
+            progress(f"memory: {subject.name}, {name}")
             peaks = _live_bytes(name, subject.network, subject.memory_batches)
             records.append({"network": subject.name, "contender": name, **_slope(peaks)})
     return records
@@ -111,10 +111,10 @@ def resident(plan: Plan) -> list[Record]:
     records = []
     for subject in plan.subjects:
         for name in ("ordinary", *KEEP):
-            _progress(f"resident: {subject.name}, {name}")
+            progress(f"resident: {subject.name}, {name}")
             peaks = {}
             for batch_size in subject.resident_batches:
-                with Team(contender.__name__, _job(subject.network, batch_size) | {"contender": name}) as team:
+                with Team(contender.__name__, job_of(subject.network, batch_size) | {"contender": name}) as team:
                     (peaks[batch_size],) = team.ask("process_bytes")
             records.append({"network": subject.name, "contender": name, **_slope(peaks)})
     return records
@@ -129,11 +129,11 @@ def depth(plan: Plan) -> list[Record]:
     for name in ("ordinary", "bottleneck", "inputs"):
         points = {}
         for layers, batches in plan.depths.items():
-            _progress(f"depth: L={layers}, {name}")
+            progress(f"depth: L={layers}, {name}")
             if name == "ordinary":  # which has no scratch, and would be too large at those batches
-                points[layers] = _slope(_live_bytes(name, _plain(layers), (1, 2)))
+                points[layers] = _slope(_live_bytes(name, plain(layers), (1, 2)))
             else:
-                points[layers] = _slope(_live_bytes(name, _plain(layers), batches, _freeze_convolutions))
+                points[layers] = _slope(_live_bytes(name, plain(layers), batches, _freeze_convolutions))
         values = [point["bytes_per_image"] for point in points.values()]
         line = linear_regression(list(plan.depths), values)
         records.append(
@@ -151,12 +151,13 @@ def depth(plan: Plan) -> list[Record]:
 
 
 def time(plan: Plan) -> list[Record]:
-    """Forward and backward: every contender in a process of its own, taking turns of one step."""
+    """Forward and backward in plain PyTorch: every contender in a process of its own, taking turns of one step."""
     records = []
     for subject in plan.subjects:
-        _progress(f"time: {subject.name}, batch {subject.time_batch}")
-        job = _job(subject.network, subject.time_batch)
-        results = contest.run([*ORDINARY, *KEEP], job, plan.rounds, "cpu", num_devices=1, threads=None)
+        progress(f"time: {subject.name}, batch {subject.time_batch}")
+        job = job_of(subject.network, subject.time_batch)
+        names = [*ORDINARY, *(f"{keep}-plain" for keep in KEEP)]
+        results = contest.run(names, job, plan.rounds, "cpu", num_devices=1, threads=None)
         summary = contest.summarize(results)
         records.append(
             {"network": subject.name, "batch_size": subject.time_batch, "results": results, "summary": summary}
@@ -167,7 +168,7 @@ def time(plan: Plan) -> list[Record]:
 def largest_batch(plan: Plan) -> list[Record]:
     """The largest batch of the first network whose process stays within a fixed resident size."""
     subject = plan.subjects[0]
-    results = max_batch.run(["ordinary", *KEEP], _job(subject.network, 1), plan.limit, "cpu", threads=None)
+    results = max_batch.run(["ordinary", *KEEP], job_of(subject.network, 1), plan.limit, "cpu", threads=None)
     return [{"network": subject.name, "limit_bytes": plan.limit, "results": results}]
 
 
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _job(network: Network, batch_size: int) -> Job:
+def job_of(network: Network, batch_size: int) -> Job:
     return {
         "network": asdict(network),
         "batch_size": batch_size,
@@ -246,7 +247,7 @@ def _slope(peaks: dict[int, int]) -> Record:
     return {"peak_bytes": peaks, "bytes_per_image": (more - fewer) / (large - small)}
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -25,20 +25,21 @@ _BARS = {
 def tables(found: dict[str, Any]) -> str:
     """All sections that were measured, in markdown."""
     parts = ["# The shared buffer, measured\n\nMade by `python benchmarks/engine.py` from `engine.json`."]
-    for name, (title, table) in _TABLES.items():
+    for name, (title, make) in _TABLES.items():
         if name in found:
             section = found[name]
-            parts.append(f"## {title}\n\n{table(section['records'])}\n\n{_source(section)}")
+            parts.append(f"## {title}\n\n{make(section['records'])}\n\n{source(section)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _source(section: dict[str, Any]) -> str:
+def source(section: dict[str, Any], dtype: str = "float32") -> str:
+    """On what a section was measured, in one line."""
     parts = [
         *(["TINY NETWORKS, a trial"] if section["quick"] else []),
         section["hardware"]["cpu"],
         f"{section['hardware']['cores']} cores",
         f"PyTorch {section['versions']['torch']}",
-        "float32",
+        dtype,
         f"commit {section['commit'] or 'unknown'}",
         section["date"],
     ]
@@ -85,7 +86,7 @@ def _memory(records: Records) -> str:
                 f"{_megabytes(peak / int(batch))} ({batch})",
             ]
         )
-    return _table(
+    return table(
         ["network", "contender", "MB per image", "at most", "times less", "with scratch (batch)"],
         rows,
     )
@@ -96,12 +97,12 @@ def _resident(records: Records) -> str:
     for r in records:
         batch, peak = list(r["peak_bytes"].items())[-1]
         rows.append([r["network"], r["contender"], _megabytes(r["bytes_per_image"]), f"{_megabytes(peak)} ({batch})"])
-    return _table(["network", "contender", "MB per image", "whole process, MB (batch)"], rows)
+    return table(["network", "contender", "MB per image", "whole process, MB (batch)"], rows)
 
 
 def _depth(records: Records) -> str:
     depths = list(records[0]["points"])
-    table = _table(
+    lines = table(
         [
             "contender",
             *(f"L={depth}, MB per image" for depth in depths),
@@ -118,7 +119,7 @@ def _depth(records: Records) -> str:
             for r in records
         ],
     )
-    return f"{table}\n\nWithout a bottleneck, `features` is the same as `bottleneck`."
+    return f"{lines}\n\nWithout a bottleneck, `features` is the same as `bottleneck`."
 
 
 def _time(records: Records) -> str:
@@ -133,7 +134,7 @@ def _time(records: Records) -> str:
         for record in records
         for row in record["summary"]
     ]
-    return _table(["network", "contender", "F ms", "B ms", "F+B ms", "F+B to the faster ordinary form"], rows)
+    return table(["network", "contender", "F ms", "B ms", "F+B ms", "F+B to the faster ordinary form"], rows)
 
 
 def _max_batch(records: Records) -> str:
@@ -144,14 +145,14 @@ def _max_batch(records: Records) -> str:
             times = f"{r['largest_batch'] / first:.1f}" if first else "–"
             limit = f"{record['limit_bytes'] / 1e9:g} GB"
             rows.append([record["network"], limit, r["contender"], str(r["largest_batch"]), times])
-    return _table(["network", "memory of the process", "contender", "largest batch", "times the ordinary"], rows)
+    return table(["network", "memory of the process", "contender", "largest batch", "times the ordinary"], rows)
 
 
 _TABLES: dict[str, tuple[str, Callable[[Records], str]]] = {
     "memory": ("Activation memory: live tensor bytes over a training step, constant scratch left out", _memory),
     "resident": ("The same, as peak resident memory of a process", _resident),
     "depth": ("Memory against depth: plain networks, k=12, 32×32", _depth),
-    "time": ("Time of forward and backward: medians", _time),
+    "time": ("Time of forward and backward in plain PyTorch, without native kernels: medians", _time),
     "max-batch": ("The largest batch in a fixed memory", _max_batch),
 }
 
@@ -160,6 +161,7 @@ def _megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In markdown; all but the first two columns are figures."""
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -60,3 +60,23 @@ def test_times_and_largest_batches_are_tables(engine):
     text = engine_report.tables(found)
     assert "| n, batch 8 | inputs | 1,000 | 2 | 3 | 0.500 |" in text
     assert "| n | 2 GB | inputs | 36 | 12.0 |" in text
+
+
+@pytest.fixture
+def cpu_script(engine):
+    import cpu
+
+    yield cpu
+    del sys.modules["cpu"]
+
+
+def test_the_cpu_backend(cpu_script, tmp_path, capsys):
+    options = ["--quick", "--rounds", "1", "--output", str(tmp_path)]
+    assert cpu_script.main([*options, "--contenders", "ordinary,bottleneck"]) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert set(found) == set(cpu_script.SECTIONS)
+    assert all(r["backward_ms"] == [[0.0]] for r in found["evaluation"]["records"][0]["results"])
+    for record in found["profile"]["records"][:2]:
+        assert 0 < record["convolutions_ms"] + record["passes_ms"] < record["whole_ms"]
+    text = (tmp_path / "cpu.md").read_text()
+    assert capsys.readouterr().out == text and text.count("TINY NETWORKS") == 4
