@@ -1,0 +1,108 @@
+"""What is kept after a forward pass, by exact counts; and that the report tells it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+import torchvision
+from others import monai_small, timm_small, torchvision_small
+
+from efficient_densenet import DenseNet, make_efficient, report
+from efficient_densenet.execution import KEEP
+
+every_keep = pytest.mark.parametrize("keep", KEEP)
+
+
+def alive_after(function):
+    """Exact bytes of tensors that a call leaves alive, and what it returned."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = function()
+    events = profile.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]"), output
+
+
+@every_keep
+@pytest.mark.parametrize("build", [torchvision_small, timm_small], ids=["torchvision", "timm"])
+def test_a_converted_model_keeps_what_ours_keeps(build, keep):
+    """And one copy: what the last block hands out, which may be changed in place."""
+    growth, features = (4, 6) if build is torchvision_small else (8, 16)
+    ours = DenseNet(3, features, growth, (2, 3), 0.5, 64, 2, num_classes=5, efficient=True, keep=keep)
+    theirs, x = make_efficient(build(), keep), torch.randn(2, 3, 64, 64)
+    expected, _ = alive_after(lambda: ours(x))
+    actual, _ = alive_after(lambda: theirs(x))
+    assert actual == expected + 4 * 2 * ours.num_features * 8 * 8
+
+
+def places(model, x):
+    """The input of each dense block."""
+    found = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, inputs, name=name: found.update({name: inputs[0].detach()}))
+        for name, module in model.named_modules()
+        if "block" in name.rpartition(".")[2]
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+SHAPES = {
+    "torchvision": (lambda: torchvision_small(block_config=(4, 5)), (3, 64, 64)),
+    "torchvision, checkpointed": (lambda: torchvision_small(block_config=(4, 5), memory_efficient=True), (3, 64, 64)),
+    "timm": (lambda: timm_small(block_config=(4, 5)), (3, 64, 64)),
+    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32)),
+}
+
+
+@every_keep
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+def test_the_report_tells_what_blocks_keep_before_and_after(name, keep):
+    build, shape = SHAPES[name]
+    model, x = build(), torch.randn(2, *shape)
+    inputs = places(model, x)
+    told = {e.name: e for e in report(model, keep, shape).entries}
+    for where, given in inputs.items():
+        block = model.get_submodule(where)
+        alive, output = alive_after(lambda block=block, given=given: block(given.clone().requires_grad_()))
+        measured = alive - 4 * output.numel() - 4 * given.numel()  # which belong to what lies behind and before it
+        assert 2 * told[where].bytes_before == pytest.approx(measured, rel=0.1)
+
+    make_efficient(model, keep)
+    assert {e.name: e for e in report(model, image=shape).entries} == told
+    block, transition = model.features.denseblock1, model.features.transition1
+    given = inputs["features.denseblock1"].requires_grad_()
+    alive, output = alive_after(lambda: block(given, transition))
+    measured = alive - 4 * output.numel() + (4 * given.numel() if keep == "inputs" else 0)
+    entry = told["features.denseblock1"]
+    statistics = 4 * (2 * given.shape[1] + 8 * 4 * 8 + 1)
+    assert 0 <= measured - 2 * entry.bytes_after <= 4 * statistics
+    assert told["features.transition1"].bytes_after == 0
+
+
+def test_the_stem_is_told_too():
+    model, shape = torchvision.models.densenet121(), (3, 64, 64)
+    stem = report(model, "features", shape).entries[-1]
+    features, x = model.features, torch.randn(2, *shape)
+    alive, output = alive_after(lambda: features.pool0(features.relu0(features.norm0(features.conv0(x)))))
+    measured = alive - 4 * output.numel() + 4 * x.numel()
+    assert (stem.name, stem.channels) == ("features", "3 → 64")
+    assert 2 * stem.bytes_before == pytest.approx(measured, rel=0.01)
+    make_efficient(model, "features")
+    parts = torch.nn.Sequential(*list(features)[:4], features.denseblock1)
+    alive, output = alive_after(lambda: make_efficient(parts, "features")[:4](x))
+    assert 2 * stem.bytes_after <= alive - 4 * output.numel() + 4 * x.numel()
+
+
+def test_the_table_can_be_read():
+    text = str(report(torchvision.models.densenet121(), "features", (3, 224, 224)))
+    first, _, head, *rows = text.splitlines()
+    assert first == "Kept for the backward pass, before and after: MB per image of 3×224×224, float32."
+    assert head.split() == ["module", "was", "now", "channels", "before", "after"]
+    assert rows[0].split("  ")[0] == "features.denseblock1" and rows[0].endswith("40.94   3.21")
+    assert rows[-1].split() == ["together", "129.96", "9.63"]
+    assert len({len(row) for row in [head, *rows]}) == 1
+    assert prod([3, 224, 224]) and "values per pixel" in str(report(torchvision.models.densenet121()))
