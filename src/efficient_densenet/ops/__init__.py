@@ -1,7 +1,7 @@
 """The fused norm–relu–convolution and its statistics: tensors in, tensors out.
 
 `reference` defines the operations; every backend is a module with functions of the same names and meaning: `eager` in
-plain PyTorch, which runs on any device, and `cpu`, compiled for processors. `backend` chooses.
+plain PyTorch, which runs on any device, `cpu`, compiled for processors, and `triton`, for GPUs. `backend` chooses.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from efficient_densenet.ops import cpu, eager
-
+from efficient_densenet.ops import cpu, eager, triton
 
 _plain_alone = False
 
@@ -40,5 +39,6 @@ def backends() -> dict[str, str]:
     kept = "float32, float64 and bfloat16" if loaded.kernels else "nothing"
     return {
         "cpu": f"native kernels for {kept}: {loaded.description}",
+        "cuda": triton.available(),
         "everything else": "plain PyTorch",
     }

@@ -1,0 +1,178 @@
+"""Compile the Triton kernels ahead of time, for devices that need not be there, and say what they take.
+
+The launchers run on tensors without data, and what they would launch is compiled instead: exactly the kernels, tiles
+and flags that a network of these shapes uses.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from efficient_densenet.ops.triton import backward, forward, launch, max_pool, statistics, tiles
+
+CAPABILITIES = (80, 90)
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A norm–relu–convolution of a network: images, their size, channels, outputs, kernel, pool."""
+
+    name: str
+    images: int
+    size: tuple[int, ...]
+    channels: int
+    outputs: int
+    kernel: int = 1
+    pool: int = 1
+
+
+# One for each line that the tables of tiles can give: narrow and wide, aligned and odd.
+SHAPES = (
+    Shape("bottleneck, DenseNet-121", 256, (56, 56), 256, 128),
+    Shape("bottleneck, k=12", 64, (32, 32), 60, 48),
+    Shape("bottleneck, k=48", 64, (56, 56), 480, 192),
+    Shape("3×3, k=12 without bottleneck", 128, (32, 32), 156, 12, 3),
+    Shape("3×3, k=12", 64, (32, 32), 48, 12, 3),
+    Shape("3×3, k=24", 64, (32, 32), 96, 24, 3),
+    Shape("3×3, k=32", 256, (56, 56), 128, 32, 3),
+    Shape("3×3, k=40", 64, (32, 32), 160, 40, 3),
+    Shape("3×3, k=48", 64, (56, 56), 192, 48, 3),
+    Shape("3×3×3, k=32", 2, (32, 32, 32), 128, 32, 3),
+    Shape("transition, DenseNet-121", 256, (56, 56), 256, 128, 1, 2),
+    Shape("transition, k=12", 128, (32, 32), 168, 168, 1, 2),
+    Shape("odd channels", 3, (35, 35), 37, 5, 3),
+)
+
+
+def records(
+    shapes: tuple[Shape, ...] = SHAPES,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16),
+    capabilities: tuple[int, ...] = CAPABILITIES,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Every distinct kernel that these shapes use: tile, registers, bytes of shared memory and of spills."""
+    found = []
+    for capability in capabilities:
+        seen: set[str] = set()
+        for dtype in dtypes:
+            for shape in shapes:
+                with _instead_of_launching() as launched:
+                    _operations(shape, dtype)
+                for kernel, arguments, tile in launched:
+                    source, flags = _source(kernel, arguments, tile)
+                    key = f"{source.hash()} {tile}"
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    progress(f"sm_{capability} {_TYPES[dtype]} {shape.name}: {kernel.__name__}")
+                    found.append(
+                        {
+                            "kernel": kernel.__name__,
+                            "shape": shape.name,
+                            "dtype": _TYPES[dtype],
+                            "sm": capability,
+                            "tile": vars(tile),
+                            "flags": flags,
+                            **_compiled(source, tile, capability),
+                        }
+                    )
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The same in markdown."""
+    header = ["kernel", "shape", "type", "sm", "tile", "warps", "stages", "registers", "shared kB", "spills"]
+    lines = [header, ["---"] * 3 + ["---:"] * 7]
+    for r in found:
+        t = r["tile"]
+        tile = "×".join(str(t[side]) for side in ("rows", "columns", "depth") if t[side])
+        numbers = [t["warps"], t["stages"], r["registers"], f"{r['shared_bytes'] / 1024:.0f}", r["spilled_bytes"]]
+        lines.append([r["kernel"], r["shape"], r["dtype"], str(r["sm"]), tile, *map(str, numbers)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextmanager
+def _instead_of_launching() -> Iterator[list[tuple[Any, tuple, tiles.Tile]]]:
+    launched: list[tuple[Any, tuple, tiles.Tile]] = []
+    with (
+        mock.patch.object(
+            launch, "run", lambda kernel, _, tile, *arguments: launched.append((kernel, arguments, tile))
+        ),
+        mock.patch.object(launch, "precision", lambda x: "tf32" if x.dtype == torch.float32 else "ieee"),
+    ):
+        yield launched
+
+
+def _operations(shape: Shape, dtype: torch.dtype) -> None:
+    """Forward and backward of everything, as a block would call it: on slices of a wider buffer."""
+
+    def activation(size: tuple[int, ...], channels: int) -> Tensor:
+        return torch.empty((shape.images, *size, 2 * channels), dtype=dtype, device="meta")[..., :channels]
+
+    x, grad_x = activation(shape.size, shape.channels), activation(shape.size, shape.channels)
+    out = activation(tuple(n // shape.pool for n in shape.size), shape.outputs)
+    vector = torch.empty(shape.channels, device="meta")
+    kernel = [shape.kernel] * len(shape.size)
+    weight = torch.empty((shape.outputs, shape.channels, *kernel), dtype=dtype, device="meta")
+    plain = shape.pool == 1
+    forward.norm_relu_conv(x, vector, vector, weight, out, shape.pool, want_statistics=plain)
+    arguments = (out, x, vector, vector, vector, weight, grad_x, plain, shape.pool, True)
+    backward.norm_relu_conv_backward(*arguments)
+    statistics.statistics(x)
+    statistics.finish(grad_x, x, vector, vector, vector, grad_x)
+    pooled = activation(tuple((n + 1) // 2 for n in shape.size), shape.channels)
+    max_pool.norm_relu_max_pool(x, vector, vector, pooled)
+    max_pool.norm_relu_max_pool_backward(pooled, x, vector, vector, vector, grad_x)
+
+
+def _source(kernel: Any, arguments: tuple, tile: tiles.Tile) -> tuple[ASTSource, dict[str, Any]]:
+    names = [p.name for p in kernel.params]
+    values = dict(zip(names, arguments, strict=False)) | tile.sizes()
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants[parameter.name] = value
+            signature[parameter.name] = "constexpr"
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32"
+    return ASTSource(kernel, signature, constants, aligned), constants
+
+
+def _compiled(source: ASTSource, tile: tiles.Tile, capability: int) -> dict[str, Any]:
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {name: int(re.search(rf"\b{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {
+        "registers": used["REG"],
+        "shared_bytes": kernel.metadata.shared,
+        "spilled_bytes": used["STACK"] + used["LOCAL"],  # the kernels have no arrays of their own
+        "tensor_cores": bool(re.search(r"\b(wgmma|mma)\.", kernel.asm["ptx"])),
+    }

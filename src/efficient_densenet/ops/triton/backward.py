@@ -1,0 +1,267 @@
+"""The backward pass: one kernel for the prefix's gradient with all that it adds up, one for the weight's."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (the compiler of the kernels knows the types of their arguments)
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton.rows import (
+    first_of_pool,
+    inside,
+    place,
+    rectified,
+    rectified_rows,
+    window,
+    within_pool,
+)
+from efficient_densenet.ops.triton.statistics import moments_of, summed
+
+
+@triton.jit(do_not_specialize=launch.RUN_TIME)
+def grad_x_kernel(
+    grad_out, grad_out_stride, x, x_stride, scale, shift, mean, weight, grad_x, grad_x_stride, sums,
+    rows, blocks, depth, height, width, channels, outputs,
+    TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``g[r, c] = [scale·x + shift > 0] · Σ_tap Σ_o grad_out[r − tap, o] · weight[o, tap, c]``; then D and the sums.
+
+    ``grad_x += scale·g`` (or ``=``), and ``Σ g`` and ``Σ g·(x − mean)`` of each block of `ROWS` rows, while the tile
+    is in registers. Behind a pool, a row of the product belongs to a whole window of pixels, each with its own mask.
+
+    Shapes: grad_out ``(rows, outputs)``, x and grad_x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``,
+    sums ``(2, channels, blocks)``.
+    Bytes: x once, grad_x once or (`ACCUMULATE`) twice, grad_out once per `COLUMNS` channels, mostly in cache.
+    """
+    grad_out_stride, x_stride, grad_x_stride = grad_out_stride * VEC, x_stride * VEC, grad_x_stride * VEC
+    channels, outputs = channels * VEC, outputs * VEC
+    TAPS: tl.constexpr = TD * TH * TW
+    POOL: tl.constexpr = PD * PH * PW
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    column_blocks = tl.cdiv(channels, COLUMNS)
+    block = tl.program_id(0) // column_blocks
+    row = block * ROWS + tl.arange(0, ROWS)
+    channel = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, channel_mask = row < rows, channel < channels
+    grad_out_rows = grad_out + row.to(tl.int64)[:, None] * grad_out_stride
+    if TAPS > 1:
+        _, d, h, w = place(row, depth, height, width)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    steps = tl.cdiv(outputs, DEPTH)
+    for step in range(TAPS * steps):
+        output = (step % steps) * DEPTH + tl.arange(0, DEPTH)
+        output_mask = output < outputs
+        tap = step // steps
+        if TAPS > 1:
+            dd, dh, dw = window(tap, TD, TH, TW)
+            valid = row_mask & inside(d - dd, h - dh, w - dw, depth, height, width, TD, TH, TW)
+            behind = ((dd * height + dh) * width + dw).to(tl.int64)
+            at = grad_out_rows + (output - behind * grad_out_stride)[None, :]
+        else:
+            valid, at = row_mask, grad_out_rows + output[None, :]
+        dy = tl.load(at, mask=valid[:, None] & output_mask[None, :], other=0.0)
+        w_tile = tl.load(
+            weight + output[:, None] * (TAPS * channels) + tap * channels + channel[None, :],
+            mask=output_mask[:, None] & channel_mask[None, :],
+            other=0.0,
+        )
+        total = tl.dot(dy, w_tile, total, input_precision=PRECISION)
+    total = total * (1.0 / POOL)
+    a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
+    b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
+    mu = tl.load(mean + channel, mask=channel_mask, other=0.0)[None, :]
+    mask = row_mask[:, None] & channel_mask[None, :]
+    first = first_of_pool(row, depth, height, width, PD, PH, PW).to(tl.int64)[:, None]
+    g_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
+    g_centred = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for p in range(POOL):  # not unrolled, or all windows' tiles would be in registers at once
+        at_row = first + within_pool(p, height, width, PH, PW)
+        value = tl.load(x + at_row * x_stride + channel[None, :], mask=mask, other=0.0)
+        g = tl.where(mask & (rectified(value, a, b, DTYPE).to(tl.float32) > 0), total, 0.0)
+        target = grad_x + at_row * grad_x_stride + channel[None, :]
+        new = tl.load(target, mask=mask, other=0.0).to(tl.float32) + a * g if ACCUMULATE else a * g
+        tl.store(target, new.to(DTYPE), mask=mask)
+        g_sum += tl.sum(g, 0)
+        g_centred += tl.sum(g * (value.to(tl.float32) - mu), 0)
+    tl.store(sums + channel.to(tl.int64) * blocks + block, g_sum, mask=channel_mask)
+    tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
+
+
+@triton.jit(do_not_specialize=launch.RUN_TIME)
+def grad_weight_kernel(
+    grad_out, grad_out_stride, x, x_stride, scale, shift, parts,
+    rows, rows_per_part, depth, height, width, channels, outputs,
+    TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    PRECISION: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``parts[part, tap, o, c] = Σ_{r in part} grad_out[r − tap, o] · pool(relu(scale·x + shift))[r, c]``.
+
+    A matrix product ``(taps·outputs, rows) × (rows, channels)`` in tiles of ``ROWS × COLUMNS``, `DEPTH` pixels at a
+    time. Taps and outputs together are its rows, so that few outputs still fill a tile, and x is read once for all
+    the taps in a tile. The prologue is computed again. Each program has rows of its own to add up, in their order.
+
+    Shapes: grad_out ``(rows, outputs)``, x ``(rows·pool, channels)``, parts ``(parts, taps·outputs, channels)``.
+    Bytes: x once per `ROWS` of taps and outputs, grad_out once per `COLUMNS` channels, parts once.
+    """
+    grad_out_stride, x_stride = grad_out_stride * VEC, x_stride * VEC
+    channels, outputs = channels * VEC, outputs * VEC
+    TAPS: tl.constexpr = TD * TH * TW
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    column_blocks, row_blocks = tl.cdiv(channels, COLUMNS), tl.cdiv(TAPS * outputs, ROWS)
+    part = tl.program_id(0) // (column_blocks * row_blocks)
+    tile = tl.program_id(0) % (column_blocks * row_blocks)
+    j = (tile // column_blocks) * ROWS + tl.arange(0, ROWS)
+    channel = (tile % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    j_mask = j < TAPS * outputs
+    if TAPS > 1:
+        dd, dh, dw = window(j // outputs, TD, TH, TW)
+        behind = ((dd * height + dh) * width + dw).to(tl.int64)
+        column = j % outputs - behind * grad_out_stride
+    else:
+        column = j.to(tl.int64)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    stop = tl.minimum((part + 1) * rows_per_part, rows)
+    for start in range(part * rows_per_part, stop, DEPTH):
+        row = start + tl.arange(0, DEPTH)
+        row_mask = row < stop
+        valid = row_mask[:, None] & j_mask[None, :]
+        if TAPS > 1:
+            _, d, h, w = place(row, depth, height, width)
+            valid &= inside(
+                d[:, None] - dd[None, :], h[:, None] - dh[None, :], w[:, None] - dw[None, :],
+                depth, height, width, TD, TH, TW,
+            )  # fmt: skip
+        dy = tl.load(grad_out + row.to(tl.int64)[:, None] * grad_out_stride + column[None, :], mask=valid, other=0.0)
+        first = first_of_pool(row, depth, height, width, PD, PH, PW)
+        s = rectified_rows(
+            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width, PD, PH, PW, DTYPE
+        )  # fmt: skip
+        total = tl.dot(tl.trans(dy), s, total, input_precision=PRECISION)
+    tl.store(
+        parts + (part.to(tl.int64) * (TAPS * outputs) + j)[:, None] * channels + channel[None, :],
+        total,
+        mask=j_mask[:, None] & (channel < channels)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=launch.RUN_TIME)
+def sum_parts_kernel(
+    parts, grad_weight, stride_output, stride_channel, stride_tap, number, taps, outputs, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``grad_weight[o, c, tap] = Σ_part parts[part, tap, o, c]``, in the weight's own type and layout.
+
+    Bytes: parts once, grad_weight once.
+    """
+    size = taps * outputs * channels
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = at < size
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, number, ROWS):
+        part = start + tl.arange(0, ROWS)
+        values = tl.load(
+            parts + part.to(tl.int64)[:, None] * size + at[None, :],
+            mask=(part < number)[:, None] & mask[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values, 0)
+    j = at // channels
+    target = (j % outputs) * stride_output + (at % channels) * stride_channel + (j // outputs) * stride_tap
+    tl.store(grad_weight + target, total.to(grad_weight.dtype.element_ty), mask=mask)
+
+
+def norm_relu_conv_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    pool: int,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Four kernels: prefix and its sums, the sums' sum, and if wanted the weight's gradient and its sum."""
+    if not accumulate and any(n % pool for n in x.shape[1:-1]):
+        grad_x.zero_()  # pixels outside whole windows
+    product = _Product(grad_out, x, scale, shift, weight, pool)
+    attempt = partial(product.grad_x, mean, grad_x, accumulate)
+    scratch = partial(product.grad_x, mean, torch.empty_like(grad_x), accumulate) if tiles.AUTOTUNE else attempt
+    g, g_centred = attempt(
+        tiles.tuned(tiles.grad_x(x, product.outputs, prod(product.taps)), product.kind("grad_x"), scratch)
+    )
+    if not need_weight:
+        return None, g, g_centred
+    default = tiles.grad_weight(x, product.outputs, prod(product.taps))
+    return product.grad_weight(tiles.tuned(default, product.kind("grad_weight"), product.grad_weight)), g, g_centred
+
+
+class _Product:
+    """The operands of both gradients, as the kernels take them."""
+
+    def __init__(self, grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, pool: int) -> None:
+        self.grad_out, self.grad_out_stride = launch.matrix(grad_out.to(x.dtype))
+        self.x, self.x_stride = launch.matrix(x)
+        self.scale, self.shift, self.weight, self.pool = scale, shift, weight, pool
+        self.outputs, self.channels = weight.shape[:2]
+        self.rows = grad_out.numel() // self.outputs
+        self.taps = launch.cube(weight.shape[2:])
+        self.windows = *self.taps, *launch.cube([pool] * (x.dim() - 2))
+        self.volume = launch.cube(x.shape[1:-1])
+
+    def kind(self, name: str) -> tuple:
+        return tiles.kind(name, self.x, self.outputs, self.taps, self.pool)
+
+    def _divided(self, *further: int) -> tuple[int, list[int]]:
+        """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""
+        sizes = self.grad_out_stride, self.x_stride, self.channels, self.outputs, *further
+        vec = launch.common_divisor(self.x, *sizes)
+        return vec, [size // vec for size in sizes]
+
+    def grad_x(self, mean: Tensor, grad_x: Tensor, accumulate: bool, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
+        """Write or add to `grad_x`; return the two sums."""
+        grad_x, grad_x_stride = launch.matrix(grad_x)
+        blocks = triton.cdiv(self.rows, tile.rows)
+        sums = moments_of(self.x, blocks)
+        vec, (grad_out_stride, x_stride, channels, outputs, grad_x_stride) = self._divided(grad_x_stride)
+        launch.run(
+            grad_x_kernel, blocks * triton.cdiv(self.channels, tile.columns), tile,
+            self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, mean,
+            launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
+            self.rows, blocks, *self.volume, channels, outputs,
+            *self.windows, accumulate, launch.precision(self.x), vec,
+        )  # fmt: skip
+        return summed(sums)
+
+    def grad_weight(self, tile: tiles.Tile) -> Tensor:
+        """In the weight's own type and layout."""
+        lines = prod(self.taps) * self.outputs
+        products = triton.cdiv(lines, tile.rows) * triton.cdiv(self.channels, tile.columns)
+        rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth)
+        number = triton.cdiv(self.rows, rows_per_part)
+        parts = self.scale.new_empty((number, lines, self.channels))
+        vec, (grad_out_stride, x_stride, channels, outputs) = self._divided()
+        launch.run(
+            grad_weight_kernel, number * products, tile,
+            self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, parts,
+            self.rows, rows_per_part, *self.volume, channels, outputs,
+            *self.windows, launch.precision(self.x), vec,
+        )  # fmt: skip
+        result = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        launch.run(
+            sum_parts_kernel, triton.cdiv(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
+            parts, result, *result.flatten(2).stride(), number, prod(self.taps), self.outputs, self.channels,
+        )  # fmt: skip
+        return result if self.weight.is_contiguous() else torch.empty_like(self.weight).copy_(result)

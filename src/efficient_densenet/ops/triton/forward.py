@@ -1,0 +1,101 @@
+"""The forward pass: normalise, rectify, pool and convolve in one kernel, which also measures what it writes."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (the compiler of the kernels knows the types of their arguments)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton.rows import first_of_pool, inside, place, rectified_rows, window
+from efficient_densenet.ops.triton.statistics import block_moments, merged, moments_of
+
+
+@triton.jit(do_not_specialize=launch.RUN_TIME)
+def norm_relu_conv_kernel(
+    x, x_stride, scale, shift, weight, out, out_stride, moments,
+    rows, blocks, depth, height, width, channels, outputs,
+    TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """``out[r, o] = Σ_tap Σ_c pool(relu(scale·x + shift))[r + tap, c] · weight[o, tap, c]``, zero outside the image.
+
+    An implicit matrix product of ``(rows, taps·channels)`` and ``(taps·channels, outputs)``, a tile of ``ROWS ×
+    COLUMNS`` per program. `moments` gets mean and centred sum of squares of each block of `ROWS` rows.
+
+    Shapes: x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``, out ``(rows, outputs)``, moments
+    ``(2, outputs, blocks)``.
+    Bytes: x once per `COLUMNS` outputs (the taps overlap, in cache), out once, moments ``8·outputs`` per block.
+    """
+    x_stride, out_stride, channels, outputs = x_stride * VEC, out_stride * VEC, channels * VEC, outputs * VEC
+    TAPS: tl.constexpr = TD * TH * TW
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    column_blocks = tl.cdiv(outputs, COLUMNS)
+    block = tl.program_id(0) // column_blocks  # neighbours share rows, which are then in the cache
+    row = block * ROWS + tl.arange(0, ROWS)
+    output = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, output_mask = row < rows, output < outputs
+    first = first_of_pool(row, depth, height, width, PD, PH, PW)
+    if TAPS > 1:
+        _, d, h, w = place(row, depth, height, width)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    steps = tl.cdiv(channels, DEPTH)
+    for step in range(TAPS * steps):
+        channel = (step % steps) * DEPTH + tl.arange(0, DEPTH)
+        tap = step // steps
+        if TAPS > 1:
+            dd, dh, dw = window(tap, TD, TH, TW)
+            valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)
+            at = first + (dd * height + dh) * width + dw
+        else:
+            valid, at = row_mask, first
+        s = rectified_rows(
+            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, DTYPE
+        )  # fmt: skip
+        w_tile = tl.load(
+            weight + output[None, :] * (TAPS * channels) + tap * channels + channel[:, None],
+            mask=(channel < channels)[:, None] & output_mask[None, :],
+            other=0.0,
+        )
+        total = tl.dot(s, w_tile, total, input_precision=PRECISION)
+    y = total.to(DTYPE)
+    tl.store(
+        out + row.to(tl.int64)[:, None] * out_stride + output[None, :],
+        y,
+        mask=row_mask[:, None] & output_mask[None, :],
+    )
+    if STATISTICS:
+        mean, squares = block_moments(y.to(tl.float32), row_mask, tl.minimum(rows - block * ROWS, ROWS))
+        tl.store(moments + output.to(tl.int64) * blocks + block, mean, mask=output_mask)
+        tl.store(moments + (outputs + output).to(tl.int64) * blocks + block, squares, mask=output_mask)
+
+
+def norm_relu_conv(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int, want_statistics: bool
+) -> Statistics | None:
+    """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks."""
+    outputs, taps = weight.shape[0], launch.cube(weight.shape[2:])
+    (x, x_stride), (out, out_stride) = launch.matrix(x), launch.matrix(out)
+    weight = launch.packed(weight, x.dtype)
+
+    def attempt(tile: tiles.Tile) -> Statistics | None:
+        rows, channels = out.numel() // outputs, x.shape[-1]
+        blocks = triton.cdiv(rows, tile.rows)
+        moments = moments_of(out, blocks) if want_statistics else scale
+        vec = launch.common_divisor(x, x_stride, channels, out_stride, outputs)
+        launch.run(
+            norm_relu_conv_kernel, blocks * triton.cdiv(outputs, tile.columns), tile,
+            x, x_stride // vec, scale, shift, weight, out, out_stride // vec, moments,
+            rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
+            *taps, *launch.cube([pool] * (x.dim() - 2)),
+            want_statistics, launch.precision(x), vec,
+        )  # fmt: skip
+        return merged(moments, rows, tile.rows) if want_statistics else None
+
+    key = tiles.kind("forward", x, outputs, taps, pool)
+    return attempt(tiles.tuned(tiles.forward(x, outputs, pool), key, attempt))

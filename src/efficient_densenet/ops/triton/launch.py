@@ -1,0 +1,70 @@
+"""From tensors to a kernel's arguments, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.ops.triton.tiles import Tile
+
+RUN_TIME = (
+    *("x_stride", "out_stride", "grad_stride", "grad_out_stride", "grad_x_stride"),
+    *("rows", "blocks", "rows_per_block", "rows_per_part", "depth", "height", "width", "channels", "outputs"),
+    *("stride_output", "stride_channel", "stride_tap", "number", "taps"),
+)
+"""Arguments whose values the compiler must not look at, or it would compile again for some of them."""
+
+
+def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
+    """Start `programs` programs of `kernel` on the device of the first argument, in the current stream."""
+    device = arguments[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[(programs,)](*arguments, **tile.sizes(), num_warps=tile.warps, num_stages=tile.stages)
+
+
+def row_stride(x: Tensor) -> int | None:
+    """The distance between the rows of ``x: (N, *spatial, C)``, if it is a slice of the channels of a whole tensor."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return None
+    distance, rows = x.shape[-1], 1
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size > 1:
+            if rows == 1:
+                distance = stride
+            if stride != distance * rows:
+                return None
+            rows *= size
+    return distance
+
+
+def matrix(x: Tensor) -> tuple[Tensor, int]:
+    """`x`, or a copy if it must be, with evenly spaced rows; and how far apart they are."""
+    stride = row_stride(x)
+    return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
+
+
+def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as ``(O, taps, C)``: a copy of the weights of a window, unless they are channels-last already."""
+    return weight.to(dtype).movedim(1, -1).contiguous()
+
+
+def cube(size: Sequence[int]) -> list[int]:
+    """1, 2 or 3 sizes as 3: missing ones are 1."""
+    return [1] * (3 - len(size)) + list(size)
+
+
+def common_divisor(x: Tensor, *sizes: int) -> int:
+    """The number of values, at most 16 bytes of them, by which all sizes can be divided: see `rows`."""
+    return gcd(16 // x.element_size(), *sizes)
+
+
+def precision(x: Tensor) -> str:
+    """How float32 is multiplied: in TF32 where PyTorch's convolutions would do that too, else exactly."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
