@@ -34,13 +34,13 @@ class Norm:
         """Scale and shift for a batch of these statistics."""
         mean, variance = batch if self.mean is None or self.variance is None else (self.mean, self.variance)
         dtype = batch[0].dtype
-        mean, inverse = mean.to(dtype), torch.rsqrt(variance.to(dtype) + self.eps)
-        scale = self.weight.to(dtype) * inverse
-        return Affine(mean, inverse, scale, self.bias.to(dtype) - mean * scale)
+        mean, inverse = _in(dtype, mean), torch.rsqrt(_in(dtype, variance) + self.eps)
+        scale = _in(dtype, self.weight) * inverse
+        return Affine(mean, inverse, scale, torch.addcmul(_in(dtype, self.bias), mean, scale, value=-1))
 
     def parameter_gradients(self, affine: Affine, g: Tensor, g_centred: Tensor) -> tuple[Tensor, Tensor]:
         """Of weight and bias, from ``Σ g`` and ``Σ g·(x − μ)``."""
-        return (affine.inverse * g_centred).to(self.weight.dtype), g.to(self.bias.dtype)
+        return _in(self.weight.dtype, affine.inverse * g_centred), _in(self.bias.dtype, g)
 
 
 class Affine(NamedTuple):
@@ -63,8 +63,9 @@ class ThroughStatistics:
     def add(self, affine: Affine, g: Tensor, g_centred: Tensor) -> None:
         """Take in a reader of the first channels, with its sums ``Σ g`` and ``Σ g·(x − μ)``."""
         self.empty = False
-        self.sums[0, : len(g)] += affine.scale * g
-        self.sums[1, : len(g)] += affine.scale * affine.inverse.square() * g_centred
+        constant, slope = self.sums.narrow(1, 0, g.shape[0])
+        constant.addcmul_(affine.scale, g)
+        slope.addcmul_(affine.scale * affine.inverse.square(), g_centred)
 
     def subtract(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
         """``out = grad − A − B·(x − μ)`` for these channels, once all their readers are in."""
@@ -73,6 +74,11 @@ class ThroughStatistics:
             return
         constant, slope = all_sums(self.sums[:, channels], self.group) / self.count
         ops.backend(x).finish(grad, x, self.mean[channels], constant, slope, out)
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """As `Tensor.to`, which takes its time even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rows(x: Tensor) -> int:

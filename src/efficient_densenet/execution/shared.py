@@ -65,10 +65,11 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
         "" if group is None else group.group_name,
     )
     middles = list(zip(rest[::2], rest[1::2], strict=False))
-    for i, norm in enumerate(norms):
-        layer, position = divmod(i, per_layer)
-        batch = (mean[: norm.num_features], variance[: norm.num_features]) if position == 0 else middles[layer]
-        _move_running_averages(norm, batch, count)
+    batches = [
+        middles[i // per_layer] if i % per_layer else (mean[: norm.num_features], variance[: norm.num_features])
+        for i, norm in enumerate(norms)
+    ]
+    _move_running_averages(norms, batches, count)
     return output
 
 
@@ -103,7 +104,7 @@ def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:
         norm.eps,
         "" if group is None else group.group_name,
     )
-    _move_running_averages(norm, (mean, variance), count)
+    _move_running_averages([norm], [(mean, variance)], count)
     return output
 
 
@@ -170,15 +171,23 @@ def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
 
 
 @torch.no_grad()
-def _move_running_averages(norm: Any, batch: Statistics, count: Tensor) -> None:
-    """As a batch norm does it: by the mean and the unbiased variance of the batch, once per call in training."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+def _move_running_averages(norms: Sequence[Any], batches: Sequence[Statistics], count: Tensor) -> None:
+    """As batch norms do it: by the mean and the unbiased variance of the batch, once per call in training."""
+    moving = [
+        (norm, batch)
+        for norm, batch in zip(norms, batches, strict=True)
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
+    if not moving:
         return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    mean, variance = batch[0], batch[1] * (count / (count - 1))
-    weight = norm.momentum
-    if weight is None:  # a cumulative average
-        weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
+    counts = [norm.num_batches_tracked for norm, _ in moving if norm.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    unbiased = count / (count - 1)
+    for norm, (mean, variance) in moving:
+        weight = norm.momentum
+        if weight is None:  # a cumulative average
+            weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+        running_mean, running_var, variance = norm.running_mean, norm.running_var, variance * unbiased
+        running_mean.lerp_(mean.to(running_mean.dtype), weight)
+        running_var.lerp_(variance.to(running_var.dtype), weight)

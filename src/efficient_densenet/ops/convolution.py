@@ -19,15 +19,16 @@ _SCRATCH_ELSEWHERE = 64 << 20
 
 def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Runs of images of ``x: (N, *spatial, C)``, each with a contiguous scratch tensor of its shape."""
-    if not len(x):
+    images = x.shape[0]
+    if not images:
         return
     bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
     most = max(1, SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
-    step = ceil(len(x) / ceil(len(x) / most))  # pieces of nearly one size
+    step = ceil(images / ceil(images / most))  # pieces of nearly one size
     scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
-    for start in range(0, len(x), step):
-        stop = min(start + step, len(x))
-        yield slice(start, stop), scratch[: stop - start]
+    for start in range(0, images, step):
+        stop = min(start + step, images)
+        yield slice(start, stop), scratch[: stop - start] if stop - start < step else scratch
 
 
 def convolve(s: Tensor, weight: Tensor) -> Tensor:
@@ -55,5 +56,6 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _geometry(weight: Tensor) -> tuple:
     """Stride, padding, dilation, transposed, output padding and groups."""
-    dims = weight.dim() - 2
-    return [1] * dims, [k // 2 for k in weight.shape[2:]], [1] * dims, False, [0] * dims, 1
+    kernel = weight.shape[2:]
+    ones = [1] * len(kernel)
+    return ones, [k // 2 for k in kernel], ones, False, [0] * len(kernel), 1

@@ -11,6 +11,7 @@ again, and reads the scratch's gradient, x and D, and writes D.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
 from efficient_densenet.ops.cpu.library import load
-from efficient_densenet.ops.reference import Statistics, merge, statistics_dtype
+from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
 norm_relu_max_pool = eager.norm_relu_max_pool
 norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
@@ -37,11 +38,12 @@ def supports(x: Tensor) -> bool:
 def norm_relu_conv(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
 ) -> Statistics | None:
-    moments = []
+    moments = _no_moments(out) if want_statistics else None
+    rows = 0
     for images, scratch in pieces(x):
         y = convolve(_prologue(x[images], scale, shift, pool, scratch), weight)
-        moments.append(_copy_moments(y, out[images], want_statistics))
-    return _merged(out, moments) if want_statistics else None
+        rows = _copy_moments(y, out[images], moments, rows)
+    return _statistics(out, moments) if moments is not None else None
 
 
 def norm_relu_conv_backward(
@@ -73,7 +75,9 @@ def norm_relu_conv_backward(
 
 
 def statistics(x: Tensor) -> Statistics:
-    return _merged(x, [_copy_moments(x, None, True)])
+    moments = _no_moments(x)
+    _copy_moments(x, None, moments)
+    return _statistics(x, moments)
 
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
@@ -93,7 +97,7 @@ def _prologue(x: Tensor, scale: Tensor, shift: Tensor, pool: int, scratch: Tenso
         constants = _constants(scale, shift)
         kernels.prologue(type_, *_matrix(x), x.numel() // channels, channels, *constants, scratch.data_ptr(), threads)
         return scratch
-    pooled = torch.empty((len(x), *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
+    pooled = torch.empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
     kernels.prologue_pool(
         type_, *_matrix(x), _volume(x, pool), channels, *_constants(scale, shift), pooled.data_ptr(), threads
     )
@@ -122,16 +126,24 @@ def _accumulate(
     )  # fmt: skip
 
 
-def _copy_moments(x: Tensor, out: Tensor | None, want: bool) -> tuple[int, Tensor | None]:
-    """Copy `x` to `out`, if given; return the number of rows, and if wanted their means and summed squares."""
+def _no_moments(x: Tensor) -> Tensor:
+    return torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+
+
+def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before: int = 0) -> int:
+    """Copy `x` to `out`, if given, and take it into the moments of `before` rows, if wanted; return the rows so far."""
     channels = x.shape[-1]
     rows = x.numel() // channels
-    moments = torch.empty((2, channels), dtype=torch.float64) if want else None
     load().kernels.copy_moments(
         _TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
-        None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+        None if moments is None else moments.data_ptr(), before, torch.get_num_threads(),
     )  # fmt: skip
-    return rows, moments
+    return before + rows
+
+
+def _statistics(x: Tensor, moments: Tensor) -> Statistics:
+    mean, variance = (part.to(statistics_dtype(x.dtype), copy=True) for part in moments)  # of their own memory
+    return mean, variance
 
 
 def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
@@ -143,30 +155,22 @@ def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(grad)
 
 
-def _merged(x: Tensor, parts: Sequence[tuple[int, Any]]) -> Statistics:
-    """The statistics of all parts together."""
-    dtype = statistics_dtype(x.dtype)
-    if len(parts) == 1:
-        rows, moments = parts[0]
-        return moments[0].to(dtype), (moments[1] / rows).to(dtype)
-    counts = torch.tensor([rows for rows, _ in parts], dtype=torch.float64)
-    means, squares = torch.stack([moments for _, moments in parts], 1)
-    mean, variance = merge(means, squares / counts.unsqueeze(1), counts)
-    return mean.to(dtype), variance.to(dtype)
-
-
 def _matrix(x: Tensor) -> tuple[int, int]:
     """Data, and the distance from row to row, of a slice of the channels of a contiguous ``(n, *spatial, C)``."""
-    distance = x.shape[-1]
-    rows = 1
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    return x.data_ptr(), _distance(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _distance(shape: Sequence[int], strides: Sequence[int]) -> int:
+    distance, rows = shape[-1], 1
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if size > 1:
             if rows == 1:
                 distance = stride
-            assert stride == distance * rows, f"{x.shape} with strides {x.stride()} is no slice of channels"
+            assert stride == distance * rows, f"{shape} with strides {strides} is no slice of channels"
             rows *= size
-    assert x.shape[-1] == 1 or x.stride(-1) == 1
-    return x.data_ptr(), distance
+    assert shape[-1] == 1 or strides[-1] == 1
+    return distance
 
 
 def _constants(*vectors: Tensor) -> list[int]:
@@ -177,5 +181,5 @@ def _constants(*vectors: Tensor) -> list[int]:
 def _volume(x: Tensor, pool: int) -> Any:
     """Images, planes, lines and pixels of ``x: (n, *spatial, C)``, and the window in each direction."""
     missing = 5 - x.dim()
-    sizes = [len(x), *[1] * missing, *x.shape[1:-1]]
+    sizes = [x.shape[0], *[1] * missing, *x.shape[1:-1]]
     return (ctypes.c_int64 * 7)(*sizes, *[1] * missing, *[pool] * (x.dim() - 2))

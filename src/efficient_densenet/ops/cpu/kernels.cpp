@@ -223,10 +223,11 @@ EXPORT void ed_prologue_pool(int type, void *x, Index ldx, const Index *volume, 
            static_cast<E *>(out), threads);
 }
 
-// out = x (nowhere if null); with `moments` also the mean and the sum of squared deviations, (2, channels) doubles.
+// out = x (nowhere if null); with `moments`, (2, channels) doubles, they become the mean and the biased variance of
+// these rows and of `before` rows of which they are that already.
 EXPORT void ed_copy_moments(int type, void *x, Index ldx, Index rows, Index channels, void *out, Index ldo,
-                            double *moments, int threads) {
-  DISPATCH(type, copy_moments, matrix<E>(x, ldx), rows, channels, matrix<E>(out, ldo), moments, threads);
+                            double *moments, Index before, int threads) {
+  DISPATCH(type, copy_moments, matrix<E>(x, ldx), rows, channels, matrix<E>(out, ldo), moments, before, threads);
 }
 
 // g = 0 where scale·x + shift <= 0; grad_x (+)= scale·g; sums (2, channels) += Σg, Σg·(x − mean). `g` has no gaps.

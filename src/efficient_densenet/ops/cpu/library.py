@@ -19,7 +19,7 @@ _rows = [_pointer, _index]  # a matrix: data, and values from row to row
 _SIGNATURES = {
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
-    "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _int],
+    "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
     "accumulate": [_int, _pointer, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
     "accumulate_pool": [_int, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
     "finish": [_int, *_rows, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int],

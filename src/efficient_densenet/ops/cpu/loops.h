@@ -197,7 +197,7 @@ template <class E> struct PivotBody {
 };
 
 template <class E>
-void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double *moments, int threads) {
+void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double *moments, Index before, int threads) {
   using S = Compute<E>;
   int chunks = chunks_for(rows, rows * channels, threads);
   std::vector<double> means(moments ? chunks * channels : 0), squares(means.size());
@@ -229,7 +229,7 @@ void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double
   if (!moments)
     return;
   for (Index c = 0; c < channels; ++c) { // parts are merged as Chan et al. do it
-    double n = 0, mean = 0, square = 0;
+    double n = before, mean = before ? moments[c] : 0, square = before ? moments[channels + c] * n : 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       double m = Range(rows, chunk, chunks).size();
       if (m == 0)
@@ -240,7 +240,7 @@ void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double
       n += m;
     }
     moments[c] = mean;
-    moments[channels + c] = square;
+    moments[channels + c] = n ? square / n : 0;
   }
 }
 
