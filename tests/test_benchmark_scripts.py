@@ -80,3 +80,22 @@ def test_the_cpu_backend(cpu_script, tmp_path, capsys):
         assert 0 < record["convolutions_ms"] + record["passes_ms"] < record["whole_ms"]
     text = (tmp_path / "cpu.md").read_text()
     assert capsys.readouterr().out == text and text.count("TINY NETWORKS") == 4
+
+
+def test_the_memory_and_the_conversion_of_other_libraries_models(engine, tmp_path, capsys):
+    pytest.importorskip("monai")
+    import adoption
+
+    assert adoption.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"adoption.json", "adoption.md"}
+    found = json.loads((tmp_path / "adoption.json").read_text())
+    assert set(found) == {"memory", "conversion"} and found["memory"]["hardware"]["cpu"]
+    ordinary, *adopted = (record["bytes_per_image"] for record in found["memory"]["records"])
+    assert len(adopted) == 3 and ordinary > 2 * max(adopted)
+    text = (tmp_path / "adoption.md").read_text()
+    assert capsys.readouterr().out == text and "TINY NETWORKS" in text and "1.00 reached" in text
+
+    (tmp_path / "adoption.md").unlink()
+    assert adoption.main(["--sections", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "adoption.md").read_text() == text
+    del sys.modules["adoption"]

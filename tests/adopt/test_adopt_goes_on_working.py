@@ -353,6 +353,14 @@ def test_restored_models_go_on_from_where_they_were():
     assert_identical(step(restore(efficient)), step(ordinary))
 
 
+@pytest.mark.parametrize("name", ["torchvision", "MONAI"])
+def test_slices_of_sequences_are_ordinary_sequences_of_efficient_blocks(name):
+    ordinary, efficient = pair(MODELS[name](), "features")
+    part = efficient.features[:6]
+    assert type(part) is nn.Sequential and part[4] is efficient.features.denseblock1
+    assert_close(step(part), step(ordinary.features[:6]))
+
+
 def test_blocks_in_a_network_of_ones_own():
     block = torchvision_small().features.denseblock1
     parts = OrderedDict(stem=nn.Conv2d(3, 6, 3), block=block, head=nn.Conv2d(14, 2, 1))

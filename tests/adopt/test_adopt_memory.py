@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+import gc
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ every_keep = pytest.mark.parametrize("keep", KEEP)
 
 def alive_after(function):
     """Exact bytes of tensors that a call leaves alive, and what it returned."""
+    gc.collect()  # checkpointing leaves cycles behind
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         output = function()
+        gc.collect()
     events = profile.profiler.kineto_results.events()
     return sum(event.nbytes() for event in events if event.name() == "[memory]"), output
 
@@ -26,13 +28,12 @@ def alive_after(function):
 @every_keep
 @pytest.mark.parametrize("build", [torchvision_small, timm_small], ids=["torchvision", "timm"])
 def test_a_converted_model_keeps_what_ours_keeps(build, keep):
-    """And one copy: what the last block hands out, which may be changed in place."""
     growth, features = (4, 6) if build is torchvision_small else (8, 16)
     ours = DenseNet(3, features, growth, (2, 3), 0.5, 64, 2, num_classes=5, efficient=True, keep=keep)
     theirs, x = make_efficient(build(), keep), torch.randn(2, 3, 64, 64)
     expected, _ = alive_after(lambda: ours(x))
     actual, _ = alive_after(lambda: theirs(x))
-    assert actual == expected + 4 * 2 * ours.num_features * 8 * 8
+    assert actual == expected
 
 
 def places(model, x):
@@ -68,7 +69,11 @@ def test_the_report_tells_what_blocks_keep_before_and_after(name, keep):
     for where, given in inputs.items():
         block = model.get_submodule(where)
         alive, output = alive_after(lambda block=block, given=given: block(given.clone().requires_grad_()))
-        measured = alive - 4 * output.numel() - 4 * given.numel()  # which belong to what lies behind and before it
+        measured = alive - 4 * output.numel()  # which belongs to what lies behind
+        if "checkpointed" in name:  # each keeps a state of the random number generator
+            measured -= len(list(block.children())) * torch.get_rng_state().numel()
+        else:  # concatenated anew for the first layer
+            measured -= 4 * given.numel()
         assert 2 * told[where].bytes_before == pytest.approx(measured, rel=0.1)
 
     make_efficient(model, keep)
@@ -91,10 +96,11 @@ def test_the_stem_is_told_too():
     measured = alive - 4 * output.numel() + 4 * x.numel()
     assert (stem.name, stem.channels) == ("features", "3 → 64")
     assert 2 * stem.bytes_before == pytest.approx(measured, rel=0.01)
-    make_efficient(model, "features")
-    parts = torch.nn.Sequential(*list(features)[:4], features.denseblock1)
-    alive, output = alive_after(lambda: make_efficient(parts, "features")[:4](x))
-    assert 2 * stem.bytes_after <= alive - 4 * output.numel() + 4 * x.numel()
+    parts = make_efficient(torch.nn.Sequential(*list(features)[:6]), "features")
+    pooled = alive_after(lambda: parts(x))
+    block = alive_after(lambda: parts[4](torch.zeros_like(output), parts[5]))
+    statistics = 4 * (2 * 64 + 1)
+    assert 2 * stem.bytes_after == pooled[0] - block[0] - statistics
 
 
 def test_the_table_can_be_read():
@@ -105,4 +111,4 @@ def test_the_table_can_be_read():
     assert rows[0].split("  ")[0] == "features.denseblock1" and rows[0].endswith("40.94   3.21")
     assert rows[-1].split() == ["together", "129.96", "9.63"]
     assert len({len(row) for row in [head, *rows]}) == 1
-    assert prod([3, 224, 224]) and "values per pixel" in str(report(torchvision.models.densenet121()))
+    assert "values per pixel" in str(report(torchvision.models.densenet121()))

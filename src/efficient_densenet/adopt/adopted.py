@@ -45,6 +45,11 @@ class Adopted:
     task: ClassVar[type[Adopted]]
     adoption: Adoption
 
+    def __init__(self: Any, *arguments: Any, **named: Any) -> None:
+        """Not called for adopted modules. One that is made anew, as a slice of a sequence is, is an original."""
+        super().__init__(*arguments, **named)
+        self.__class__ = self.original
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class and the task, for this class itself is made at run time."""
         by_default: Any = super().__reduce_ex__(protocol)
