@@ -80,10 +80,10 @@ def _memory(records: Records) -> str:
             [
                 r["network"],
                 r["contender"],
-                _megabytes(r["bytes_per_image"]),
-                "" if bar is None else f"{_megabytes(bar)} {'reached' if r['bytes_per_image'] <= bar else 'MISSED'}",
+                megabytes(r["bytes_per_image"]),
+                "" if bar is None else f"{megabytes(bar)} {'reached' if r['bytes_per_image'] <= bar else 'MISSED'}",
                 f"{ordinary[r['network']] / r['bytes_per_image']:.1f}",
-                f"{_megabytes(peak / int(batch))} ({batch})",
+                f"{megabytes(peak / int(batch))} ({batch})",
             ]
         )
     return table(
@@ -96,7 +96,7 @@ def _resident(records: Records) -> str:
     rows = []
     for r in records:
         batch, peak = list(r["peak_bytes"].items())[-1]
-        rows.append([r["network"], r["contender"], _megabytes(r["bytes_per_image"]), f"{_megabytes(peak)} ({batch})"])
+        rows.append([r["network"], r["contender"], megabytes(r["bytes_per_image"]), f"{megabytes(peak)} ({batch})"])
     return table(["network", "contender", "MB per image", "whole process, MB (batch)"], rows)
 
 
@@ -112,7 +112,7 @@ def _depth(records: Records) -> str:
         [
             [
                 r["contender"],
-                *(_megabytes(r["points"][depth]["bytes_per_image"]) for depth in depths),
+                *(megabytes(r["points"][depth]["bytes_per_image"]) for depth in depths),
                 f"{r['bytes_per_layer'] / 1e3:.1f}",
                 f"{r['largest_residual']:.1%}",
             ]
@@ -157,7 +157,7 @@ _TABLES: dict[str, tuple[str, Callable[[Records], str]]] = {
 }
 
 
-def _megabytes(nbytes: float) -> str:
+def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.2f}"
 
 
