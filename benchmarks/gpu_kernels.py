@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.triton import backward, forward, launch, max_pool, statistics, tiles
+from efficient_densenet.ops.triton import backward, forward, launch, max_pool, moments, tiles
 
 CAPABILITIES = (80, 90)
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
@@ -94,6 +94,13 @@ def records(
     return found
 
 
+def kinds(shape: Shape, dtype: torch.dtype) -> set[str]:
+    """What tells the kernels that a shape uses from others: everything that the compiler looks at."""
+    with _instead_of_launching() as launched:
+        _operations(shape, dtype)
+    return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in launched}
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """The same in markdown."""
     header = ["kernel", "shape", "type", "sm", "tile", "warps", "stages", "registers", "shared kB", "spills"]
@@ -104,6 +111,12 @@ def table(found: list[dict[str, Any]]) -> str:
         numbers = [t["warps"], t["stages"], r["registers"], f"{r['shared_bytes'] / 1024:.0f}", r["spilled_bytes"]]
         lines.append([r["kernel"], r["shape"], r["dtype"], str(r["sm"]), tile, *map(str, numbers)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+KERNELS = (
+    *("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel", "sum_parts_kernel"),
+    *("moments_kernel", "merge_kernel", "sum_kernel", "finish_kernel", "max_pool_kernel", "max_pool_backward_kernel"),
+)
 
 
 @contextmanager
@@ -133,8 +146,8 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     forward.norm_relu_conv(x, vector, vector, weight, out, shape.pool, want_statistics=plain)
     arguments = (out, x, vector, vector, vector, weight, grad_x, plain, shape.pool, True)
     backward.norm_relu_conv_backward(*arguments)
-    statistics.statistics(x)
-    statistics.finish(grad_x, x, vector, vector, vector, grad_x)
+    moments.statistics(x)
+    moments.finish(grad_x, x, vector, vector, vector, grad_x)
     pooled = activation(tuple((n + 1) // 2 for n in shape.size), shape.channels)
     max_pool.norm_relu_max_pool(x, vector, vector, pooled)
     max_pool.norm_relu_max_pool_backward(pooled, x, vector, vector, vector, grad_x)

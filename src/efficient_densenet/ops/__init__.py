@@ -19,7 +19,9 @@ _plain_alone = False
 
 def backend(x: Tensor) -> ModuleType:
     """The backend for activations like `x`."""
-    return cpu if not _plain_alone and cpu.supports(x) else eager
+    if _plain_alone:
+        return eager
+    return triton if triton.supports(x) else cpu if cpu.supports(x) else eager
 
 
 @contextmanager

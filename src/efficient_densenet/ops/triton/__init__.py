@@ -1,6 +1,6 @@
 """The operations of `reference` on a GPU, as Triton kernels: prologue, product, epilogue in one pass each.
 
-What each kernel computes and moves is written beside it: `forward`, `backward`, `max_pool`, `statistics`. Products and
+What each kernel computes and moves is written beside it: `forward`, `backward`, `max_pool`, `moments`. Products and
 sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged in a fixed order, so
 that results repeat bit for bit. Triton is imported at the first use.
 
@@ -48,7 +48,8 @@ def norm_relu_conv(
         return eager.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics)
     from efficient_densenet.ops.triton import forward
 
-    return forward.norm_relu_conv(x, *_vectors(scale, shift), weight, out, pool, want_statistics)
+    scale, shift = _vectors(scale, shift)
+    return forward.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics)
 
 
 def norm_relu_conv_backward(
@@ -69,10 +70,10 @@ def norm_relu_conv_backward(
         )
     from efficient_densenet.ops.triton import backward
 
-    vectors = _vectors(scale, shift, mean)
+    scale, shift, mean = _vectors(scale, shift, mean)
     return backward.norm_relu_conv_backward(
-        grad_out, x, *vectors, weight, grad_x, accumulate, pool, need_weight
-    )  # fmt: skip
+        grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight
+    )
 
 
 def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -80,7 +81,8 @@ def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> 
         return eager.norm_relu_max_pool(x, scale, shift, out)
     from efficient_densenet.ops.triton import max_pool
 
-    return max_pool.norm_relu_max_pool(x, *_vectors(scale, shift), out)
+    scale, shift = _vectors(scale, shift)
+    return max_pool.norm_relu_max_pool(x, scale, shift, out)
 
 
 def norm_relu_max_pool_backward(
@@ -90,23 +92,25 @@ def norm_relu_max_pool_backward(
         return eager.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
     from efficient_densenet.ops.triton import max_pool
 
-    return max_pool.norm_relu_max_pool_backward(grad_out, x, *_vectors(scale, shift, mean), grad_x)
+    scale, shift, mean = _vectors(scale, shift, mean)
+    return max_pool.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
 
 
 def statistics(x: Tensor) -> Statistics:
     if not _covered(x, x):
         return eager.statistics(x)
-    from efficient_densenet.ops.triton import statistics as kernels
+    from efficient_densenet.ops.triton import moments
 
-    return kernels.statistics(x)
+    return moments.statistics(x)
 
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
     if not _covered(x, out):
         return eager.finish(grad, x, mean, constant, slope, out)
-    from efficient_densenet.ops.triton import statistics as kernels
+    from efficient_densenet.ops.triton import moments
 
-    return kernels.finish(grad, x, *_vectors(mean, constant, slope), out)
+    mean, constant, slope = _vectors(mean, constant, slope)
+    return moments.finish(grad, x, mean, constant, slope, out)
 
 
 def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton.moments import moments_of, summed
 from efficient_densenet.ops.triton.rows import (
     first_of_pool,
     inside,
@@ -23,7 +24,6 @@ from efficient_densenet.ops.triton.rows import (
     window,
     within_pool,
 )
-from efficient_densenet.ops.triton.statistics import moments_of, summed
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from efficient_densenet.ops.reference import Statistics
 from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton.moments import block_moments, merged, moments_of
 from efficient_densenet.ops.triton.rows import first_of_pool, inside, place, rectified_rows, window
-from efficient_densenet.ops.triton.statistics import block_moments, merged, moments_of
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton.moments import moments_of, summed
 from efficient_densenet.ops.triton.rows import inside, place, rectified, window
-from efficient_densenet.ops.triton.statistics import moments_of, summed
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)

@@ -1,0 +1,307 @@
+"""The Triton kernels: in the interpreter, compiled for devices that are not here, and on a GPU where there is one.
+
+compute-sanitizer --tool memcheck  python -m pytest -m gpu -k "reference or max_pool" tests/ops/test_ops_triton.py
+compute-sanitizer --tool racecheck python -m pytest -m gpu -k "reference or max_pool" tests/ops/test_ops_triton.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from operands import Operands, slice_of_channels, weight_for
+from torch.nn import functional as F
+
+from efficient_densenet import backends, densenet_cifar, ops
+from efficient_densenet.ops import eager, reference
+from efficient_densenet.ops import triton as kernels
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Relative to the largest value; TF32 keeps ten bits of each factor.
+TOLERANCE = {"ieee": 1e-5, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def gpu(test):
+    return pytest.mark.gpu(no_gpu(test))
+
+
+def test_every_kernel_in_the_interpreter():
+    """In a process of its own: the interpreter must be on before the kernels are defined."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
+    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_kernels_compile_without_spilling(sm, monkeypatch, tmp_path):
+    """Some shapes of each kind; ``benchmarks/gpu.py --compile-only`` has all of them."""
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import gpu_kernels
+
+    names = ("bottleneck, DenseNet-121", "3×3, k=12", "3×3, k=32", "transition, DenseNet-121")
+    shapes = tuple(shape for shape in gpu_kernels.SHAPES if shape.name in names)
+    assert len(shapes) == len(names)
+    found = gpu_kernels.records(shapes, (torch.bfloat16, torch.float32), (sm,))
+    assert {r["kernel"] for r in found} == set(gpu_kernels.KERNELS)
+    assert not [r for r in found if r["spilled_bytes"]], gpu_kernels.table(found)
+    # What every device covered has: all but the transition stay within the 99 kB of the smallest.
+    assert all(r["shared_bytes"] <= 99 << 10 for r in found), gpu_kernels.table(found)
+    assert all(r["tensor_cores"] for r in found if r["kernel"] in ("norm_relu_conv_kernel", "grad_x_kernel"))
+
+
+def test_one_compiled_kernel_for_all_layers(monkeypatch):
+    """Channel counts, strides, sizes and batches are run-time arguments; layers differ in nothing else."""
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
+    import gpu_kernels
+
+    layers = [
+        gpu_kernels.Shape("", images, (size, size), channels, 32, 3)
+        for images, size, channels in [(256, 56, 128), (255, 56, 160), (1, 7, 992), (64, 29, 480)]
+    ]
+    assert len({frozenset(gpu_kernels.kinds(layer, torch.bfloat16)) for layer in layers}) == 1
+
+
+def test_cpu_tensors_go_elsewhere():
+    assert ops.backend(torch.ones(1)) is not kernels
+    assert "Triton kernels" in backends()["cuda"]
+
+
+def close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.double() - e.double()).abs().max() <= tolerance * max(e.abs().max().item(), 1)
+
+
+@pytest.fixture
+def precise(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+
+
+def poisoned(shape, dtype):
+    whole = torch.full((*shape[:-1], shape[-1] + 6), torch.nan, dtype=dtype, device="cuda")
+    return whole[..., 3:-3]
+
+
+SIZES = [
+    ((3, (5, 7), 13), 5, 3, 1),
+    ((1, (5, 7), 16), 5, 1, 1),
+    ((2, (9,), 7), 5, 3, 1),
+    ((2, (3, 4, 5), 11), 5, 3, 1),
+    ((4, (6, 4), 1), 3, 1, 2),
+    ((32, (32, 32), 156), 12, 3, 1),
+    ((8, (28, 28), 480), 128, 1, 1),
+    ((8, (28, 28), 128), 32, 3, 1),
+    ((8, (28, 29), 256), 128, 1, 2),
+]
+
+
+@gpu
+@pytest.mark.parametrize(("shape", "outputs", "kernel", "pool"), SIZES, ids=str)
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_gpu_reference(shape, outputs, kernel, pool, kind, monkeypatch):
+    """Against float64; outputs poisoned before, slices with NaN around them."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", kind if kind == "tf32" else "ieee")
+    dtype = torch.float32 if kind in ("ieee", "tf32") else getattr(torch, kind)
+    cpu = Operands.random(shape, dtype)
+    x, scale, shift, mean = (t.cuda() for t in cpu)
+    x = slice_of_channels(x, 3)
+    x64, scale64, shift64, mean64 = (t.double() for t in (x, scale, shift, mean))
+    weight = (weight_for(cpu.x, outputs, kernel) / (shape[2] * kernel ** len(shape[1])) ** 0.5).cuda()
+    size = (shape[0], *(n // pool for n in shape[1]), outputs)
+    grad_out, out = torch.randn(size, device="cuda").to(dtype), poisoned(size, dtype)
+    out64 = torch.empty(size, dtype=torch.float64, device="cuda")
+    found = kernels.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
+    expected = reference.norm_relu_conv(x64, scale64, shift64, weight.double(), out64, pool, want_statistics=True)
+    close([out, *found], [out64, *expected], TOLERANCE[kind])
+    grad_x, grad_x64 = poisoned(x.shape, dtype), torch.empty_like(x64)
+    grad_weight, *sums = kernels.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False, pool)
+    expected_weight, *expected = reference.norm_relu_conv_backward(
+        grad_out.double(), x64, scale64, shift64, mean64, weight.double(), grad_x64, False, pool
+    )
+    close([grad_weight, grad_x, *sums], [expected_weight, grad_x64, *expected], TOLERANCE[kind])
+    close(kernels.statistics(x), reference.statistics(x64), 1e-5)
+    kernels.finish(grad_x, x, mean, scale, shift, grad_x)
+    reference.finish(grad_x64, x64, mean64, scale64, shift64, grad_x64)
+    close([grad_x], [grad_x64], TOLERANCE[kind])
+
+
+@gpu
+@pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5), (56, 57)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gpu_max_pool(size, dtype):
+    x, scale, shift, mean = (t.cuda() for t in Operands.random((3, size, 13), dtype))
+    halved = (3, *((n + 1) // 2 for n in size), 13)
+    grad_out = torch.randn(halved, device="cuda").to(dtype)
+    out, expected = poisoned(halved, dtype), torch.empty(halved, dtype=dtype, device="cuda")
+    kernels.norm_relu_max_pool(x, scale, shift, out)
+    reference.norm_relu_max_pool(x, scale, shift, expected)
+    # Ties follow the rounding of the prologue, which may or may not use a fused multiply-add.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    close([out], [expected], tolerance)
+    grad_x, grad_x2 = poisoned(x.shape, dtype), torch.empty_like(x)
+    sums = kernels.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
+    others = reference.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x2)
+    if dtype == torch.float32:
+        close([grad_x, *sums], [grad_x2, *others], tolerance)
+    else:
+        close(sums[:1], others[:1], tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "kernel", "pool"), [(128, 1, 1), (32, 3, 1), (64, 1, 2)])
+def test_gpu_results_repeat_bit_for_bit(outputs, kernel, pool, dtype):
+    x, scale, shift, mean = (t.cuda() for t in Operands.random((16, (28, 28), 128), dtype))
+    weight = weight_for(x.cpu(), outputs, kernel).cuda()
+    grad_out = torch.randn(16, 28 // pool, 28 // pool, outputs, device="cuda").to(dtype)
+
+    def run():
+        out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
+        found = kernels.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
+        sums = kernels.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False, pool)
+        return [out, grad_x, *found, *sums]
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def networks(dtype=torch.float32):
+    torch.manual_seed(0)
+    ordinary = densenet_cifar(16, 12, bottleneck=True).cuda().to(dtype)
+    efficient = densenet_cifar(16, 12, bottleneck=True, efficient=True).cuda().to(dtype)
+    efficient.load_state_dict(ordinary.state_dict())
+    images, labels = torch.randn(8, 3, 32, 32, device="cuda", dtype=dtype), torch.arange(8, device="cuda")
+    return ordinary, efficient, images, labels
+
+
+def gradients(network, images, labels):
+    network.zero_grad()
+    loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in network.parameters())]
+
+
+@gpu
+@pytest.mark.usefixtures("precise")
+def test_gpu_training_step_against_float64():
+    ordinary, efficient, images, labels = networks()
+    exact = gradients(copy.deepcopy(ordinary).double(), images.double(), labels)
+    theirs, ours = gradients(ordinary, images, labels), gradients(efficient, images, labels)
+
+    def error(found):
+        return max(((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
+
+    assert error(ours) <= 2 * error(theirs) + 1e-6
+
+
+@gpu
+def test_gpu_network_runs_on_the_kernels(monkeypatch):
+    _, efficient, images, labels = networks()
+    for name in ("norm_relu_conv", "norm_relu_conv_backward", "statistics", "finish"):
+        monkeypatch.setattr(eager, name, None)
+    gradients(efficient, images, labels)
+
+
+@gpu
+def test_gpu_compiles_without_graph_breaks():
+    _, efficient, images, labels = networks()
+    expected = gradients(efficient, images, labels)
+    found = gradients(torch.compile(efficient, fullgraph=True), images, labels)
+    close(found, expected, 1e-3)
+
+
+@gpu
+def test_gpu_graph_of_a_training_step():
+    """Captured once and replayed on other images, it computes what the uncaptured step does."""
+    _, efficient, images, labels = networks()
+    other = torch.randn_like(images)
+    optimizer = torch.optim.SGD(efficient.parameters(), lr=0.1)
+    start = copy.deepcopy(efficient.state_dict())
+    static = images.clone()
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        loss = F.cross_entropy(efficient(static), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and makes the gradients
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    def restart():
+        with torch.no_grad():
+            for name, tensor in efficient.state_dict().items():
+                tensor.copy_(start[name])
+
+    results = []
+    for run in (graph.replay, step):
+        restart()
+        losses = []
+        for batch in (images, other):
+            static.copy_(batch)
+            loss = run()
+            losses.append((captured if loss is None else loss).detach().clone())
+        results.append([*losses, *(t.clone() for t in efficient.state_dict().values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@gpu
+def test_gpu_streams_side_by_side():
+    _, efficient, images, labels = networks()
+    expected = gradients(efficient, images, labels)
+    twins = [copy.deepcopy(efficient) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in twins]
+    torch.cuda.synchronize()
+    found = []
+    for stream, twin in zip(streams, twins, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(gradients(twin, images, labels))
+    torch.cuda.synchronize()
+    for twin in found:
+        assert all(torch.equal(a, b) for a, b in zip(twin, expected, strict=True))
+
+
+@gpu
+def test_gpu_float64_falls_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(kernels, "_state", {})
+    _, efficient, images, labels = networks(torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            gradients(efficient, images, labels)
+    assert [str(w.message) for w in caught if "Triton" in str(w.message)] == [
+        "plain PyTorch runs instead of the Triton kernels, more slowly: there are none for torch.float64"
+    ]
+
+
+def test_shapes_without_a_kernel_fall_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(kernels, "_state", {})
+    x, scale, shift, _ = Operands.random((2, (6, 7), 5), torch.float32)
+    out, expected = torch.empty(2, 2, 2, 4), torch.empty(2, 2, 2, 4)
+    weight = weight_for(x, 4, 3)  # a window behind a pool
+    with pytest.warns(UserWarning, match="a pool of 3 before a kernel") as caught:
+        for _ in range(2):
+            kernels.norm_relu_conv(x, scale, shift, weight, out, 3)
+    assert len(caught) == 1
+    reference.norm_relu_conv(x, scale, shift, weight, expected, 3)
+    torch.testing.assert_close(out, expected)
