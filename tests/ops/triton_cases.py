@@ -12,6 +12,7 @@ import pytest
 import torch
 from operands import SHAPES, Operands, slice_of_channels, weight_for
 
+from efficient_densenet import DenseNet
 from efficient_densenet.ops import eager, reference
 from efficient_densenet.ops import triton as ops
 
@@ -225,3 +226,22 @@ def test_not_a_number_is_passed_on():
     ops.norm_relu_conv(x, scale, shift, weight, out)
     reference.norm_relu_conv(x, scale, shift, weight, expected)
     assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
+
+
+@pytest.mark.parametrize("keep", ["bottleneck", "inputs"])
+def test_a_training_step_of_a_network(keep, monkeypatch):
+    """Every call that the engine makes, with the views that it makes them on, against the ordinary network."""
+    monkeypatch.setattr(ops, "supports", lambda x: True)
+    torch.manual_seed(0)
+    options = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 6, "bn_size": 2, "num_classes": 5}
+    ordinary = DenseNet(input_size=64, **options)
+    efficient = DenseNet(input_size=64, **options, efficient=True, keep=keep)
+    efficient.load_state_dict(ordinary.state_dict())
+    images, results = torch.randn(2, 3, 33, 35), []
+    for network in (ordinary, efficient):
+        x = images.clone().requires_grad_()
+        out = network(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(a.abs().max().item(), 1)

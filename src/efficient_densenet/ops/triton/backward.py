@@ -196,7 +196,7 @@ def norm_relu_conv_backward(
     """Four kernels: prefix and its sums, the sums' sum, and if wanted the weight's gradient and its sum."""
     if not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
-    product = _Product(grad_out, x, scale, shift, weight, pool)
+    product = Product(grad_out, x, scale, shift, weight, pool)
     attempt = partial(product.grad_x, mean, grad_x, accumulate)
     scratch = partial(product.grad_x, mean, torch.empty_like(grad_x), accumulate) if tiles.AUTOTUNE else attempt
     g, g_centred = attempt(
@@ -208,7 +208,7 @@ def norm_relu_conv_backward(
     return product.grad_weight(tiles.tuned(default, product.kind("grad_weight"), product.grad_weight)), g, g_centred
 
 
-class _Product:
+class Product:
     """The operands of both gradients, as the kernels take them."""
 
     def __init__(self, grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, pool: int) -> None:

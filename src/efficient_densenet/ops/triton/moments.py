@@ -53,13 +53,13 @@ def moments_kernel(
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)
-def merge_kernel(moments, result, rows, rows_per_block, blocks, channels, COLUMNS: tl.constexpr):
+def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, channels, COLUMNS: tl.constexpr):
     """The moments of all blocks taken together (Chan, Golub, LeVeque, 1979), a channel per program.
 
     ``μ = μ₀ + Σ n_b·(μ_b − μ₀)/n`` with the first block's mean μ₀, ``σ² = Σ (m_b + n_b·(μ_b − μ)²)/n``.
 
-    Shapes: moments ``(2, channels, blocks)``, result ``(2, channels)``: mean and biased variance. Bytes: moments
-    once, and the means once more, in cache.
+    Shapes: moments ``(2, channels, blocks)``, mean and biased variance ``(channels,)``. Bytes: moments once, and the
+    means once more, in cache.
     """
     channel = tl.program_id(0)
     means = moments + channel.to(tl.int64) * blocks
@@ -79,19 +79,26 @@ def merge_kernel(moments, result, rows, rows_per_block, blocks, channels, COLUMN
         difference = tl.load(means + block, mask=block < blocks, other=0.0) - mean
         square = tl.load(squares + block, mask=block < blocks, other=0.0)
         total += tl.where(block < blocks, square + count * difference * difference, 0.0)
-    tl.store(result + channel, mean)
-    tl.store(result + channels + channel, tl.sum(total, 0) / rows)
+    tl.store(mean_out + channel, mean)
+    tl.store(variance_out + channel, tl.sum(total, 0) / rows)
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)
-def sum_kernel(sums, result, blocks, COLUMNS: tl.constexpr):
-    """``result[i] = Σ_b sums[i, b]``, in an order that depends on the number of blocks alone. Bytes: sums once."""
-    at = sums + tl.program_id(0).to(tl.int64) * blocks
+def sum_kernel(sums, first, second, blocks, channels, COLUMNS: tl.constexpr):
+    """``Σ_b sums[0, c, b]`` and ``Σ_b sums[1, c, b]``, in an order that depends on the number of blocks alone.
+
+    Shapes: sums ``(2, channels, blocks)``, first and second ``(channels,)``. Bytes: sums once.
+    """
+    channel = tl.program_id(0)
+    at = sums + channel.to(tl.int64) * blocks
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for start in range(0, blocks, COLUMNS):
         block = start + tl.arange(0, COLUMNS)
         total += tl.load(at + block, mask=block < blocks, other=0.0)
-    tl.store(result + tl.program_id(0), tl.sum(total, 0))
+    if channel < channels:
+        tl.store(first + channel, tl.sum(total, 0))
+    else:
+        tl.store(second + channel - channels, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)
@@ -123,17 +130,18 @@ def moments_of(x: Tensor, blocks: int) -> Tensor:
 def merged(moments: Tensor, rows: int, rows_per_block: int) -> Statistics:
     """Mean and biased variance, of the moments of blocks."""
     _, channels, blocks = moments.shape
-    result = moments.new_empty((2, channels))
-    launch.run(merge_kernel, channels, tiles.ALONG, moments, result, rows, rows_per_block, blocks, channels)
-    return result[0], result[1]
+    # Two tensors, for an operator's results must not share memory.
+    mean, variance = moments.new_empty(channels), moments.new_empty(channels)
+    launch.run(merge_kernel, channels, tiles.ALONG, moments, mean, variance, rows, rows_per_block, blocks, channels)
+    return mean, variance
 
 
 def summed(sums: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of all blocks."""
     _, channels, blocks = sums.shape
-    result = sums.new_empty((2, channels))
-    launch.run(sum_kernel, 2 * channels, tiles.ALONG, sums, result, blocks)
-    return result[0], result[1]
+    first, second = sums.new_empty(channels), sums.new_empty(channels)
+    launch.run(sum_kernel, 2 * channels, tiles.ALONG, sums, first, second, blocks, channels)
+    return first, second
 
 
 def statistics(x: Tensor) -> Statistics:
