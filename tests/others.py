@@ -6,11 +6,9 @@ import copy
 from collections.abc import Callable
 
 import monai.networks.nets
-import segmentation_models_pytorch
 import timm
 import torch
 import torchvision
-import torchxrayvision
 from comparison import assert_close, training_step, weighted_sum
 from torch import Tensor, nn
 
@@ -37,10 +35,14 @@ def monai_small(dims: int = 2, **arguments) -> nn.Module:
 
 def xray_small(**arguments) -> nn.Module:
     arguments = {"growth_rate": 4, "block_config": (2, 3), "num_init_features": 6, "bn_size": 2} | arguments
+    import torchxrayvision  # slow to import, and not for every process that imports this file
+
     return torchxrayvision.models.DenseNet(num_classes=5, in_channels=3, **arguments)
 
 
 def unet() -> nn.Module:
+    import segmentation_models_pytorch
+
     return segmentation_models_pytorch.Unet("densenet121", encoder_weights=None, decoder_channels=(8, 8, 4, 4, 4))
 
 

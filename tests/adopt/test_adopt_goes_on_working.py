@@ -275,6 +275,7 @@ def test_synchronised_norms_by_one_process(name):
         assert_trains_alike(copy.deepcopy(ordinary), network, images())
 
 
+@pytest.mark.filterwarnings("ignore:the stem keeps more")
 def test_pytorchs_own_converter_drops_the_activations_of_timm():
     """Nothing this library could mend: the block then computes what the converted model computes."""
     ordinary, efficient = pair(timm_small(), change=nn.Module.eval)

@@ -15,6 +15,15 @@ from efficient_densenet.execution import KEEP
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Looking for garbage among all that the libraries brought would take most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive_after(function):
     """Exact bytes of tensors that a call leaves alive, and what it returned."""
     gc.collect()  # checkpointing leaves cycles behind
