@@ -119,6 +119,73 @@ KERNELS = (
 )
 
 
+def speeds(quick: bool = False) -> dict[str, Any]:
+    """On a GPU: each operation's bytes and FLOP per second, as shares of a plain copy's and a plain product's.
+
+    Bytes are those that must be moved once: re-reading through the cache counts for nothing.
+    """
+    rows, ceilings = [], {}
+    for dtype in (torch.bfloat16, torch.float32):
+        size = 1024 if quick else 8192
+        square = torch.randn(size, size, device="cuda").to(dtype)
+        with _tf32():
+            copy = 2 * square.numel() * square.element_size() / _seconds(square.clone)
+            product = 2 * size**3 / _seconds(lambda square=square: square @ square)
+        ceilings[_TYPES[dtype]] = {"copy_bytes_per_second": copy, "product_flop_per_second": product}
+        for shape in SHAPES[:1] if quick else SHAPES:
+            for name, attempt, moved, flop in _timed(shape, dtype):
+                seconds = _seconds(attempt)
+                rows.append(
+                    {
+                        "operation": name,
+                        "shape": shape.name,
+                        "dtype": _TYPES[dtype],
+                        "ms": seconds * 1e3,
+                        "bytes_per_second": moved / seconds,
+                        "flop_per_second": flop / seconds,
+                        "share_of_copy": moved / seconds / copy,
+                        "share_of_product": flop / seconds / product,
+                    }
+                )
+    # The biggest gap first: how far from the nearer of the two bounds.
+    rows.sort(key=lambda row: max(row["share_of_copy"], row["share_of_product"]))
+    return {"ceilings": ceilings, "rows": rows}
+
+
+def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any], float, float]]:
+    """Operation, what to run, bytes, FLOP."""
+
+    def activation(size: tuple[int, ...], channels: int) -> Tensor:
+        return torch.randn((shape.images, *size, 2 * channels), device="cuda").to(dtype)[..., :channels]
+
+    x, grad_x = activation(shape.size, shape.channels), activation(shape.size, shape.channels)
+    out = activation(tuple(n // shape.pool for n in shape.size), shape.outputs)
+    a, b, mean = torch.randn(3, shape.channels, device="cuda").unbind()
+    weight = torch.randn((shape.outputs, shape.channels, *[shape.kernel] * len(shape.size)), device="cuda").to(dtype)
+    small, large = (t.numel() * t.element_size() for t in (out, x))
+    flop = 2 * out.numel() * weight[0].numel()
+    product = backward.Product(out, x, a, b, weight, shape.pool)
+    taps = shape.kernel ** len(shape.size)
+    tile = tiles.grad_x(x, shape.outputs, taps)
+    weight_tile = tiles.grad_weight(x, shape.outputs, taps)
+    yield "forward", lambda: forward.norm_relu_conv(x, a, b, weight, out, shape.pool, True), large + small, flop
+    yield "backward, prefix", lambda: product.grad_x(mean, grad_x, True, tile), 3 * large + small, flop
+    yield "backward, weight", lambda: product.grad_weight(weight_tile), large + small, flop
+    yield "statistics", lambda: moments.statistics(x), large, 0.0
+    yield "finish", lambda: moments.finish(grad_x, x, mean, a, b, grad_x), 3 * large, 0.0
+
+
+def _seconds(attempt: Callable[[], Any]) -> float:
+    return triton.testing.do_bench(attempt, warmup=10, rep=50, return_mode="median") / 1e3
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """The kernels multiply float32 as PyTorch's convolutions do, in TF32: so shall the product beside them."""
+    with mock.patch.object(torch.backends.cuda.matmul, "fp32_precision", "tf32"):
+        yield
+
+
 @contextmanager
 def _instead_of_launching() -> Iterator[list[tuple[Any, tuple, tiles.Tile]]]:
     launched: list[tuple[Any, tuple, tiles.Tile]] = []

@@ -1,0 +1,200 @@
+"""Measure the efficient networks on a GPU against every usual way to run a DenseNet; or compile the kernels without it.
+
+    python benchmarks/gpu.py                  # everything, in under ten minutes, on the first GPU
+    python benchmarks/gpu.py --quick          # tiny, to try this program
+    python benchmarks/gpu.py --sections L40   # one part again; the others stay as they are
+    python benchmarks/gpu.py --compile-only   # needs no GPU: registers, shared memory and spills for sm_80 and sm_90
+
+Every contender runs in a process of its own, one after the other, so that each has the whole memory. What there is no
+time for is written down as such. Results: ``results/gpu.json`` and ``results/triton_kernels.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.measure import machine
+from efficient_densenet.measure.processes import Job, Team
+from efficient_densenet.measure.report import write_json
+
+Record = dict[str, Any]
+HERE = Path(__file__).parent
+OURS = ("efficient, bottleneck", "efficient, features", "efficient, inputs", "efficient, bottleneck, graph")
+COMPILED = ("compiled", "compiled, max-autotune")
+EAGER = ("ordinary", "ordinary, channels_last")
+LIBRARIES = (*EAGER, "memory_efficient", "memory_efficient, channels_last", "timm, channels_last")
+
+# In the order of their worth, should the time run out; the compiled ones of all sections come last.
+SECTIONS: dict[str, Record] = {
+    "kernels": {"contenders": ("kernels",)},
+    "L40": {
+        "network": "cifar", "size": 32, "batch": 128, "autocast": False,
+        "contenders": (*EAGER, *OURS, "ordinary, channels_last, graph", *COMPILED),
+    },
+    "DenseNet-121": {
+        "network": "densenet121", "size": 224, "batch": 256, "autocast": True,
+        "contenders": (*LIBRARIES, *OURS, "ResNet-50, channels_last", *COMPILED),
+    },
+    "L40 in 12 GB": {
+        "network": "cifar", "size": 32, "batch": 0, "autocast": False, "limit": 12_000_000_000,
+        "contenders": ("ordinary", *OURS[:3]),
+    },
+    "DenseNet-264": {
+        "network": "densenet264", "size": 224, "batch": None, "autocast": True,
+        "contenders": (*EAGER, *OURS[:3], "memory_efficient, channels_last", "compiled"),
+    },
+    "DenseNet-201": {
+        "network": "densenet201", "size": 224, "batch": None, "autocast": True,
+        "contenders": (*EAGER, *OURS[:3], "memory_efficient, channels_last", "timm, channels_last", "compiled"),
+    },
+}  # fmt: skip
+
+
+class Clock:
+    """The seconds that are left, and the end of a contender that takes longer."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def ask(self, job: Job, request: str) -> Record:
+        """The contender's answer, or why there is none."""
+        left = self.end - time.monotonic()
+        if left < 5:
+            return {"failed": "no time left"}
+        began = time.monotonic()
+        try:
+            with Team("gpu_contender", job, "cuda") as team:
+                timer = threading.Timer(self.end - time.monotonic(), team.close)
+                timer.start()
+                try:
+                    (answer,) = team.ask(request)
+                finally:
+                    timer.cancel()
+            return {**answer, "seconds": time.monotonic() - began}
+        except (UserError, ValueError, OSError) as error:
+            return {"failed": "no time left" if time.monotonic() >= self.end else str(error)}
+
+
+def measure(names: Sequence[str], clock: Clock, quick: bool) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {name: [] for name in names}
+    work = [(name, contender) for name in names for contender in SECTIONS[name]["contenders"]]
+    work.sort(key=lambda item: (item[1] in COMPILED) + (item[1] == COMPILED[1]))
+    batches: dict[str, int] = {}
+    for name, contender in work:
+        section = SECTIONS[name]
+        _progress(f"{name}: {contender}")
+        job = {"warmup": 3, "iterations": 20, "limit": 0, **section, "contender": contender, "quick": quick}
+        if quick and "network" in job:
+            job |= {"network": "tiny", "size": 32, "iterations": 3}
+            job |= {"batch": 8} if job["batch"] else {}
+            if contender.startswith(("memory", "timm")):
+                continue
+        if contender == "kernels":
+            answer = clock.ask(job, "speeds")
+        elif section["batch"] == 0:
+            answer = clock.ask(job, "largest")
+        else:
+            if section["batch"] is None and name not in batches:
+                search = job | {"contender": "ordinary, channels_last", "batch": 0}
+                largest = clock.ask(search, "largest")
+                found[name].append({"contender": "largest batch of the ordinary network", **largest})
+                # Not to the last byte: a step after the first may fragment memory.
+                batches[name] = int(0.95 * largest.get("largest_batch", 0))
+            batch = batches.get(name, job["batch"])
+            answer = clock.ask(job | {"batch": batch}, "times") if batch else {"failed": "no batch was found"}
+        found[name].append({"contender": contender, **answer})
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = ["section                contender                             F ms     B ms   F+B ms    images/s  peak GB"]
+    for name, section in found.items():
+        if name == "kernels":
+            continue
+        for r in section["records"]:
+            head = f"{name:22} {r['contender']:34}"
+            if "failed" in r:
+                lines.append(f"{head} {r['failed'].splitlines()[-1][:60]}")
+            elif "largest_batch" in r:
+                lines.append(f"{head} at most {r['largest_batch']} images in {r['limit_bytes'] / 1e9:.1f} GB")
+            else:
+                parts = [r["forward_ms"], r["backward_ms"], r["step_ms"]]
+                times = " ".join(f"{'–' if part is None else format(part, '.2f'):>8}" for part in parts)
+                lines.append(f"{head} {times} {r['images_per_second']:11,.0f} {r['peak_bytes'] / 1e9:8.2f}")
+    for r in found.get("kernels", {}).get("records", []):
+        for row in r.get("rows", []):
+            of_copy, of_product = f"{row['share_of_copy']:.0%} of a copy", f"{row['share_of_product']:.0%} of a product"
+            lines.append(
+                f"{row['operation']:22} {row['shape']:28} {row['dtype']:5} {row['ms']:8.3f} ms  {of_copy}, {of_product}"
+            )
+    return "\n".join(lines)
+
+
+def compile_only(output: Path) -> int:
+    import gpu_kernels
+
+    found = gpu_kernels.records(progress=_progress)
+    import triton
+
+    about = machine.describe("cpu")
+    about["versions"]["triton"] = triton.__version__
+    write_json(output / "triton_kernels.json", {"note": "compiled, not run", **about, "records": found})
+    print(gpu_kernels.table(found))
+    spilling = [r for r in found if r["spilled_bytes"]]
+    print(f"\n{len(found)} kernels, {len(spilling)} of them spill")
+    return 1 if spilling else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="measure the efficient networks on a GPU")
+    parser.add_argument(
+        "--sections", nargs="*", choices=tuple(SECTIONS), default=list(SECTIONS), help="what to measure"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny networks, to try this program")
+    parser.add_argument("--minutes", type=float, default=9.5, help="when to stop (9.5)")
+    parser.add_argument("--compile-only", action="store_true", help="only compile the kernels; needs no GPU")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.compile_only:
+        return compile_only(arguments.output)
+    if not torch.cuda.is_available():
+        print(
+            "there is no GPU that PyTorch can use: run this where there is one, or give --compile-only", file=sys.stderr
+        )
+        return 2
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    file = arguments.output / ("gpu-quick.json" if arguments.quick else "gpu.json")
+    found: Record = json.loads(file.read_text()) if file.exists() else {}
+    about = machine.describe("cuda")
+    about["versions"]["driver"] = _driver()
+    for name, records in measure(arguments.sections, Clock(60 * arguments.minutes), arguments.quick).items():
+        found[name] = {"quick": arguments.quick, **about, "records": records}
+    write_json(file, found)
+    print(table(found))
+    return 0
+
+
+def _driver() -> str | None:
+    """Of NVIDIA's devices, as the kernel module tells it."""
+    module = Path("/proc/driver/nvidia/version")
+    return module.read_text().splitlines()[0] if module.exists() else None
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
