@@ -61,7 +61,7 @@ SHAPES = (
 
 def records(
     shapes: tuple[Shape, ...] = SHAPES,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16),
+    kinds: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32"),
     capabilities: tuple[int, ...] = CAPABILITIES,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
@@ -69,22 +69,21 @@ def records(
     found = []
     for capability in capabilities:
         seen: set[str] = set()
-        for dtype in dtypes:
+        for kind in kinds:
             for shape in shapes:
-                with _instead_of_launching() as launched:
-                    _operations(shape, dtype)
+                launched = _launched(shape, kind)
                 for kernel, arguments, tile in launched:
                     source, flags = _source(kernel, arguments, tile)
                     key = f"{source.hash()} {tile}"
                     if key in seen:
                         continue
                     seen.add(key)
-                    progress(f"sm_{capability} {_TYPES[dtype]} {shape.name}: {kernel.__name__}")
+                    progress(f"sm_{capability} {kind} {shape.name}: {kernel.__name__}")
                     found.append(
                         {
                             "kernel": kernel.__name__,
                             "shape": shape.name,
-                            "dtype": _TYPES[dtype],
+                            "type": kind,
                             "sm": capability,
                             "tile": vars(tile),
                             "flags": flags,
@@ -94,11 +93,9 @@ def records(
     return found
 
 
-def kinds(shape: Shape, dtype: torch.dtype) -> set[str]:
+def kernels_of(shape: Shape, kind: str) -> set[str]:
     """What tells the kernels that a shape uses from others: everything that the compiler looks at."""
-    with _instead_of_launching() as launched:
-        _operations(shape, dtype)
-    return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in launched}
+    return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in _launched(shape, kind)}
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -109,7 +106,7 @@ def table(found: list[dict[str, Any]]) -> str:
         t = r["tile"]
         tile = "×".join(str(t[side]) for side in ("rows", "columns", "depth") if t[side])
         numbers = [t["warps"], t["stages"], r["registers"], f"{r['shared_bytes'] / 1024:.0f}", r["spilled_bytes"]]
-        lines.append([r["kernel"], r["shape"], r["dtype"], str(r["sm"]), tile, *map(str, numbers)])
+        lines.append([r["kernel"], r["shape"], r["type"], str(r["sm"]), tile, *map(str, numbers)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -186,16 +183,17 @@ def _tf32() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _instead_of_launching() -> Iterator[list[tuple[Any, tuple, tiles.Tile]]]:
+def _launched(shape: Shape, kind: str) -> list[tuple[Any, tuple, tiles.Tile]]:
+    """Kernel, arguments and tile of everything that a shape would launch. TF32 and fp32 are float32."""
     launched: list[tuple[Any, tuple, tiles.Tile]] = []
     with (
         mock.patch.object(
             launch, "run", lambda kernel, _, tile, *arguments: launched.append((kernel, arguments, tile))
         ),
-        mock.patch.object(launch, "precision", lambda x: "tf32" if x.dtype == torch.float32 else "ieee"),
+        mock.patch.object(tiles, "precision", lambda x: "tf32" if kind == "tf32" else "ieee"),
     ):
-        yield launched
+        _operations(shape, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32))
+    return launched
 
 
 def _operations(shape: Shape, dtype: torch.dtype) -> None:

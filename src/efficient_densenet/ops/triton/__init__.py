@@ -4,14 +4,14 @@ What each kernel computes and moves is written beside it: `forward`, `backward`,
 sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged in a fixed order, so
 that results repeat bit for bit. Triton is imported at the first use.
 
-No part is handed to cuDNN: whether that is faster for some 3×3 convolution has not been measured. It would have to make
-up for writing the rectified prefix and reading it again, and for reading the output once more for its statistics.
+No part is handed to cuDNN so far; `tiles.BY_PYTORCH` is the place to say so, and why not yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1  # rows and columns are counted in 32 bits
@@ -44,7 +45,7 @@ def available() -> str:
 def norm_relu_conv(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
 ) -> Statistics | None:
-    if not _covered(x, out, weight, pool):
+    if _by_pytorch("forward", weight) or not _covered(x, out, weight, pool):
         return eager.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics)
     from efficient_densenet.ops.triton import forward
 
@@ -64,7 +65,7 @@ def norm_relu_conv_backward(
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    if not _covered(x, grad_x, weight, pool):
+    if _by_pytorch("backward", weight) or not _covered(x, grad_x, weight, pool):
         return eager.norm_relu_conv_backward(
             grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight
         )
@@ -111,6 +112,10 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
 
     mean, constant, slope = _vectors(mean, constant, slope)
     return moments.finish(grad, x, mean, constant, slope, out)
+
+
+def _by_pytorch(what: str, weight: Tensor) -> bool:
+    return (what, prod(weight.shape[2:])) in BY_PYTORCH
 
 
 def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:

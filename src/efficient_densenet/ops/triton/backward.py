@@ -241,7 +241,7 @@ class Product:
             self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, mean,
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
             self.rows, blocks, *self.volume, channels, outputs,
-            *self.windows, accumulate, launch.precision(self.x), vec,
+            *self.windows, accumulate, tiles.precision(self.x), vec,
         )  # fmt: skip
         return summed(sums)
 
@@ -257,7 +257,7 @@ class Product:
             grad_weight_kernel, number * products, tile,
             self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, parts,
             self.rows, rows_per_part, *self.volume, channels, outputs,
-            *self.windows, launch.precision(self.x), vec,
+            *self.windows, tiles.precision(self.x), vec,
         )  # fmt: skip
         result = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
         launch.run(

@@ -93,7 +93,7 @@ def norm_relu_conv(
             x, x_stride // vec, scale, shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
             *taps, *launch.cube([pool] * (x.dim() - 2)),
-            want_statistics, launch.precision(x), vec,
+            want_statistics, tiles.precision(x), vec,
         )  # fmt: skip
         return merged(moments, rows, tile.rows) if want_statistics else None
 

@@ -62,9 +62,3 @@ def cube(size: Sequence[int]) -> list[int]:
 def common_divisor(x: Tensor, *sizes: int) -> int:
     """The number of values, at most 16 bytes of them, by which all sizes can be divided: see `rows`."""
     return gcd(16 // x.element_size(), *sizes)
-
-
-def precision(x: Tensor) -> str:
-    """How float32 is multiplied: in TF32 where PyTorch's convolutions would do that too, else exactly."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"

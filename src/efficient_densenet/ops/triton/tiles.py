@@ -45,6 +45,20 @@ ALONG = Tile(0, 1024, 0, 4, 1)
 SUM_PARTS = Tile(16, 128, 0, 4, 1)
 
 
+BY_PYTORCH: frozenset[tuple[str, int]] = frozenset()
+"""What cuDNN does better: "forward" or "backward" with the number of taps of the kernel, such as ("forward", 9).
+
+Unmeasured, and so empty. To be faster, it would have to make up for writing the rectified prefix to a scratch and
+reading it again, and for reading the output once more for its statistics.
+"""
+
+
+def precision(x: Tensor) -> str:
+    """How float32 is multiplied: in TF32 where PyTorch's convolutions would do that too, else exactly."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
+
+
 def elementwise(channels: int, values: int = 4096) -> Tile:
     """For passes without a product."""
     columns = _cover(channels, 16, 64)
@@ -53,6 +67,8 @@ def elementwise(channels: int, values: int = 4096) -> Tile:
 
 def forward(x: Tensor, outputs: int, pool: int) -> Tile:
     """Columns are outputs, depth is channels; a pool holds several tiles of x at a time, and so takes flatter ones."""
+    if _exact(x):
+        return Tile(64, _cover(outputs, 16, 64), 16, 8, 2)
     depth = 32 if pool == 1 or x.element_size() == 2 else 16
     columns = _cover(outputs, 16, 128)
     return Tile(128, columns, _cover(x.shape[-1], 16, depth), 8 if columns == 128 else 4, _stages(x))
@@ -61,12 +77,16 @@ def forward(x: Tensor, outputs: int, pool: int) -> Tile:
 def grad_x(x: Tensor, outputs: int, taps: int) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     columns = _cover(x.shape[-1], 16, 64)
+    if _exact(x):
+        return Tile(64, columns, 16, 8, 2)
     rows = 64 if taps > 9 and x.element_size() == 4 else 128
     return Tile(rows, columns, _cover(outputs, 16, 32), 8 if columns == 64 else 4, _stages(x))
 
 
 def grad_weight(x: Tensor, outputs: int, taps: int) -> Tile:
     """Rows are taps and outputs together, columns are channels, depth is pixels."""
+    if _exact(x):
+        return Tile(_cover(taps * outputs, 16, 64), _cover(x.shape[-1], 16, 32), 16, 4, 2)
     rows, columns = _cover(taps * outputs, 16, 128), _cover(x.shape[-1], 16, 128 if x.element_size() == 2 else 64)
     return Tile(rows, columns, 32, 8 if rows * columns >= 64 * 128 else 4, _stages(x))
 
@@ -124,6 +144,11 @@ def _cover(size: int, least: int, most: int) -> int:
     """The power of two that covers `size`, or its even share of the fewest tiles of `most`."""
     share = ceil(size / ceil(size / most))
     return max(least, 1 << (share - 1).bit_length())
+
+
+def _exact(x: Tensor) -> bool:
+    """Without tensor cores, where a product's operands take registers too."""
+    return x.dtype == torch.float32 and precision(x) == "ieee"
 
 
 def _stages(x: Tensor) -> int:
