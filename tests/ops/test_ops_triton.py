@@ -115,6 +115,8 @@ def test_gpu_reference(shape, outputs, kernel, pool, kind, monkeypatch):
     dtype = torch.float32 if kind in ("ieee", "tf32") else getattr(torch, kind)
     cpu = Operands.random(shape, dtype)
     x, scale, shift, mean = (t.cuda() for t in cpu)
+    for _ in range(3):  # nothing so near the rectifier's kink that rounding decides
+        x = torch.where((x.double() * scale + shift).abs() < 1e-3, x + 1, x)
     x = slice_of_channels(x, 3)
     x64, scale64, shift64, mean64 = (t.double() for t in (x, scale, shift, mean))
     weight = (weight_for(cpu.x, outputs, kernel) / (shape[2] * kernel ** len(shape[1])) ** 0.5).cuda()

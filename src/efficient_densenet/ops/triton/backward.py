@@ -127,7 +127,8 @@ def grad_weight_kernel(
     if TAPS > 1:
         dd, dh, dw = window(j // outputs, TD, TH, TW)
         behind = ((dd * height + dh) * width + dw).to(tl.int64)
-        column = j % outputs - behind * grad_out_stride
+        # `VEC` neighbours have the same tap, which the compiler does not see by itself.
+        column = tl.max_contiguous(tl.multiple_of(j % outputs - behind * grad_out_stride, VEC), VEC)
     else:
         column = j.to(tl.int64)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -142,6 +143,7 @@ def grad_weight_kernel(
                 d[:, None] - dd[None, :], h[:, None] - dh[None, :], w[:, None] - dw[None, :],
                 depth, height, width, TD, TH, TW,
             )  # fmt: skip
+            valid = tl.max_constancy(valid, [1, VEC])
         dy = tl.load(grad_out + row.to(tl.int64)[:, None] * grad_out_stride + column[None, :], mask=valid, other=0.0)
         first = first_of_pool(row, depth, height, width, PD, PH, PW)
         s = rectified_rows(

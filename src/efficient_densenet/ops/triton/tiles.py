@@ -55,8 +55,9 @@ reading it again, and for reading the output once more for its statistics.
 
 def precision(x: Tensor) -> str:
     """How float32 is multiplied: in TF32 where PyTorch's convolutions would do that too, else exactly."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return "tf32" if tf32 else "ieee"
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def elementwise(channels: int, values: int = 4096) -> Tile:
