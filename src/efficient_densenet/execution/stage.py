@@ -89,7 +89,7 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     """
     output = _with_input(x, stage)
     features = output.movedim(1, -1)
-    (mean, variance), count = blank(features), features.new_tensor(rows(features), dtype=statistics_dtype(x.dtype))
+    (mean, variance), count = blank(features), features.new_full((), rows(features), dtype=statistics_dtype(x.dtype))
     statistics = BatchStatistics(mean, variance, count, [])
     middles = _run_layers(features, stage, statistics, measure=True)
     if stage.pool:

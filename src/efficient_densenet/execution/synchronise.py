@@ -18,7 +18,7 @@ from efficient_densenet.ops.reference import Statistics, merge
 def all_statistics(local: Statistics, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and number of values per channel over all processes of `group` (its name; "": this one alone)."""
     mean, variance = local
-    counts = torch.tensor(float(count), dtype=mean.dtype, device=mean.device)
+    counts = mean.new_full((), float(count))
     if not group:
         return mean, variance, counts
     own = torch.cat([mean, variance, counts.view(1)])
