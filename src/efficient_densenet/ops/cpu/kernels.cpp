@@ -34,6 +34,17 @@ struct Volume {
   Index window() const { return plane_window * line_window * pixel_window; }
 };
 
+// Images of lines of pixels, and the window of a convolution over them: 1 or 3 in both directions, padded by half.
+struct Grid {
+  Index images, height, width, window;
+};
+
+// The weight (out, in, taps) of a convolution, in whatever memory format.
+struct Weight {
+  const float *data;
+  Index out, in, taps, out_stride, in_stride, tap_stride;
+};
+
 // ---- threads ----------------------------------------------------------------------------------------------------
 
 struct OpenMP {
@@ -129,6 +140,7 @@ constexpr int kVectorBytes = 32;
 namespace avx512 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
+#include "products.h"
 } // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -207,6 +219,33 @@ EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
   instructions = best < limit ? best : limit;
   return instructions;
 }
+
+// Whether `ed_convolve` and `ed_convolve_backward` exist for this processor.
+EXPORT int ed_convolves() { return X86 && instructions == kAvx512; }
+
+#if X86
+static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
+static Weight weight_of(const float *data, const Index *sizes) {
+  return {data, sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
+}
+
+// out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`. In float32;
+// `sizes`: images, height, width, window; output and input channels of the weight, and its strides for them and for taps.
+EXPORT void ed_convolve(float *x, Index ldx, const Index *sizes, const float *weight, const float *scale,
+                        const float *shift, float *out, Index ldo, double *moments, int threads) {
+  avx512::convolve({x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, {out, ldo}, moments, threads);
+}
+
+// Its backward pass: grad_x (+)= scale·g, with g the gradient at the rectifier's input; sums as in `ed_accumulate`; and
+// the gradient of the weight, in its memory format, unless that is null.
+EXPORT void ed_convolve_backward(float *grad, Index ldgrad, float *x, Index ldx, const Index *sizes, const float *weight,
+                                 const float *scale, const float *shift, const float *mean, float *grad_x, Index ldg,
+                                 int add, float *grad_weight, double *sums, int threads) {
+  (add ? avx512::convolve_backward<true> : avx512::convolve_backward<false>)(
+      {grad, ldgrad}, {x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, mean, {grad_x, ldg}, grad_weight,
+      sums, threads);
+}
+#endif
 
 // out = relu(scale·x + shift); `out` has no gaps.
 EXPORT void ed_prologue(int type, void *x, Index ldx, Index rows, Index channels, const void *scale, const void *shift,

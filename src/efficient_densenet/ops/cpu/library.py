@@ -17,6 +17,8 @@ INSTRUCTIONS = {0: "baseline (SSE2 or NEON)", 1: "AVX2", 2: "AVX-512"}
 _int, _index, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _rows = [_pointer, _index]  # a matrix: data, and values from row to row
 _SIGNATURES = {
+    "convolve": [*_rows, *[_pointer] * 4, *_rows, _pointer, _int],
+    "convolve_backward": [*_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
@@ -71,6 +73,7 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
     kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
+    kernels.ed_convolves.restype = _int
     chosen = INSTRUCTIONS[kernels.ed_start(*functions, instructions)]
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
     return Loaded(kernels, f"{path.name}, {chosen}, {threads}")

@@ -196,52 +196,61 @@ template <class E> struct PivotBody {
   }
 };
 
-template <class E>
-void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double *moments, Index before, int threads) {
-  using S = Compute<E>;
-  int chunks = chunks_for(rows, rows * channels, threads);
-  std::vector<double> means(moments ? chunks * channels : 0), squares(means.size());
-  for_chunks(chunks, [&](int chunk) {
-    Range range(rows, chunk, chunks);
-    Sums<S> sums(moments ? channels : 0);
-    std::vector<S> pivot(moments ? channels : 0);
-    if (moments && range.size())
-      for_channels<widest<E>()>(0, channels,
-                                PivotBody<E>{x.data + range.begin * x.ld, x.ld, range.size() < 16 ? range.size() : 16,
-                                             pivot.data()});
+// Mean and squared deviations of rows that come one after the other; with no channels, nothing is gathered.
+template <class S> struct Moments {
+  Index channels, rows = 0;
+  std::vector<S> pivot;
+  Sums<S> sums;
+  explicit Moments(Index channels) : channels(channels), pivot(channels), sums(channels) {}
+
+  // Take in `n` rows of `width` channels, and copy them to `out` unless that is null.
+  template <class E> void add(Matrix<E> x, Index n, Index width, Matrix<E> out) {
+    if (channels && !rows && n)
+      for_channels<widest<E>()>(0, width, PivotBody<E>{x.data, x.ld, n < 16 ? n : 16, pivot.data()});
     Index since_flush = 0;
-    for (Index r = range.begin; r < range.end; r += kTile) {
-      Index n = range.end - r < kTile ? range.end - r : kTile;
-      for_channels<widest<E>()>(0, channels,
-                                MomentsBody<E>{x.data + r * x.ld, x.ld, n, pivot.data(),
+    for (Index r = 0; r < n; r += kTile) {
+      Index tile = n - r < kTile ? n - r : kTile;
+      for_channels<widest<E>()>(0, width,
+                                MomentsBody<E>{x.data + r * x.ld, x.ld, tile, pivot.data(),
                                                out.data ? out.data + r * out.ld : nullptr, out.ld,
-                                               moments ? sums.first() : nullptr, moments ? sums.second() : nullptr});
-      if (moments && ((since_flush += n) >= kRowsPerSum || r + n == range.end))
+                                               channels ? sums.first() : nullptr, channels ? sums.second() : nullptr});
+      if (channels && ((since_flush += tile) >= kRowsPerSum || r + tile == n))
         sums.flush(), since_flush = 0;
     }
-    if (moments && range.size())
-      for (Index c = 0; c < channels; ++c) {
-        double shift = sums.totals[c] / range.size();
-        means[chunk * channels + c] = pivot[c] + shift;
-        squares[chunk * channels + c] = sums.totals[channels + c] - shift * sums.totals[c];
-      }
-  });
-  if (!moments)
-    return;
-  for (Index c = 0; c < channels; ++c) { // parts are merged as Chan et al. do it
+    rows += n;
+  }
+};
+
+// `moments`, mean and variance of `before` rows, become those of these rows too; merged as Chan et al. do it.
+template <class S> void merge_moments(const std::vector<Moments<S>> &parts, Index before, double *moments) {
+  Index channels = parts.empty() ? 0 : parts[0].channels;
+  for (Index c = 0; c < channels; ++c) {
     double n = before, mean = before ? moments[c] : 0, square = before ? moments[channels + c] * n : 0;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      double m = Range(rows, chunk, chunks).size();
-      if (m == 0)
+    for (const Moments<S> &part : parts) {
+      if (!part.rows)
         continue;
-      double delta = means[chunk * channels + c] - mean;
-      square += squares[chunk * channels + c] + delta * delta * n * m / (n + m);
+      double m = part.rows, sum = part.sums.totals[c], shift = sum / m;
+      double delta = part.pivot[c] + shift - mean;
+      square += part.sums.totals[channels + c] - shift * sum + delta * delta * n * m / (n + m);
       mean += delta * m / (n + m);
       n += m;
     }
     moments[c] = mean;
     moments[channels + c] = n ? square / n : 0;
   }
+}
+
+template <class E>
+void copy_moments(Matrix<E> x, Index rows, Index channels, Matrix<E> out, double *moments, Index before, int threads) {
+  int chunks = chunks_for(rows, rows * channels, threads);
+  std::vector<Moments<Compute<E>>> parts(chunks, Moments<Compute<E>>(moments ? channels : 0));
+  for_chunks(chunks, [&](int chunk) {
+    Range range(rows, chunk, chunks);
+    Matrix<E> to{out.data ? out.data + range.begin * out.ld : nullptr, out.ld};
+    parts[chunk].add(Matrix<E>{x.data + range.begin * x.ld, x.ld}, range.size(), channels, to);
+  });
+  if (moments)
+    merge_moments(parts, before, moments);
 }
 
 // ---- gradients --------------------------------------------------------------------------------------------------

@@ -1,0 +1,376 @@
+// Convolutions as matrix products whose operands are made and used in the cache, included beside `loops.h`.
+//
+// A unit of work is a few lines of one image (for a 1×1 convolution: a few rows of the whole matrix). Its rectified
+// prefix is made in a scratch of the thread, with a border of zeros where the window reaches beyond the image, and
+// consumed from there. Tiles of the result stay in registers: `kRows` rows times a few vectors.
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr int kW = kVectorBytes / 4; // values of a vector
+using Vector = vector<float, kW>;
+
+inline Index vectors_of(Index channels) { return (channels + kW - 1) / kW; }
+
+// acc[r][j] += Σ_k a[r·lda + k] · b[k][j]: rows of `a` against a packed block of NV vectors.
+template <int MR, int NV>
+inline __attribute__((always_inline)) void add_rows(const float *a, Index lda, const float *b, Index n,
+                                                    Vector (&acc)[MR][NV]) {
+  for (Index k = 0; k < n; ++k) {
+    Vector v[NV];
+    UNROLL for (int j = 0; j < NV; ++j) v[j] = load<kW>(b + (k * NV + j) * kW);
+    UNROLL for (int r = 0; r < MR; ++r) {
+      float s = a[r * lda + k];
+      UNROLL for (int j = 0; j < NV; ++j) acc[r][j] += s * v[j];
+    }
+  }
+}
+
+// acc[r][j] += Σ_p a[p·lda + r] · b[p·ldb + j]: columns of `a` against columns of `b`.
+template <int MR, int NV>
+inline __attribute__((always_inline)) void add_columns(const float *a, Index lda, const float *b, Index ldb, Index n,
+                                                       Vector (&acc)[MR][NV]) {
+  for (Index p = 0; p < n; ++p) {
+    Vector v[NV];
+    UNROLL for (int j = 0; j < NV; ++j) v[j] = load<kW>(b + p * ldb + j * kW);
+    UNROLL for (int r = 0; r < MR; ++r) {
+      float s = a[p * lda + r];
+      UNROLL for (int j = 0; j < NV; ++j) acc[r][j] += s * v[j];
+    }
+  }
+}
+
+// body.run<MR, NV>() for sizes known at run time.
+template <int MR, int NV, class Body> inline void with_rows(int rows, const Body &body) {
+  if (rows == MR)
+    body.template run<MR, NV>();
+  else if constexpr (MR > 1)
+    with_rows<MR - 1, NV>(rows, body);
+}
+
+// Rows of a tile for its number of vectors, so that all of it stays in registers.
+constexpr int tile_rows(int vectors) { return vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6; }
+
+template <class Body> inline void with_tile(int rows, int vectors, const Body &body) {
+  switch (vectors) {
+  case 1:
+    return with_rows<tile_rows(1), 1>(rows, body);
+  case 2:
+    return with_rows<tile_rows(2), 2>(rows, body);
+  case 3:
+    return with_rows<tile_rows(3), 3>(rows, body);
+  default:
+    return with_rows<tile_rows(4), 4>(rows, body);
+  }
+}
+
+// Vectors in the group that begins at vector `j` of `all`: at most four, and no lonely one at the end if it can be helped.
+inline int group_of(Index j, Index all) {
+  Index left = all - j;
+  return static_cast<int>(left <= 4 ? left : left == 5 ? 3 : left == 6 ? 3 : 4);
+}
+
+// Packed for `add_rows`: [group][tap][k][vectors of the group], zeros beyond `n`; taken from
+// data[tap·tap_stride + k·k_stride + i·n_stride]. In small squares, for one side or the other is far apart in memory.
+inline std::vector<float> packed(const float *data, Index taps, Index tap_stride, Index depth, Index k_stride, Index n,
+                                 Index n_stride, int threads) {
+  constexpr Index kSquare = 16;
+  Index all = vectors_of(n);
+  std::vector<float> result(taps * depth * all * kW);
+  int chunks = chunks_for(depth, taps * depth * n, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(depth, chunk, chunks);
+    for (Index j = 0; j < all; j += group_of(j, all)) {
+      Index width = group_of(j, all) * kW, used = n - j * kW < width ? n - j * kW : width;
+      for (Index tap = 0; tap < taps; ++tap) {
+        float *to = result.data() + j * kW * taps * depth + tap * depth * width;
+        const float *from = data + tap * tap_stride + j * kW * n_stride;
+        for (Index k0 = range.begin; k0 < range.end; k0 += kSquare)
+          for (Index i = 0; i < used; ++i)
+            for (Index k = k0; k < range.end && k < k0 + kSquare; ++k)
+              to[k * width + i] = from[k * k_stride + i * n_stride];
+      }
+    }
+  });
+  return result;
+}
+
+// How images are cut into units of a few lines. For a 1×1 window lines mean nothing: all rows are one line.
+struct Units {
+  Index images, height, width, border, lines, per_image;
+  Units(const Grid &grid, Index channels)
+      : images(grid.images), height(grid.height), width(grid.width), border(grid.window / 2) {
+    constexpr Index kScratch = 192 << 10; // bytes that stay in the second-level cache beside the weights
+    if (!border) {
+      Index rows = images * height * width, wanted = kScratch / 4 / channels / 24 * 24;
+      lines = wanted < 24 ? 24 : wanted > 240 ? 240 : wanted;
+      images = 1, height = rows, width = 1;
+    } else {
+      Index wanted = kScratch / 4 / channels / (width + 2) - 2;
+      lines = wanted < 1 ? 1 : wanted > height ? height : wanted;
+    }
+    per_image = (height + lines - 1) / lines;
+  }
+  Index count() const { return images * per_image; }
+};
+
+struct Unit {
+  Index image, first, lines, row, rows; // its image, first line, lines; its first row of the matrix, and its rows
+  Unit(const Units &units, Index i) : image(i / units.per_image), first(i % units.per_image * units.lines) {
+    lines = units.height - first < units.lines ? units.height - first : units.lines;
+    row = (image * units.height + first) * units.width;
+    rows = lines * units.width;
+  }
+};
+
+// The lines of a unit and the border around them, `stride` values from pixel to pixel; fill(from row, pixels, to).
+template <class Fill>
+void with_border(const Units &units, const Unit &unit, Index stride, float *to, const Fill &fill) {
+  if (!units.border)
+    return fill(unit.row, unit.rows, to);
+  Index line = (units.width + 2) * stride;
+  for (Index y = unit.first - 1; y <= unit.first + unit.lines; ++y, to += line) {
+    if (y < 0 || y >= units.height) {
+      std::memset(to, 0, line * sizeof(float));
+      continue;
+    }
+    std::memset(to, 0, stride * sizeof(float));
+    fill((unit.image * units.height + y) * units.width, units.width, to + stride);
+    std::memset(to + (units.width + 1) * stride, 0, stride * sizeof(float));
+  }
+}
+
+inline Index scratch_size(const Units &units, Index stride) {
+  return (units.border ? (units.lines + 2) * (units.width + 2) : units.lines * units.width) * stride;
+}
+
+// The rectified prefix of a unit, `stride` values from pixel to pixel, zeros behind its channels.
+inline void fill_prefix(const Units &units, const Unit &unit, Matrix<float> x, Index channels, const float *scale,
+                        const float *shift, Index stride, float *to) {
+  with_border(units, unit, stride, to, [&](Index row, Index pixels, float *out) {
+    for (Index r = 0; r < pixels; r += kTile) {
+      Index n = pixels - r < kTile ? pixels - r : kTile;
+      for_channels<kW>(0, channels,
+                       PrologueBody<float>{x.data + (row + r) * x.ld, x.ld, n, stride, scale, shift, out + r * stride});
+      for (Index i = r; i < r + n; ++i)
+        for (Index c = channels; c < stride; ++c)
+          out[i * stride + c] = 0;
+    }
+  });
+}
+
+// Calls work(first pixel in the scratch, first row of the matrix, rows) for tiles of at most `most` rows of a unit.
+template <class Work> void for_tiles(const Units &units, const Unit &unit, Index most, const Work &work) {
+  Index lines = units.border ? unit.lines : 1, width = units.border ? units.width : unit.rows;
+  Index tiles = (width + most - 1) / most; // of nearly one size
+  for (Index y = 0; y < lines; ++y)
+    for (Index i = 0; i < tiles; ++i) {
+      Index from = width * i / tiles, to = width * (i + 1) / tiles;
+      Index pixel = units.border ? (y + 1) * (units.width + 2) + from + 1 : from;
+      work(pixel, unit.row + y * width + from, static_cast<int>(to - from));
+    }
+}
+
+// The distance in pixels of a tap of the window from its centre.
+inline Index tap_offset(const Units &units, Index tap) {
+  return units.border ? (tap / 3 - 1) * (units.width + 2) + tap % 3 - 1 : 0;
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+struct ForwardTile {
+  const Units &units;
+  const float *a; // the first pixel of the tile in the scratch
+  Index lda, depth, taps;
+  const float *b;
+  float *out;
+  Index ldo, channels; // that are left from here
+  template <int MR, int NV> void run() const {
+    Vector acc[MR][NV] = {};
+    for (Index tap = 0; tap < taps; ++tap)
+      add_rows<MR, NV>(a + tap_offset(units, tap) * lda, lda, b + tap * depth * NV * kW, depth, acc);
+    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) {
+      if ((j + 1) * kW <= channels)
+        store<kW>(out + r * ldo + j * kW, acc[r][j]);
+      else
+        for (Index c = 0; j * kW + c < channels; ++c)
+          out[r * ldo + j * kW + c] = acc[r][j][c];
+    }
+  }
+};
+
+inline void convolve(Matrix<float> x, const Grid &grid, const Weight &weight, const float *scale, const float *shift,
+                     Matrix<float> out, double *moments, int threads) {
+  Units units(grid, weight.in);
+  Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.out), count = units.count();
+  std::vector<float> b = packed(weight.data, weight.taps, weight.tap_stride, weight.in, weight.in_stride, weight.out,
+                                weight.out_stride, threads);
+  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<float> scratch(scratch_size(units, stride));
+    Range range(count, chunk, chunks);
+    for (Index i = range.begin; i < range.end; ++i) {
+      Unit unit(units, i);
+      fill_prefix(units, unit, x, weight.in, scale, shift, stride, scratch.data());
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        for_tiles(units, unit, tile_rows(vectors), [&](Index pixel, Index row, int rows) {
+          with_tile(rows, vectors,
+                    ForwardTile{units, scratch.data() + pixel * stride, stride, weight.in, weight.taps,
+                                b.data() + j * kW * weight.taps * weight.in, out.data + row * out.ld + j * kW, out.ld,
+                                weight.out - j * kW});
+        });
+      }
+      if (moments)
+        parts[chunk].template add<float>({out.data + unit.row * out.ld, out.ld}, unit.rows, weight.out, {nullptr, 0});
+    }
+  });
+  if (moments)
+    merge_moments(parts, 0, moments);
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+template <bool kAdd> struct BackwardTile {
+  const Units &units;
+  const float *a;
+  Index lda, depth, taps;
+  const float *b;
+  AccumulateBody<float, kAdd> body; // for the channels from here on
+  Index channels;
+  template <int MR, int NV> void run() const {
+    Vector acc[MR][NV] = {};
+    for (Index r = 0; r < MR; ++r) // they are needed when the sum is there
+      for (Index c = 0; c < NV * kW && c < channels; c += 16) {
+        __builtin_prefetch(body.grad_x + r * body.ldg + c, 1);
+        __builtin_prefetch(body.x + r * body.ldx + c);
+      }
+    for (Index tap = 0; tap < taps; ++tap)
+      add_rows<MR, NV>(a + tap_offset(units, tap) * lda, lda, b + tap * depth * NV * kW, depth, acc);
+    float g[MR * NV * kW];
+    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
+        store<kW>(g + (r * NV + j) * kW, acc[r][j]);
+    AccumulateBody<float, kAdd> here = body;
+    here.g = g, here.ldgrad = NV * kW, here.rows = MR;
+    for_channels<kW>(0, channels < NV * kW ? channels : NV * kW, here);
+  }
+};
+
+// dW of one tap for some of the outputs and of the channels, over all pixels of a unit.
+struct WeightTile {
+  const Units &units;
+  const Unit &unit;
+  const float *grad; // rows of the output's gradient, `ldgrad` apart
+  Index ldgrad;
+  const float *prefix; // the first pixel in the scratch
+  Index stride;
+  float *into; // (outputs, stride)
+  template <int MR, int NV> void run() const {
+    Vector acc[MR][NV] = {};
+    if (!units.border)
+      add_columns<MR, NV>(grad, ldgrad, prefix, stride, unit.rows, acc);
+    else
+      for (Index y = 0; y < unit.lines; ++y)
+        add_columns<MR, NV>(grad + y * units.width * ldgrad, ldgrad, prefix + y * (units.width + 2) * stride, stride,
+                            units.width, acc);
+    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) {
+      float *to = into + r * stride + j * kW;
+      store<kW>(to, load<kW>(to) + acc[r][j]);
+    }
+  }
+};
+
+inline void add_weight_gradient(const Units &units, const Unit &unit, const Weight &weight, Matrix<float> grad,
+                                const float *prefix, Index stride, float *into) {
+  Index all = stride / kW, tiles = (weight.out + 7) / 8; // of at most eight outputs, of nearly one size
+  const float *rows = grad.data + unit.row * grad.ld;
+  for (Index tap = 0; tap < weight.taps; ++tap) {
+    const float *first = prefix + (units.border ? units.width + 3 + tap_offset(units, tap) : 0) * stride;
+    for (Index i = 0; i < tiles; ++i) {
+      Index from = weight.out * i / tiles, outputs = weight.out * (i + 1) / tiles - from;
+      int most = outputs <= 6 ? 4 : 3;
+      for (Index j = 0; j < all;) {
+        int vectors = static_cast<int>(all - j < most ? all - j : most);
+        with_tile(static_cast<int>(outputs), vectors,
+                  WeightTile{units, unit, rows + from, grad.ld, first + j * kW, stride,
+                             into + (tap * weight.out + from) * stride + j * kW});
+        j += vectors;
+      }
+    }
+  }
+}
+
+template <bool kAdd>
+void convolve_backward(Matrix<float> grad, Matrix<float> x, const Grid &grid, const Weight &weight, const float *scale,
+                       const float *shift, const float *mean, Matrix<float> grad_x, float *grad_weight, double *sums,
+                       int threads) {
+  Units units(grid, weight.in);
+  Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.in), count = units.count();
+  Index weights = weight.taps * weight.out * stride;
+  std::vector<float> b = packed(weight.data + (weight.taps - 1) * weight.tap_stride, weight.taps, -weight.tap_stride,
+                                weight.out, weight.out_stride, weight.in, weight.in_stride, threads); // turned round
+  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
+  std::vector<std::vector<float>> weight_parts(chunks);
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<float> prefix(grad_weight ? scratch_size(units, stride) : 0);
+    std::vector<float> bordered(units.border ? scratch_size(units, weight.out) : 0);
+    if (grad_weight)
+      weight_parts[chunk].assign(weights, 0);
+    Sums<float> &part = parts[chunk];
+    Range range(count, chunk, chunks);
+    for (Index i = range.begin; i < range.end; ++i) {
+      Unit unit(units, i);
+      if (grad_weight) {
+        fill_prefix(units, unit, x, weight.in, scale, shift, stride, prefix.data());
+        add_weight_gradient(units, unit, weight, grad, prefix.data(), stride, weight_parts[chunk].data());
+      }
+      const float *a = grad.data + unit.row * grad.ld;
+      Index lda = grad.ld;
+      if (units.border) {
+        with_border(units, unit, weight.out, bordered.data(), [&](Index row, Index pixels, float *to) {
+          for (Index p = 0; p < pixels; ++p)
+            std::memcpy(to + p * weight.out, grad.data + (row + p) * grad.ld, weight.out * sizeof(float));
+        });
+        a = bordered.data(), lda = weight.out;
+      }
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        Index c = j * kW;
+        for_tiles(units, unit, tile_rows(vectors), [&](Index pixel, Index row, int rows) {
+          AccumulateBody<float, kAdd> body{nullptr,
+                                           0,
+                                           x.data + row * x.ld + c,
+                                           x.ld,
+                                           grad_x.data + row * grad_x.ld + c,
+                                           grad_x.ld,
+                                           0,
+                                           scale + c,
+                                           shift + c,
+                                           mean + c,
+                                           part.first() + c,
+                                           part.second() + c};
+          with_tile(rows, vectors,
+                    BackwardTile<kAdd>{units, a + pixel * lda, lda, weight.out, weight.taps,
+                                       b.data() + c * weight.taps * weight.out, body, weight.in - c});
+        });
+      }
+      part.flush();
+    }
+  });
+  add_up(parts, sums);
+  if (!grad_weight)
+    return;
+  for (Index i = 0; i < weight.out; ++i) // in the memory format of the weight
+    for (Index tap = 0; tap < weight.taps; ++tap)
+      for (Index c = 0; c < weight.in; ++c) {
+        float sum = 0;
+        for (const auto &one : weight_parts)
+          sum += one[(tap * weight.out + i) * stride + c];
+        grad_weight[i * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride] = sum;
+      }
+}
