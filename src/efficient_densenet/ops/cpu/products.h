@@ -174,6 +174,15 @@ template <class Work> void for_tiles(const Units &units, const Unit &unit, Index
     }
 }
 
+// Fetch the rows that the next unit has where this one has these: they arrive while this one is computed.
+template <bool kToWrite = false>
+inline void fetch_ahead(const Units &units, const Unit &unit, Matrix<float> x, Index channels, Index row, int rows) {
+  Index last = units.images * units.height * units.width;
+  for (Index r = row + unit.rows; r < row + unit.rows + rows && r < last; ++r)
+    for (Index c = 0; c < channels; c += 16)
+      __builtin_prefetch(x.data + r * x.ld + c, kToWrite, 2);
+}
+
 // The distance in pixels of a tap of the window from its centre.
 inline Index tap_offset(const Units &units, Index tap) {
   return units.border ? (tap / 3 - 1) * (units.width + 2) + tap % 3 - 1 : 0;
@@ -219,6 +228,10 @@ inline void convolve(Matrix<float> x, const Grid &grid, const Weight &weight, co
       for (Index j = 0; j < all; j += group_of(j, all)) {
         int vectors = group_of(j, all);
         for_tiles(units, unit, tile_rows(vectors), [&](Index pixel, Index row, int rows) {
+          if (!j) {
+            fetch_ahead(units, unit, x, weight.in, row, rows);
+            fetch_ahead<true>(units, unit, out, weight.out, row, rows);
+          }
           with_tile(rows, vectors,
                     ForwardTile{units, scratch.data() + pixel * stride, stride, weight.in, weight.taps,
                                 b.data() + j * kW * weight.taps * weight.in, out.data + row * out.ld + j * kW, out.ld,
@@ -342,6 +355,10 @@ void convolve_backward(Matrix<float> grad, Matrix<float> x, const Grid &grid, co
         int vectors = group_of(j, all);
         Index c = j * kW;
         for_tiles(units, unit, tile_rows(vectors), [&](Index pixel, Index row, int rows) {
+          if (!j) {
+            fetch_ahead(units, unit, x, weight.in, row, rows);
+            fetch_ahead(units, unit, grad, weight.out, row, rows);
+          }
           AccumulateBody<float, kAdd> body{nullptr,
                                            0,
                                            x.data + row * x.ld + c,
