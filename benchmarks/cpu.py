@@ -84,7 +84,10 @@ def bfloat16(plan: Plan) -> list[Record]:
 
 
 def profile(plan: Plan) -> list[Record]:
-    """Milliseconds of a training step in convolutions, in the fused passes, and elsewhere; and page faults."""
+    """Milliseconds of a training step in norm–relu–convolutions, in the passes by themselves, and elsewhere.
+
+    Elsewhere are the first convolution, the head, PyTorch's and Python's own time; and page faults are counted.
+    """
     records = []
     for row in plan.rows:
         for keep in KEEPS:
@@ -105,8 +108,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Plan], list[Record]]]] = {
     "bfloat16": ("Forward and backward in bfloat16", bfloat16),
     "profile": ("Where the time of a step goes, in float32", profile),
 }
-_CONVOLUTIONS = ("convolve", "convolve_backward")
-_PASSES = ("_prologue", "_accumulate", "_copy_moments", "finish", "norm_relu_max_pool", "norm_relu_max_pool_backward")
+_CONVOLUTIONS = ("norm_relu_conv", "norm_relu_conv_backward")
+_PASSES = ("statistics", "finish", "norm_relu_max_pool", "norm_relu_max_pool_backward")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,8 +251,8 @@ def _profile_table(records: Sequence[Record]) -> str:
         "network",
         "contender",
         "F+B ms",
-        "convolutions of blocks",
-        "fused passes",
+        "norm–relu–convolutions",
+        "other passes",
         "elsewhere",
         "page faults",
         "ms in the system",

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from operands import Operands, weight_for
+from operands import Operands, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 import efficient_densenet
 from efficient_densenet import densenet_cifar
-from efficient_densenet.ops import cpu, eager
+from efficient_densenet.ops import cpu, eager, reference
 from efficient_densenet.ops.cpu import library
 
 kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native kernels are not built")
@@ -50,6 +50,31 @@ def test_every_instruction_set_computes_the_same(dtype, pool, instructions, monk
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(found, best, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@kernels
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("made", [1, 12, 40, 128])
+@pytest.mark.parametrize(("size", "channels"), [((41, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
+def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format):
+    """More lines than one unit has, channels and outputs that are no whole vectors; against the reference in float64."""
+    x, scale, shift, mean = Operands.random((3, size, channels), torch.float32, 5)
+    weight = torch.randn(made, channels, kernel, kernel).contiguous(memory_format=memory_format)
+    grad_out = slice_of_channels(torch.randn(3, *size, made), 3)
+    out, grad_x = slice_of_channels(torch.full((3, *size, made), torch.nan), 2), torch.randn(x.shape)
+    exact = [t.double() for t in (scale, shift, mean, weight, grad_out, x, grad_x)]
+    found = cpu.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
+    sums = cpu.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, True)
+    assert sums[0].stride() == weight.stride()
+
+    scale, shift, mean, weight, grad_out, x, expected_grad_x = exact
+    expected_out = torch.empty(out.shape, dtype=torch.float64)
+    expected = reference.norm_relu_conv(x, scale, shift, weight, expected_out, want_statistics=True)
+    expected_sums = reference.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, expected_grad_x, True)
+    actual = [out, *found, grad_x, *sums]
+    for a, e in zip(actual, [expected_out, *expected, expected_grad_x, *expected_sums], strict=True):
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
 
 
 @kernels
