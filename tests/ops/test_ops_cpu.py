@@ -58,7 +58,7 @@ def test_every_instruction_set_computes_the_same(dtype, pool, instructions, monk
 @pytest.mark.parametrize("made", [1, 12, 40, 128])
 @pytest.mark.parametrize(("size", "channels"), [((41, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
 def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format):
-    """More lines than one unit has, channels and outputs that are no whole vectors; against the reference in float64."""
+    """More lines than one unit has, channels and outputs that are no whole vectors: against the exact reference."""
     x, scale, shift, mean = Operands.random((3, size, channels), torch.float32, 5)
     weight = torch.randn(made, channels, kernel, kernel).contiguous(memory_format=memory_format)
     grad_out = slice_of_channels(torch.randn(3, *size, made), 3)
