@@ -42,7 +42,7 @@ def norm_relu_conv(
     moments = _no_moments(out) if want_statistics else None
     if _has_own_product(x, weight, pool):
         load().kernels.convolve(
-            *_matrix(x), _sizes(x, weight), *_constants(weight, scale, shift), *_matrix(out),
+            *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
             None if moments is None else moments.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return None if moments is None else _statistics(out, moments)
@@ -70,7 +70,7 @@ def norm_relu_conv_backward(
     if _has_own_product(x, weight, pool):
         grad_weight = torch.empty_like(weight) if need_weight else None
         load().kernels.convolve_backward(
-            *_matrix(grad_out), *_matrix(x), _sizes(x, weight), *_constants(weight, scale, shift, mean),
+            *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift, mean),
             *_matrix(grad_x), accumulate, None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -113,7 +113,8 @@ def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
     if pool != 1 or x.dtype != torch.float32 or not x.shape[0] or not load().kernels.ed_convolves():
         return False
     kernel = tuple(weight.shape[2:])
-    return prod(kernel) == 1 or kernel == (3, 3)
+    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
+    return dense and (prod(kernel) == 1 or kernel == (3, 3))
 
 
 def _sizes(x: Tensor, weight: Tensor) -> Any:

@@ -98,7 +98,7 @@ template <> struct ComputeType<double> {
 template <class E> using Compute = typename ComputeType<E>::type;
 
 // Rows that are summed up in the type of computation before they go to double precision.
-constexpr Index kRowsPerSum = 256;
+constexpr Index kRowsPerSum = 32;
 // Rows that share what is loaded for a group of channels.
 constexpr Index kTile = 8;
 

@@ -255,6 +255,7 @@ template <bool kAdd> struct BackwardTile {
   const float *b;
   AccumulateBody<float, kAdd> body; // for the channels from here on
   Index channels;
+  double *first, *second;
   template <int MR, int NV> void run() const {
     Vector acc[MR][NV] = {};
     for (Index r = 0; r < MR; ++r) // they are needed when the sum is there
@@ -264,12 +265,15 @@ template <bool kAdd> struct BackwardTile {
       }
     for (Index tap = 0; tap < taps; ++tap)
       add_rows<MR, NV>(a + tap_offset(units, tap) * lda, lda, b + tap * depth * NV * kW, depth, acc);
-    float g[MR * NV * kW];
+    float g[MR * NV * kW], sums[2][NV * kW] = {};
     UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
         store<kW>(g + (r * NV + j) * kW, acc[r][j]);
     AccumulateBody<float, kAdd> here = body;
-    here.g = g, here.ldgrad = NV * kW, here.rows = MR;
-    for_channels<kW>(0, channels < NV * kW ? channels : NV * kW, here);
+    here.g = g, here.ldgrad = NV * kW, here.rows = MR, here.first = sums[0], here.second = sums[1];
+    Index used = channels < NV * kW ? channels : NV * kW;
+    for_channels<kW>(0, used, here);
+    for (Index c = 0; c < used; ++c)
+      first[c] += sums[0][c], second[c] += sums[1][c];
   }
 };
 
@@ -369,14 +373,14 @@ void convolve_backward(Matrix<float> grad, Matrix<float> x, const Grid &grid, co
                                            scale + c,
                                            shift + c,
                                            mean + c,
-                                           part.first() + c,
-                                           part.second() + c};
+                                           nullptr,
+                                           nullptr};
           with_tile(rows, vectors,
                     BackwardTile<kAdd>{units, a + pixel * lda, lda, weight.out, weight.taps,
-                                       b.data() + c * weight.taps * weight.out, body, weight.in - c});
+                                       b.data() + c * weight.taps * weight.out, body, weight.in - c,
+                                       part.totals.data() + c, part.totals.data() + weight.in + c});
         });
       }
-      part.flush();
     }
   });
   add_up(parts, sums);
