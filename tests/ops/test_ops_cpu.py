@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -153,6 +154,12 @@ print(backends()["cpu"])
     warned, told = result.stdout.splitlines()
     assert warned.count("install a C++ compiler") == 1
     assert "not built" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not any(map(shutil.which, ("c++", "g++"))), reason="no C++ compiler")
+def test_kernels_are_built_where_there_is_a_compiler():
+    """For the installation goes on without them, and the other tests here would only be skipped."""
+    assert library.load().kernels is not None, library.load().description
 
 
 @kernels

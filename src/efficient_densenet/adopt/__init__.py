@@ -87,4 +87,4 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: str = "bottleneck"
     if reason is None:
         return shared.dense_block(x, found, None, keep)
     warnings.warn(f"a dense block does not run on the shared buffer, but recomputes: {reason}", stacklevel=2)
-    return layer_by_layer(x, found, True)
+    return layer_by_layer(x, found, True)  # quietly: the reason has been given

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from efficient_densenet.adopt import read, trial
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import layer_by_layer, norm_relu_conv, obstacle, shared, wants_buffer
+from efficient_densenet.execution import layer_by_layer, obstacle, run_reader, shared, wants_buffer
 from efficient_densenet.execution.hooks import has_hooks
 from efficient_densenet.execution.joining import run_in_order
 
@@ -94,8 +94,7 @@ class AdoptedTransition(Adopted):
             return self.original.forward(self, x)
         if obstacle([], tail) is None:
             return shared.dense_block(x, [], tail, self.adoption.keep)
-        norm, relu, conv, pool, fused = tail
-        return pool(norm_relu_conv([x], norm, nn.Identity() if fused else relu, conv, "recompute"))
+        return tail.pool(run_reader([x], tail.reader, "recompute"))
 
 
 class AdoptedSequence(Adopted):

@@ -14,10 +14,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import Dropout1d, Dropout2d, Dropout3d, _DropoutNd
 
 from efficient_densenet.execution import Dropout, Layer, Reader, Stem, Tail
+from efficient_densenet.execution.parts import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 class NotDenseError(ValueError):
@@ -91,7 +90,7 @@ def stem(modules: Sequence[nn.Module]) -> tuple[Stem, int] | None:
         norm, relu, fused = _norm_and_activation(rest)
     except NotDenseError:
         return None
-    if not rest or not (isinstance(rest[0], _MAX_POOLS) or _is_pool(rest[0])):
+    if not rest or not _is_pool(rest[0]):
         return None
     return Stem(modules[0], norm, relu, rest[0], fused), 3 if fused else 4
 
@@ -120,7 +119,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_pool(module: nn.Module) -> bool:
     """A pool of PyTorch's, or a few modules without parameters of their own whose first is one: a blurred pool."""
     first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
-    return isinstance(first, (*_AVERAGE_POOLS, *_MAX_POOLS)) or "pool" in type(module).__name__.lower()
+    return isinstance(first, (*AVERAGE_POOLS, *MAX_POOLS)) or "pool" in type(module).__name__.lower()
 
 
 def _reader(parts: list[Any]) -> Reader:
@@ -172,8 +171,6 @@ def _bare_bottleneck(module: Any) -> Iterator[nn.Module]:
     norm.training = module.training
     yield norm
     yield nn.ReLU(inplace=True)
-    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1](
-        in_channels, out_channels, tuple(kernel), bias=False, device="meta"
-    )
+    conv: Any = CONVOLUTIONS[len(kernel) - 1](in_channels, out_channels, tuple(kernel), bias=False, device="meta")
     conv._parameters["weight"] = module.conv_weight
     yield conv

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,9 +23,9 @@ from efficient_densenet.adopt.adopted import (
     original_class,
 )
 from efficient_densenet.adopt.survey import Finding, stem_of, survey
-from efficient_densenet.adopt.trial import no_hooks
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Stem
+from efficient_densenet.execution.hooks import modes_kept, no_hooks
 from efficient_densenet.execution.parts import MAX_POOLS
 
 
@@ -208,7 +207,8 @@ def _pixels(model: nn.Module, modules: Sequence[nn.Module], image: Sequence[int]
             found[module] = prod(inputs[0].shape[2:])
 
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    with torch.no_grad(), _evaluation(model), no_hooks(model):
+    with torch.no_grad(), modes_kept(model), no_hooks(model):
+        model.eval()
         hooks = [module.register_forward_pre_hook(note) for module in modules]
         try:
             state = {name: t.to("meta") for name, t in tensors.items()}
@@ -224,14 +224,3 @@ def _pixels(model: nn.Module, modules: Sequence[nn.Module], image: Sequence[int]
             for hook in hooks:
                 hook.remove()
     return found
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

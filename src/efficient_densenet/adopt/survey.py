@@ -23,7 +23,7 @@ from efficient_densenet.adopt.adopted import (
 )
 from efficient_densenet.execution import Stem, obstacle
 from efficient_densenet.execution.hooks import has_hooks, runs
-from efficient_densenet.execution.parts import stem_obstacle
+from efficient_densenet.execution.parts import CONVOLUTIONS, stem_obstacle
 from efficient_densenet.models import DenseBlock
 
 
@@ -107,9 +107,9 @@ def _looks_dense(module: nn.Module) -> bool:
     """Whether its parts read more and more channels, each at least one norm and one convolution: a near miss."""
     widths = []
     for child in module.children():
-        convolutions = [m for m in child.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        convolutions = [m for m in child.modules() if isinstance(m, CONVOLUTIONS)]
         has_norm = any("norm" in type(m).__name__.lower() for m in child.modules())
-        if not convolutions or not has_norm or runs(child, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if not convolutions or not has_norm or runs(child, *CONVOLUTIONS):
             return False
         widths.append(convolutions[0].in_channels)
     return len(widths) > 1 and all(b > a for a, b in pairwise(widths))

@@ -7,9 +7,7 @@ random pixels: in evaluation and in training, with dropout from the same seed, a
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +16,11 @@ from torch.func import functional_call
 
 from efficient_densenet.adopt import read
 from efficient_densenet.execution import Reader, layer_by_layer
+from efficient_densenet.execution.hooks import modes_kept, no_hooks
 
 _CPU = torch.device("cpu")
 _SIZE = (5, 4, 3)  # pixels: odd and even, and enough for a 3×3 window to have an inside
 _TOLERANCE = 1e-3  # relative, in float32: another function is off by more than a tenth
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> str | None:
@@ -35,7 +33,7 @@ def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> 
     dims = len(readers[0].conv.kernel_size)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, readers[0].conv.in_channels, *_SIZE[:dims], generator=generator, device=_CPU)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), no_hooks(block), _own_modes(block):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), no_hooks(block), modes_kept(block):
         state = {f"block.{name}": _random(name, t, generator) for name, t in _state(block)}
         for training in (False, True):
             for module in block.modules():
@@ -112,26 +110,3 @@ def _draws_random_numbers(reader: Reader, generator: torch.Generator) -> bool:
         before = torch.get_rng_state()
         functional_call(_Forward(both, lambda modules, x: nn.Sequential(*modules)(x)), state, (x,))
         return not torch.equal(before, torch.get_rng_state())
-
-
-@contextmanager
-def no_hooks(block: nn.Module) -> Iterator[None]:
-    """Without the hooks of all modules inside, which are for the user's own calls."""
-    kept = [(m, name, getattr(m, name)) for m in block.modules() for name in _HOOKS]
-    for module, name, _ in kept:
-        setattr(module, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for module, name, hooks in kept:
-            setattr(module, name, hooks)
-
-
-@contextmanager
-def _own_modes(block: nn.Module) -> Iterator[None]:
-    kept = [(module, module.training) for module in block.modules()]
-    try:
-        yield
-    finally:
-        for module, training in kept:
-            module.training = training

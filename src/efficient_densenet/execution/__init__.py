@@ -35,6 +35,7 @@ __all__ = [
     "layer_by_layer",
     "norm_relu_conv",
     "obstacle",
+    "run_reader",
     "shared",
     "wants_buffer",
 ]
@@ -83,6 +84,12 @@ def norm_relu_conv(
     return way.norm_relu_conv(inputs, norm, relu, conv)
 
 
+def run_reader(inputs: Sequence[Tensor], reader: Reader, efficient: Efficient) -> Tensor:
+    """`norm_relu_conv` of a reader, whose norm may bring its activation along."""
+    norm, relu, conv, fused = reader
+    return norm_relu_conv(inputs, norm, nn.Identity() if fused else relu, conv, efficient)
+
+
 def layer_by_layer(x: Tensor, layers: Sequence[Layer], efficient: Efficient) -> Tensor:
     """A dense block from its layers' parts, which need not fit the shared buffer; without their modules' own forward.
 
@@ -91,8 +98,8 @@ def layer_by_layer(x: Tensor, layers: Sequence[Layer], efficient: Efficient) -> 
     features = [x]
     for layer in layers:
         inputs: Sequence[Tensor] = features
-        for norm, relu, conv, fused in layer.readers:
-            inputs = [norm_relu_conv(inputs, norm, nn.Identity() if fused else relu, conv, efficient)]
+        for reader in layer.readers:
+            inputs = [run_reader(inputs, reader, efficient)]
         features.append(layer.dropout(inputs[0]))
     return concatenate.concat(features)
 

@@ -10,6 +10,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.execution.hooks import modes_kept
+
 _tried: dict[tuple[type, ...], bool] = {}
 
 
@@ -44,13 +46,10 @@ def _agree(norm: _BatchNorm, training: bool) -> bool:
     normed = F.batch_norm(
         x, None if own else mean, None if own else variance, state.get("weight"), state.get("bias"), own, eps=norm.eps
     )
-    kept = [(module, module.training) for module in norm.modules()]
-    try:
+    with modes_kept(norm):
         for module in norm.modules():
             module.training = training
-        return torch.allclose(functional_call(norm, state, (x.clone(),)), normed.relu(), rtol=1e-4, atol=1e-4)
-    except Exception:  # whatever it wants, it is something else
-        return False
-    finally:
-        for module, was in kept:
-            module.training = was
+        try:
+            return torch.allclose(functional_call(norm, state, (x.clone(),)), normed.relu(), rtol=1e-4, atol=1e-4)
+        except Exception:  # whatever it wants, it is something else
+            return False

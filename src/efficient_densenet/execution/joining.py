@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.execution import norm_relu_conv, shared
+from efficient_densenet.execution import Reader, run_reader, shared
 from efficient_densenet.execution.hooks import has_hooks
 from efficient_densenet.execution.parts import Stem, stem_obstacle
 
@@ -56,5 +56,4 @@ def _run_stem(x: Tensor, stem: Stem, keep: str) -> Tensor:
     if obstacle is None:
         return shared.stem(x, stem, keep)
     warnings.warn(f"the stem keeps more than it needs: {obstacle}", stacklevel=3)
-    conv, norm, relu, pool, fused = stem
-    return norm_relu_conv([conv(x)], norm, nn.Identity() if fused else relu, pool, True)
+    return run_reader([stem.conv(x)], Reader(stem.norm, stem.relu, stem.pool, stem.fused), True)

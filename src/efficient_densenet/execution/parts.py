@@ -63,6 +63,10 @@ class Tail(NamedTuple):
     pool: Any
     fused: bool = False
 
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.norm, self.relu, self.conv, self.fused)
+
 
 class Stem(NamedTuple):
     """What the stem of an ImageNet network ends with; `fused` as in `Reader`."""
@@ -77,7 +81,7 @@ class Stem(NamedTuple):
 def all_readers(layers: Sequence[Layer], transition: Tail | None) -> list[Reader]:
     """In their order, the transition's last."""
     readers = [reader for layer in layers for reader in layer.readers]
-    return readers if transition is None else [*readers, Reader(*transition[:3], transition.fused)]
+    return readers if transition is None else [*readers, transition.reader]
 
 
 def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | None:

@@ -5,7 +5,8 @@ On a CPU they are oneDNN's, which run at nearly the speed of the processor; what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from math import ceil, prod
 
 import torch
@@ -42,6 +43,26 @@ def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: 
         channels_first(grad_out), channels_first(s), weight, None, *_geometry(weight), [True, need_weight, False]
     )
     return channels_last(g).contiguous(), grad_weight
+
+
+def row_stride(x: Tensor) -> int | None:
+    """The distance between the rows of ``x: (N, *spatial, C)``, if it is a slice of the channels of a whole tensor."""
+    return _row_stride(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=1024)  # a network asks for the same few, thousands of times
+def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    if shape[-1] > 1 and strides[-1] != 1:
+        return None
+    distance, rows = shape[-1], 1
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size > 1:
+            if rows == 1:
+                distance = stride
+            if stride != distance * rows:
+                return None
+            rows *= size
+    return distance
 
 
 def channels_first(x: Tensor) -> Tensor:

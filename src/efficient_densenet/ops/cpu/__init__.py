@@ -12,8 +12,6 @@ Bytes moved per value of the prefix: forward reads x; backward reads x and D and
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
+from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
 from efficient_densenet.ops.cpu.library import load
 from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
@@ -110,7 +108,7 @@ def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
 
     Measured on two cores (`benchmarks/cpu.py`), it takes 0.65 to 0.9 of the time of oneDNN and the passes around it.
     """
-    if pool != 1 or x.dtype != torch.float32 or not x.shape[0] or not load().kernels.ed_convolves():
+    if pool != 1 or x.dtype != torch.float32 or not x.shape[0] or not load().convolves:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
@@ -156,11 +154,10 @@ def _accumulate(
 ) -> None:
     kernels = load().kernels
     channels = x.shape[-1]
-    run, size = (
-        (kernels.accumulate, (x.numel() // channels,)) if pool == 1 else (kernels.accumulate_pool, (_volume(x, pool),))
-    )
+    run = kernels.accumulate if pool == 1 else kernels.accumulate_pool
+    size = x.numel() // channels if pool == 1 else _volume(x, pool)
     run(
-        _TYPES[x.dtype], g.data_ptr(), *_matrix(x), *size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
+        _TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
         accumulate, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -196,20 +193,9 @@ def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
 
 def _matrix(x: Tensor) -> tuple[int, int]:
     """Data, and the distance from row to row, of a slice of the channels of a contiguous ``(n, *spatial, C)``."""
-    return x.data_ptr(), _distance(x.shape, x.stride())
-
-
-@functools.lru_cache(maxsize=1024)
-def _distance(shape: Sequence[int], strides: Sequence[int]) -> int:
-    distance, rows = shape[-1], 1
-    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size > 1:
-            if rows == 1:
-                distance = stride
-            assert stride == distance * rows, f"{shape} with strides {strides} is no slice of channels"
-            rows *= size
-    assert shape[-1] == 1 or strides[-1] == 1
-    return distance
+    stride = row_stride(x)
+    assert stride is not None, f"{x.shape} with strides {x.stride()} is no slice of channels"
+    return x.data_ptr(), stride
 
 
 def _constants(*vectors: Tensor) -> list[int]:

@@ -27,7 +27,6 @@ template <class E> struct Matrix {
 struct Volume {
   Index images, planes, lines, pixels;
   Index plane_window, line_window, pixel_window;
-  Index images_out() const { return images; }
   Index planes_out() const { return planes / plane_window; }
   Index lines_out() const { return lines / line_window; }
   Index pixels_out() const { return pixels / pixel_window; }
@@ -116,6 +115,9 @@ constexpr Index kTile = 8;
 namespace baseline {
 constexpr int kVectorBytes = 16;
 #include "loops.h"
+#if !X86
+#include "products.h"
+#endif
 } // namespace baseline
 
 #if X86
@@ -220,10 +222,15 @@ EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
   return instructions;
 }
 
-// Whether `ed_convolve` and `ed_convolve_backward` exist for this processor.
+// Whether `ed_convolve` and `ed_convolve_backward` are for this processor, where they were measured to win.
 EXPORT int ed_convolves() { return X86 && instructions == kAvx512; }
 
 #if X86
+namespace products = avx512;
+#else
+namespace products = baseline;
+#endif
+
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
 static Weight weight_of(const float *data, const Index *sizes) {
   return {data, sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
@@ -233,7 +240,7 @@ static Weight weight_of(const float *data, const Index *sizes) {
 // `sizes`: images, height, width, window; output and input channels of the weight, and its strides for them and for taps.
 EXPORT void ed_convolve(float *x, Index ldx, const Index *sizes, const float *weight, const float *scale,
                         const float *shift, float *out, Index ldo, double *moments, int threads) {
-  avx512::convolve({x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, {out, ldo}, moments, threads);
+  products::convolve({x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, {out, ldo}, moments, threads);
 }
 
 // Its backward pass: grad_x (+)= scale·g, with g the gradient at the rectifier's input; sums as in `ed_accumulate`; and
@@ -241,11 +248,10 @@ EXPORT void ed_convolve(float *x, Index ldx, const Index *sizes, const float *we
 EXPORT void ed_convolve_backward(float *grad, Index ldgrad, float *x, Index ldx, const Index *sizes, const float *weight,
                                  const float *scale, const float *shift, const float *mean, float *grad_x, Index ldg,
                                  int add, float *grad_weight, double *sums, int threads) {
-  (add ? avx512::convolve_backward<true> : avx512::convolve_backward<false>)(
+  (add ? products::convolve_backward<true> : products::convolve_backward<false>)(
       {grad, ldgrad}, {x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, mean, {grad_x, ldg}, grad_weight,
       sums, threads);
 }
-#endif
 
 // out = relu(scale·x + shift); `out` has no gaps.
 EXPORT void ed_prologue(int type, void *x, Index ldx, Index rows, Index channels, const void *scale, const void *shift,

@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
 
     kernels: Any  # a ctypes.CDLL with the functions of `_SIGNATURES`
     description: str
+    convolves: bool = False  # whether there are products for this processor
 
 
 @functools.cache
@@ -73,10 +74,10 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
     kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
-    kernels.ed_convolves.restype = _int
     chosen = INSTRUCTIONS[kernels.ed_start(*functions, instructions)]
+    convolves = bool(kernels.ed_convolves())
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
-    return Loaded(kernels, f"{path.name}, {chosen}, {threads}")
+    return Loaded(kernels, f"{path.name}, {chosen}, {threads}", convolves)
 
 
 def _running_openmp() -> ctypes.CDLL | None:

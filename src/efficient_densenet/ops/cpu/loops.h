@@ -48,7 +48,7 @@ template <class V> inline V where_positive(V v, V g) { return v <= 0 ? V{} : g; 
 
 template <class E> constexpr int widest() { return kVectorBytes / sizeof(Compute<E>); }
 
-// body.template operator()<W>(c) for groups of W channels that together are all of them.
+// body.run<W>(c) for groups of W channels that together are all of them.
 template <int W, class Body> inline void for_channels(Index c, Index channels, const Body &body) {
   for (; c + W <= channels; c += W)
     body.template run<W>(c);
@@ -272,13 +272,14 @@ template <class E, bool kAdd> struct AccumulateBody {
   Index rows;
   const Compute<E> *scale, *shift, *mean;
   Compute<E> *first, *second;
+  Compute<E> share = 1; // of the gradient, for each row
   template <int W> void run(Index c) const {
     using V = vector<Compute<E>, W>;
     V a = load<W>(scale + c), b = load<W>(shift + c), m = load<W>(mean + c);
     V s1 = load<W>(first + c), s2 = load<W>(second + c);
     for (Index r = 0; r < rows; ++r) {
       V v = load<W>(x + r * ldx + c);
-      V d = where_positive(v * a + b, load<W>(g + r * ldgrad + c));
+      V d = where_positive(v * a + b, load<W>(g + r * ldgrad + c) * share);
       s1 += d;
       s2 += d * (v - m);
       V moved = a * d;
@@ -320,38 +321,11 @@ void accumulate(const E *g, Matrix<E> x, Index rows, Index channels, const Compu
                                                               threads);
 }
 
-template <class E, bool kAdd> struct AccumulatePoolBody {
-  const E *g;
-  const E *x;
-  Index ldx;
-  E *grad_x;
-  Index ldg;
-  const std::vector<Index> &window;
-  const Compute<E> *scale, *shift, *mean;
-  Compute<E> *first, *second;
-  template <int W> void run(Index c) const {
-    using V = vector<Compute<E>, W>;
-    V a = load<W>(scale + c), b = load<W>(shift + c), m = load<W>(mean + c);
-    V s1 = load<W>(first + c), s2 = load<W>(second + c);
-    V share = load<W>(g + c) * (Compute<E>(1) / window.size());
-    for (Index row : window) {
-      V v = load<W>(x + row * ldx + c);
-      V d = where_positive(v * a + b, share);
-      s1 += d;
-      s2 += d * (v - m);
-      V moved = a * d;
-      if constexpr (kAdd)
-        moved += load<W>(grad_x + row * ldg + c);
-      store<W>(grad_x + row * ldg + c, moved);
-    }
-    store<W>(first + c, s1), store<W>(second + c, s2);
-  }
-};
-
 template <class E, bool kAdd>
 void accumulate_windows(const E *g, Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale,
                         const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x, double *sums, int threads) {
   std::vector<Index> window = window_rows(v);
+  Compute<E> share = Compute<E>(1) / window.size();
   Index lines = v.images * v.planes_out() * v.lines_out();
   int chunks = chunks_for(lines, lines * v.pixels_out() * channels * v.window(), threads);
   std::vector<Sums<Compute<E>>> parts(chunks, Sums<Compute<E>>(channels));
@@ -359,10 +333,11 @@ void accumulate_windows(const E *g, Matrix<E> x, const Volume &v, Index channels
     Sums<Compute<E>> &part = parts[chunk];
     Index since_flush = 0;
     for_windows(v, chunk, chunks, [&](Index to, Index from) {
-      for_channels<widest<E>()>(0, channels,
-                                AccumulatePoolBody<E, kAdd>{g + to * channels, x.data + from * x.ld, x.ld,
-                                                            grad_x.data + from * grad_x.ld, grad_x.ld, window, scale,
-                                                            shift, mean, part.first(), part.second()});
+      for (Index row : window)
+        for_channels<widest<E>()>(0, channels,
+                                  AccumulateBody<E, kAdd>{g + to * channels, 0, x.data + (from + row) * x.ld, x.ld,
+                                                          grad_x.data + (from + row) * grad_x.ld, grad_x.ld, 1, scale,
+                                                          shift, mean, part.first(), part.second(), share});
       if ((since_flush += v.window()) >= kRowsPerSum)
         part.flush(), since_flush = 0;
     });

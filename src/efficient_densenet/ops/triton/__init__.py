@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
+from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.reference import Statistics
 from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
@@ -120,8 +121,6 @@ def _by_pytorch(what: str, weight: Tensor) -> bool:
 
 def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:
     """Whether the kernels have this shape; plain PyTorch takes the others, with a warning where that may be slow."""
-    from efficient_densenet.ops.triton.launch import row_stride
-
     if not x.numel() or not out.numel():
         return False
     reason = ""

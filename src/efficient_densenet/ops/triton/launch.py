@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.triton.tiles import Tile
 
 RUN_TIME = (
@@ -26,21 +27,6 @@ def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](*arguments, **tile.sizes(), num_warps=tile.warps, num_stages=tile.stages)
-
-
-def row_stride(x: Tensor) -> int | None:
-    """The distance between the rows of ``x: (N, *spatial, C)``, if it is a slice of the channels of a whole tensor."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return None
-    distance, rows = x.shape[-1], 1
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size > 1:
-            if rows == 1:
-                distance = stride
-            if stride != distance * rows:
-                return None
-            rows *= size
-    return distance
 
 
 def matrix(x: Tensor) -> tuple[Tensor, int]:
