@@ -40,7 +40,7 @@ def norm_relu_conv(
     moments = _no_moments(out) if want_statistics else None
     if _has_own_product(x, weight, pool):
         load().kernels.convolve(
-            *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
+            _TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
             None if moments is None else moments.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return None if moments is None else _statistics(out, moments)
@@ -68,7 +68,7 @@ def norm_relu_conv_backward(
     if _has_own_product(x, weight, pool):
         grad_weight = torch.empty_like(weight) if need_weight else None
         load().kernels.convolve_backward(
-            *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift, mean),
+            _TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift, mean),
             *_matrix(grad_x), accumulate, None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
 
     Measured on two cores (`benchmarks/cpu.py`), it takes 0.65 to 0.9 of the time of oneDNN and the passes around it.
     """
-    if pool != 1 or x.dtype != torch.float32 or not x.shape[0] or not load().convolves:
+    if pool != 1 or x.dtype not in (torch.float32, torch.bfloat16) or not x.shape[0] or not load().convolves:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last

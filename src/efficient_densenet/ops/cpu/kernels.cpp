@@ -39,8 +39,8 @@ struct Grid {
 };
 
 // The weight (out, in, taps) of a convolution, in whatever memory format.
-struct Weight {
-  const float *data;
+template <class E> struct Weight {
+  const E *data;
   Index out, in, taps, out_stride, in_stride, tap_stride;
 };
 
@@ -117,6 +117,7 @@ constexpr int kVectorBytes = 16;
 #include "loops.h"
 #if !X86
 #include "products.h"
+#include "winograd.h"
 #endif
 } // namespace baseline
 
@@ -143,6 +144,7 @@ namespace avx512 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
 #include "products.h"
+#include "winograd.h"
 } // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -232,25 +234,36 @@ namespace products = baseline;
 #endif
 
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
-static Weight weight_of(const float *data, const Index *sizes) {
-  return {data, sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
+template <class E> static Weight<E> weight_of(const void *data, const Index *sizes) {
+  return {static_cast<const E *>(data), sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
 }
 
-// out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`. In float32;
+// Products are there in single precision and in bfloat16.
+#define DISPATCH_PRODUCT(type, ...)                                                                                    \
+  if (type == kFloat32) {                                                                                              \
+    using E = float;                                                                                                   \
+    __VA_ARGS__;                                                                                                       \
+  } else {                                                                                                             \
+    using E = bf16;                                                                                                    \
+    __VA_ARGS__;                                                                                                       \
+  }
+
+// out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`.
 // `sizes`: images, height, width, window; output and input channels of the weight, and its strides for them and for taps.
-EXPORT void ed_convolve(float *x, Index ldx, const Index *sizes, const float *weight, const float *scale,
-                        const float *shift, float *out, Index ldo, double *moments, int threads) {
-  products::convolve({x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, {out, ldo}, moments, threads);
+EXPORT void ed_convolve(int type, void *x, Index ldx, const Index *sizes, const void *weight, const float *scale,
+                        const float *shift, void *out, Index ldo, double *moments, int threads) {
+  DISPATCH_PRODUCT(type, products::convolve<E>(matrix<E>(x, ldx), grid_of(sizes), weight_of<E>(weight, sizes), scale,
+                                               shift, matrix<E>(out, ldo), moments, threads))
 }
 
 // Its backward pass: grad_x (+)= scale·g, with g the gradient at the rectifier's input; sums as in `ed_accumulate`; and
 // the gradient of the weight, in its memory format, unless that is null.
-EXPORT void ed_convolve_backward(float *grad, Index ldgrad, float *x, Index ldx, const Index *sizes, const float *weight,
-                                 const float *scale, const float *shift, const float *mean, float *grad_x, Index ldg,
-                                 int add, float *grad_weight, double *sums, int threads) {
-  (add ? products::convolve_backward<true> : products::convolve_backward<false>)(
-      {grad, ldgrad}, {x, ldx}, grid_of(sizes), weight_of(weight, sizes), scale, shift, mean, {grad_x, ldg}, grad_weight,
-      sums, threads);
+EXPORT void ed_convolve_backward(int type, void *grad, Index ldgrad, void *x, Index ldx, const Index *sizes,
+                                 const void *weight, const float *scale, const float *shift, const float *mean,
+                                 void *grad_x, Index ldg, int add, void *grad_weight, double *sums, int threads) {
+  DISPATCH_PRODUCT(type, (add ? products::convolve_backward<E, true> : products::convolve_backward<E, false>)(
+                             matrix<E>(grad, ldgrad), matrix<E>(x, ldx), grid_of(sizes), weight_of<E>(weight, sizes),
+                             scale, shift, mean, matrix<E>(grad_x, ldg), static_cast<E *>(grad_weight), sums, threads))
 }
 
 // out = relu(scale·x + shift); `out` has no gaps.

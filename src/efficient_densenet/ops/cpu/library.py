@@ -17,8 +17,8 @@ INSTRUCTIONS = {0: "baseline (SSE2 or NEON)", 1: "AVX2", 2: "AVX-512"}
 _int, _index, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _rows = [_pointer, _index]  # a matrix: data, and values from row to row
 _SIGNATURES = {
-    "convolve": [*_rows, *[_pointer] * 4, *_rows, _pointer, _int],
-    "convolve_backward": [*_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
+    "convolve": [_int, *_rows, *[_pointer] * 4, *_rows, _pointer, _int],
+    "convolve_backward": [_int, *_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],

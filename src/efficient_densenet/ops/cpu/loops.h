@@ -75,11 +75,11 @@ template <class S> struct Sums {
 
 // ---- prologue ---------------------------------------------------------------------------------------------------
 
-template <class E> struct PrologueBody {
+template <class E, class Out = E> struct PrologueBody {
   const E *x;
   Index ldx, rows, ldo;
   const Compute<E> *scale, *shift;
-  E *out;
+  Out *out;
   template <int W> void run(Index c) const {
     auto a = load<W>(scale + c), b = load<W>(shift + c);
     for (Index r = 0; r < rows; ++r)
@@ -262,8 +262,8 @@ template <class S> void add_up(const std::vector<Sums<S>> &parts, double *into) 
       into[i] += part.totals[i];
 }
 
-template <class E, bool kAdd> struct AccumulateBody {
-  const E *g;
+template <class E, bool kAdd, class G = E> struct AccumulateBody {
+  const G *g;
   Index ldgrad;
   const E *x;
   Index ldx;
