@@ -5,19 +5,21 @@
     python benchmarks/gpu.py --sections L40   # one part again; the others stay as they are
     python benchmarks/gpu.py --compile-only   # needs no GPU: registers, shared memory and spills for sm_80 and sm_90
 
-Every contender runs in a process of its own, one after the other, so that each has the whole memory. What there is no
-time for is written down as such. Results: ``results/gpu.json`` and ``results/triton_kernels.json`` beside this file.
+Every contender runs in a process of its own, one after the other, so that each has the whole memory. Results are
+written after each one. What there is no time for is written down as such: give its section a call of its own.
+Results: ``results/gpu.json`` and ``results/triton_kernels.json`` beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ from efficient_densenet.measure.report import write_json
 Record = dict[str, Any]
 HERE = Path(__file__).parent
 OURS = ("efficient, bottleneck", "efficient, features", "efficient, inputs", "efficient, bottleneck, graph")
-COMPILED = ("compiled", "compiled, max-autotune")
+MAX_AUTOTUNE = "compiled, max-autotune"
+COMPILED = ("compiled", MAX_AUTOTUNE)
 EAGER = ("ordinary", "ordinary, channels_last")
 LIBRARIES = (*EAGER, "memory_efficient", "memory_efficient, channels_last", "timm, channels_last")
 
-# In the order of their worth, should the time run out; the compiled ones of all sections come last.
+# In the order of their worth, should the time run out; what tunes for minutes comes last, of all sections.
 SECTIONS: dict[str, Record] = {
     "kernels": {"contenders": ("kernels",)},
     "L40": {
@@ -64,18 +67,20 @@ SECTIONS: dict[str, Record] = {
 class Clock:
     """The seconds that are left, and the end of a contender that takes longer."""
 
+    MOST = 120  # seconds for one, or a single compilation might leave none to the others
+
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def ask(self, job: Job, request: str) -> Record:
         """The contender's answer, or why there is none."""
-        left = self.end - time.monotonic()
-        if left < 5:
-            return {"failed": "no time left"}
         began = time.monotonic()
+        if self.end - began < 5:
+            return {"failed": "no time left"}
+        end = self.end if job["contender"] == MAX_AUTOTUNE else min(self.end, began + self.MOST)
         try:
             with Team("gpu_contender", job, "cuda") as team:
-                timer = threading.Timer(self.end - time.monotonic(), team.close)
+                timer = threading.Timer(max(0, end - time.monotonic()), team.close)
                 timer.start()
                 try:
                     (answer,) = team.ask(request)
@@ -83,13 +88,17 @@ class Clock:
                     timer.cancel()
             return {**answer, "seconds": time.monotonic() - began}
         except (UserError, ValueError, OSError) as error:
-            return {"failed": "no time left" if time.monotonic() >= self.end else str(error)}
+            out_of_time = "no time left" if end == self.end else f"took more than {self.MOST} s"
+            return {"failed": out_of_time if time.monotonic() >= end else str(error)}
 
 
-def measure(names: Sequence[str], clock: Clock, quick: bool) -> dict[str, list[Record]]:
+def measure(
+    names: Sequence[str], clock: Clock, quick: bool, keep: Callable[[str, list[Record]], None] = lambda *found: None
+) -> dict[str, list[Record]]:
+    """The records of each section; `keep` gets those so far of a section each time that there is one more."""
     found: dict[str, list[Record]] = {name: [] for name in names}
     work = [(name, contender) for name in names for contender in SECTIONS[name]["contenders"]]
-    work.sort(key=lambda item: (item[1] in COMPILED) + (item[1] == COMPILED[1]))
+    work.sort(key=lambda item: item[1] == MAX_AUTOTUNE)
     batches: dict[str, int] = {}
     for name, contender in work:
         section = SECTIONS[name]
@@ -114,6 +123,7 @@ def measure(names: Sequence[str], clock: Clock, quick: bool) -> dict[str, list[R
             batch = batches.get(name, job["batch"])
             answer = clock.ask(job | {"batch": batch}, "times") if batch else {"failed": "no batch was found"}
         found[name].append({"contender": contender, **answer})
+        keep(name, found[name])
     return found
 
 
@@ -133,6 +143,8 @@ def table(found: dict[str, Any]) -> str:
                 times = " ".join(f"{'–' if part is None else format(part, '.2f'):>8}" for part in parts)
                 lines.append(f"{head} {times} {r['images_per_second']:11,.0f} {r['peak_bytes'] / 1e9:8.2f}")
     for r in found.get("kernels", {}).get("records", []):
+        failed = [r["failed"].splitlines()[-1][:100]] if "failed" in r else r.get("failed_kernels", [])
+        lines += [f"failed: {text}" for text in failed]
         for row in r.get("rows", []):
             of_copy, of_product = f"{row['share_of_copy']:.0%} of a copy", f"{row['share_of_product']:.0%} of a product"
             lines.append(
@@ -178,12 +190,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = arguments.output / ("gpu-quick.json" if arguments.quick else "gpu.json")
     found: Record = json.loads(file.read_text()) if file.exists() else {}
     about = machine.describe("cuda")
-    about["versions"]["driver"] = _driver()
-    for name, records in measure(arguments.sections, Clock(60 * arguments.minutes), arguments.quick).items():
+    about["versions"] |= {"driver": _driver(), "triton": _version("triton"), "timm": _version("timm")}
+
+    def keep(name: str, records: list[Record]) -> None:
         found[name] = {"quick": arguments.quick, **about, "records": records}
-    write_json(file, found)
+        write_json(file, found)
+
+    measure(arguments.sections, Clock(60 * arguments.minutes), arguments.quick, keep)
     print(table(found))
     return 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _driver() -> str | None:

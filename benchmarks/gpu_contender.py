@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ FORMS = {
 }  # fmt: skip
 
 
+_NO_ROOM = re.compile("out of memory|ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
+
+
 class Step:
     """Forward (to the loss) and backward on one batch. The batch can be changed."""
 
@@ -121,8 +125,9 @@ class Step:
         torch.cuda.reset_peak_memory_stats(self.device)
         if self.form.graph:
             return self._summary(*self._graph_times())
-        forward, whole = [], []
-        for _ in range(self.job["iterations"]):
+        forward: list[float] = []
+        whole: list[float] = []
+        while self._wants_more(whole):
             self.forget_gradients()
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
             torch.cuda.synchronize(self.device)
@@ -146,8 +151,8 @@ class Step:
         self.forget_gradients()
         with torch.cuda.graph(graph):
             self()
-        whole = []
-        for _ in range(self.job["iterations"]):
+        whole: list[float] = []
+        while self._wants_more(whole):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             marks[0].record()
             graph.replay()
@@ -155,6 +160,10 @@ class Step:
             torch.cuda.synchronize(self.device)
             whole.append(marks[0].elapsed_time(marks[1]))
         return [], whole
+
+    def _wants_more(self, whole: list[float]) -> bool:
+        """Large networks have steps so long, and so even, that fewer do."""
+        return len(whole) < self.job["iterations"] and (len(whole) < 5 or sum(whole) < 3000)
 
     def _summary(self, forward: list[float], whole: list[float]) -> dict[str, Any]:
         total = statistics.median(whole)
@@ -178,8 +187,11 @@ class Step:
             self()
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_reserved(self.device)
-        except torch.OutOfMemoryError:
-            return None
+        except RuntimeError as error:
+            # Libraries whose own requests are refused say so in words of theirs.
+            if isinstance(error, torch.OutOfMemoryError) or _NO_ROOM.search(str(error)):
+                return None
+            raise
 
     def largest(self) -> dict[str, Any]:
         """The largest batch, to 2 %, that fits `limit` bytes (0: the device), found along the line of the peaks."""

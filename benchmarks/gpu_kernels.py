@@ -121,32 +121,41 @@ def speeds(quick: bool = False) -> dict[str, Any]:
 
     Bytes are those that must be moved once: re-reading through the cache counts for nothing.
     """
-    rows, ceilings = [], {}
-    for dtype in (torch.bfloat16, torch.float32):
-        size = 1024 if quick else 8192
-        square = torch.randn(size, size, device="cuda").to(dtype)
-        with _tf32():
-            copy = 2 * square.numel() * square.element_size() / _seconds(square.clone)
-            product = 2 * size**3 / _seconds(lambda square=square: square @ square)
-        ceilings[_TYPES[dtype]] = {"copy_bytes_per_second": copy, "product_flop_per_second": product}
+    rows, failed = [], []
+    ceilings = {dtype: _ceilings(dtype, 1024 if quick else 8192) for dtype in (torch.bfloat16, torch.float32)}
+    for dtype, (copy, product) in ceilings.items():
         for shape in SHAPES[:1] if quick else SHAPES:
-            for name, attempt, moved, flop in _timed(shape, dtype):
-                seconds = _seconds(attempt)
-                rows.append(
-                    {
-                        "operation": name,
-                        "shape": shape.name,
-                        "dtype": _TYPES[dtype],
-                        "ms": seconds * 1e3,
-                        "bytes_per_second": moved / seconds,
-                        "flop_per_second": flop / seconds,
-                        "share_of_copy": moved / seconds / copy,
-                        "share_of_product": flop / seconds / product,
-                    }
-                )
+            name = "operands"
+            try:
+                for name, attempt, moved, flop in _timed(shape, dtype):
+                    seconds = _seconds(attempt)
+                    rows.append(
+                        {
+                            "operation": name,
+                            "shape": shape.name,
+                            "dtype": _TYPES[dtype],
+                            "ms": seconds * 1e3,
+                            "bytes_per_second": moved / seconds,
+                            "flop_per_second": flop / seconds,
+                            "share_of_copy": moved / seconds / copy,
+                            "share_of_product": flop / seconds / product,
+                        }
+                    )
+            except (RuntimeError, triton.TritonError) as error:  # what was measured before is worth having
+                failed.append(f"{name}, {shape.name}, {_TYPES[dtype]}: {' '.join(str(error).split())[:200]}")
     # The biggest gap first: how far from the nearer of the two bounds.
     rows.sort(key=lambda row: max(row["share_of_copy"], row["share_of_product"]))
-    return {"ceilings": ceilings, "rows": rows}
+    names = ("copy_bytes_per_second", "product_flop_per_second")
+    named = {_TYPES[dtype]: dict(zip(names, pair, strict=True)) for dtype, pair in ceilings.items()}
+    return {"ceilings": named, "rows": rows, "failed_kernels": failed}
+
+
+def _ceilings(dtype: torch.dtype, size: int) -> tuple[float, float]:
+    """Bytes per second of a plain copy and FLOP per second of a plain product."""
+    square = torch.randn(size, size, device="cuda").to(dtype)
+    with _tf32():
+        copy = 2 * square.numel() * square.element_size() / _seconds(square.clone)
+        return copy, 2 * size**3 / _seconds(lambda: square @ square)
 
 
 def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any], float, float]]:
@@ -179,8 +188,12 @@ def _seconds(attempt: Callable[[], Any]) -> float:
 @contextmanager
 def _tf32() -> Iterator[None]:
     """The kernels multiply float32 as PyTorch's convolutions do, in TF32: so shall the product beside them."""
-    with mock.patch.object(torch.backends.cuda.matmul, "fp32_precision", "tf32"):
+    matmul = torch.backends.cuda.matmul  # has no attributes that could be deleted, which `mock.patch` would try
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
         yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _launched(shape: Shape, kind: str) -> list[tuple[Any, tuple, tiles.Tile]]:

@@ -18,7 +18,7 @@ import torch
 from operands import Operands, slice_of_channels, weight_for
 from torch.nn import functional as F
 
-from efficient_densenet import backends, densenet_cifar, ops
+from efficient_densenet import DenseNet, backends, densenet_cifar, ops
 from efficient_densenet.ops import eager, reference
 from efficient_densenet.ops import triton as kernels
 
@@ -57,7 +57,8 @@ def test_kernels_compile_without_spilling(sm, monkeypatch, tmp_path):
     assert not [r for r in found if r["spilled_bytes"]], gpu_kernels.table(found)
     # What the smallest device covered has.
     assert all(r["shared_bytes"] <= 99 << 10 for r in found), gpu_kernels.table(found)
-    assert all(r["tensor_cores"] for r in found if r["kernel"] in ("norm_relu_conv_kernel", "grad_x_kernel"))
+    products = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel")
+    assert all(r["tensor_cores"] for r in found if r["kernel"] in products)
 
 
 def test_one_compiled_kernel_for_all_layers(monkeypatch):
@@ -86,6 +87,12 @@ def close(actual, expected, tolerance):
 def precise(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """cuDNN, which has the network's first convolution, may add up in any order otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 def poisoned(shape, dtype):
@@ -209,6 +216,49 @@ def test_gpu_training_step_against_float64():
 
 
 @gpu
+@pytest.mark.parametrize("keep", ["bottleneck", "features", "inputs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpu_autocast_training_step_with_a_stem(dtype, keep):
+    """In half precision, as near to float64 as the ordinary network."""
+    torch.manual_seed(0)
+    options = {"growth_rate": 12, "block_config": (2, 3), "num_init_features": 24, "bn_size": 4, "num_classes": 10}
+    ordinary = DenseNet(input_size=64, **options).cuda()
+    efficient = DenseNet(input_size=64, **options, efficient=True, keep=keep).cuda()
+    efficient.load_state_dict(ordinary.state_dict())
+    images, labels = torch.randn(8, 3, 64, 64, device="cuda"), torch.arange(8, device="cuda")
+    # All together: the gradient of the stem's scale is zero, which the norms behind it take out again.
+    exact = torch.cat([g.flatten() for g in gradients(copy.deepcopy(ordinary).double(), images.double(), labels)[1:]])
+    errors = []
+    for network in (ordinary, efficient):
+        with torch.autocast("cuda", dtype):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        found = torch.cat([p.grad.double().flatten() for p in network.parameters()])
+        errors.append(((found - exact).norm() / exact.norm()).item())
+    assert errors[1] <= 1.5 * errors[0]
+
+
+@gpu
+def test_gpu_more_values_than_32_bits_count():
+    """The last image of a large batch comes out as it does alone."""
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of the GPU's memory")
+    torch.manual_seed(0)
+    x = torch.zeros(1025, 512, 512, 16, dtype=torch.float16, device="cuda")
+    x[-1].normal_()
+    assert x.numel() > 2**32
+    scale, shift, mean = torch.randn(3, 16, device="cuda").unbind()
+    weight, results = torch.randn(16, 16, 3, 3, device="cuda").half(), []
+    for batch in (x, x[-1:].clone()):
+        out, grad_x = torch.empty_like(batch), torch.empty_like(batch)
+        kernels.norm_relu_conv(batch, scale, shift, weight, out)
+        kernels.norm_relu_conv_backward(batch, batch, scale, shift, mean, weight, grad_x, False, need_weight=False)
+        kernels.finish(grad_x, batch, mean, scale, shift, grad_x)
+        results.append((out[-1].clone(), grad_x[-1].clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@gpu
 def test_gpu_network_runs_on_the_kernels(monkeypatch):
     _, efficient, images, labels = networks()
     for name in ("norm_relu_conv", "norm_relu_conv_backward", "statistics", "finish"):
@@ -225,6 +275,7 @@ def test_gpu_compiles_without_graph_breaks():
 
 
 @gpu
+@pytest.mark.usefixtures("deterministic")
 def test_gpu_graph_of_a_training_step():
     """Captured once and replayed on other images, it computes what the uncaptured step does."""
     _, efficient, images, labels = networks()
@@ -268,6 +319,7 @@ def test_gpu_graph_of_a_training_step():
 
 
 @gpu
+@pytest.mark.usefixtures("deterministic")
 def test_gpu_streams_side_by_side():
     _, efficient, images, labels = networks()
     expected = gradients(efficient, images, labels)
@@ -318,12 +370,22 @@ def test_the_benchmark_needs_a_gpu_and_says_so(monkeypatch, capsys):
     assert "there is no GPU" in capsys.readouterr().err
 
 
+def test_the_product_beside_the_kernels_is_in_tf32_and_nothing_after_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
+    import gpu_kernels
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    with gpu_kernels._tf32():
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
 def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
-    """With an answer in place of each process: every section, in the order of its worth, compiled ones last."""
+    """With an answer in place of each process: every section, in the order of its worth; kept as it comes."""
     monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
     import gpu as benchmark
 
-    asked = []
+    asked, kept = [], {}
 
     class Clock:
         def ask(self, job, request):
@@ -338,7 +400,8 @@ def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
             times = {"forward_ms": None, "backward_ms": None, "step_ms": 2.0}
             return times | {"batch": job["batch"], "images_per_second": 1.0, "peak_bytes": 1e9}
 
-    found = benchmark.measure(list(benchmark.SECTIONS), Clock(), quick=False)
+    found = benchmark.measure(list(benchmark.SECTIONS), Clock(), False, kept.__setitem__)
+    assert kept == found
     assert asked[-1] == "compiled, max-autotune" and asked[0] == "kernels"
     assert [r["batch"] for r in found["DenseNet-264"] if "batch" in r] == [95] * 7
     table = benchmark.table({name: {"records": records} for name, records in found.items()})

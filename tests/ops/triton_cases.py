@@ -7,6 +7,7 @@ say, one program after another; it proves indices, masks and formulas, and nothi
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,41 @@ def test_weight_gradient_left_out():
 def test_weight_gradients_of_few_and_many_parts(programs, monkeypatch):
     monkeypatch.setattr(tiles, "_PROGRAMS", programs)
     check_conv((9, (9, 11), 13), torch.float32, 5, 3)
+
+
+def test_infinity_of_half_precision_stays_inside():
+    """A shift that half precision cannot hold, though the sum can: nothing outside the image may be made of it."""
+    torch.manual_seed(0)
+    x = (300 + torch.randint(4, (3, 5, 7, 4)) / 4).half()
+    scale, mean = torch.full((4,), -400.0), torch.full((4,), 300.0)
+    arguments = x, scale, -400 * -301 * torch.ones(4)
+    weight, grad_out = weight_for(x, 3, 3), torch.randn(3, 5, 7, 3).half()
+    out, grad_x = torch.empty(3, 5, 7, 3).half(), torch.empty_like(x)
+    found = ops.norm_relu_conv(*arguments, weight, out, want_statistics=True)
+    found = [out, *found, grad_x, *ops.norm_relu_conv_backward(grad_out, *arguments, mean, weight, grad_x, False)]
+    assert all(t.isfinite().all() for t in found)
+
+
+def test_tuning_leaves_results_alone(monkeypatch):
+    """Every attempt runs, also of what adds to the gradient; the best is remembered, also while a graph is captured."""
+    tried, capturing = [], False
+
+    def milliseconds(attempt, tile):
+        attempt(tile)
+        tried.append(tile)
+        return -tile.rows
+
+    monkeypatch.setattr(tiles, "AUTOTUNE", True)
+    monkeypatch.setattr(tiles, "_found", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(tiles, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tiles, "_around", lambda tile: [tile, replace(tile, rows=32), replace(tile, rows=16, depth=16)])
+    check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
+    assert len(tried) == 9  # the second forward pass knows
+    capturing = True
+    check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
+    check_conv((2, (5, 7), 13), torch.float32, 6, 1)
+    assert len(tried) == 9 and [tile.rows for tile in tiles._found.values()] == [128, 128, 64]
 
 
 def test_not_a_number_is_passed_on():

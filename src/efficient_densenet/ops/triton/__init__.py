@@ -9,6 +9,7 @@ No part is handed to cuDNN so far; `tiles.BY_PYTORCH` is the place to say so, an
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from math import prod
@@ -144,6 +145,7 @@ def _vectors(*vectors: Tensor) -> Any:
     return [v.to(torch.float32).contiguous() for v in vectors]
 
 
+@functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in _TYPES:
         return f"there are none for {dtype}"

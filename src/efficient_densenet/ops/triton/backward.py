@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import prod
 
 import torch
@@ -59,9 +58,9 @@ def grad_x_kernel(
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     steps = tl.cdiv(outputs, DEPTH)
     for step in range(TAPS * steps):
-        output = (step % steps) * DEPTH + tl.arange(0, DEPTH)
+        tap = step // steps if TAPS > 1 else 0
+        output = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
         output_mask = output < outputs
-        tap = step // steps
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d - dd, h - dh, w - dw, depth, height, width, TD, TH, TW)
@@ -145,9 +144,10 @@ def grad_weight_kernel(
             )  # fmt: skip
             valid = tl.max_constancy(valid, [1, VEC])
         dy = tl.load(grad_out + row.to(tl.int64)[:, None] * grad_out_stride + column[None, :], mask=valid, other=0.0)
-        first = first_of_pool(row, depth, height, width, PD, PH, PW)
+        # Where dy is zero, x is that of some row.
+        first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
         s = rectified_rows(
-            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width, PD, PH, PW, DTYPE
+            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width, PD, PH, PW, False, DTYPE
         )  # fmt: skip
         total = tl.dot(tl.trans(dy), s, total, input_precision=PRECISION)
     tl.store(
@@ -199,15 +199,15 @@ def norm_relu_conv_backward(
     if not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     product = Product(grad_out, x, scale, shift, weight, pool)
-    attempt = partial(product.grad_x, mean, grad_x, accumulate)
-    scratch = partial(product.grad_x, mean, torch.empty_like(grad_x), accumulate) if tiles.AUTOTUNE else attempt
-    g, g_centred = attempt(
-        tiles.tuned(tiles.grad_x(x, product.outputs, prod(product.taps)), product.kind("grad_x"), scratch)
-    )
+    shape = x, product.outputs, product.taps, pool
+    tile = tiles.grad_x(x, product.outputs, prod(product.taps))
+    tile = tiles.tuned(tile, lambda tile: product.grad_x(mean, torch.empty_like(x), accumulate, tile), "grad_x", *shape)
+    g, g_centred = product.grad_x(mean, grad_x, accumulate, tile)
     if not need_weight:
         return None, g, g_centred
-    default = tiles.grad_weight(x, product.outputs, prod(product.taps))
-    return product.grad_weight(tiles.tuned(default, product.kind("grad_weight"), product.grad_weight)), g, g_centred
+    tile = tiles.grad_weight(x, product.outputs, prod(product.taps))
+    tile = tiles.tuned(tile, product.grad_weight, "grad_weight", *shape)
+    return product.grad_weight(tile), g, g_centred
 
 
 class Product:
@@ -223,9 +223,6 @@ class Product:
         self.windows = *self.taps, *launch.cube([pool] * (x.dim() - 2))
         self.volume = launch.cube(x.shape[1:-1])
 
-    def kind(self, name: str) -> tuple:
-        return tiles.kind(name, self.x, self.outputs, self.taps, self.pool)
-
     def _divided(self, *further: int) -> tuple[int, list[int]]:
         """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""
         sizes = self.grad_out_stride, self.x_stride, self.channels, self.outputs, *further
@@ -235,11 +232,11 @@ class Product:
     def grad_x(self, mean: Tensor, grad_x: Tensor, accumulate: bool, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
         """Write or add to `grad_x`; return the two sums."""
         grad_x, grad_x_stride = launch.matrix(grad_x)
-        blocks = triton.cdiv(self.rows, tile.rows)
+        blocks = launch.ceil_div(self.rows, tile.rows)
         sums = moments_of(self.x, blocks)
         vec, (grad_out_stride, x_stride, channels, outputs, grad_x_stride) = self._divided(grad_x_stride)
         launch.run(
-            grad_x_kernel, blocks * triton.cdiv(self.channels, tile.columns), tile,
+            grad_x_kernel, blocks * launch.ceil_div(self.channels, tile.columns), tile,
             self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, mean,
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
             self.rows, blocks, *self.volume, channels, outputs,
@@ -250,9 +247,9 @@ class Product:
     def grad_weight(self, tile: tiles.Tile) -> Tensor:
         """In the weight's own type and layout."""
         lines = prod(self.taps) * self.outputs
-        products = triton.cdiv(lines, tile.rows) * triton.cdiv(self.channels, tile.columns)
+        products = launch.ceil_div(lines, tile.rows) * launch.ceil_div(self.channels, tile.columns)
         rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth)
-        number = triton.cdiv(self.rows, rows_per_part)
+        number = launch.ceil_div(self.rows, rows_per_part)
         parts = self.scale.new_empty((number, lines, self.channels))
         vec, (grad_out_stride, x_stride, channels, outputs) = self._divided()
         launch.run(
@@ -263,7 +260,7 @@ class Product:
         )  # fmt: skip
         result = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
         launch.run(
-            sum_parts_kernel, triton.cdiv(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
+            sum_parts_kernel, launch.ceil_div(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
             parts, result, *result.flatten(2).stride(), number, prod(self.taps), self.outputs, self.channels,
         )  # fmt: skip
         return result if self.weight.is_contiguous() else torch.empty_like(self.weight).copy_(result)

@@ -40,14 +40,15 @@ def norm_relu_conv_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     output = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     row_mask, output_mask = row < rows, output < outputs
-    first = first_of_pool(row, depth, height, width, PD, PH, PW)
+    # Rows behind the last repeat it: what becomes of them is not stored.
+    first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
     if TAPS > 1:
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     steps = tl.cdiv(channels, DEPTH)
     for step in range(TAPS * steps):
-        channel = (step % steps) * DEPTH + tl.arange(0, DEPTH)
-        tap = step // steps
+        tap = step // steps if TAPS > 1 else 0
+        channel = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)
@@ -55,7 +56,7 @@ def norm_relu_conv_kernel(
         else:
             valid, at = row_mask, first
         s = rectified_rows(
-            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, DTYPE
+            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, TAPS > 1, DTYPE
         )  # fmt: skip
         w_tile = tl.load(
             weight + output[None, :] * (TAPS * channels) + tap * channels + channel[:, None],
@@ -85,11 +86,11 @@ def norm_relu_conv(
 
     def attempt(tile: tiles.Tile) -> Statistics | None:
         rows, channels = out.numel() // outputs, x.shape[-1]
-        blocks = triton.cdiv(rows, tile.rows)
+        blocks = launch.ceil_div(rows, tile.rows)
         moments = moments_of(out, blocks) if want_statistics else scale
         vec = launch.common_divisor(x, x_stride, channels, out_stride, outputs)
         launch.run(
-            norm_relu_conv_kernel, blocks * triton.cdiv(outputs, tile.columns), tile,
+            norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
             x, x_stride // vec, scale, shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
             *taps, *launch.cube([pool] * (x.dim() - 2)),
@@ -97,5 +98,4 @@ def norm_relu_conv(
         )  # fmt: skip
         return merged(moments, rows, tile.rows) if want_statistics else None
 
-    key = tiles.kind("forward", x, outputs, taps, pool)
-    return attempt(tiles.tuned(tiles.forward(x, outputs, pool), key, attempt))
+    return attempt(tiles.tuned(tiles.forward(x, outputs, pool), attempt, "forward", x, outputs, taps, pool))

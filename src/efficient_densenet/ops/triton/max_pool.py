@@ -95,8 +95,9 @@ def max_pool_backward_kernel(
         at = (((image * pd + (d - dd) // 2) * ph + (h - dh) // 2) * pw + (w - dw) // 2).to(tl.int64)[:, None]
         valid = (row_mask & even)[:, None] & channel_mask[None, :]
         taps = tl.load(taken + at * channels + channel[None, :], mask=valid, other=255)
-        hit = valid & (taps.to(tl.int32) == tap)
-        g += tl.load(grad_out + at * grad_out_stride + channel[None, :], mask=hit, other=0.0).to(tl.float32)
+        # Loaded whole, for a mask value by value would make narrow loads.
+        dy = tl.load(grad_out + at * grad_out_stride + channel[None, :], mask=valid, other=0.0).to(tl.float32)
+        g += tl.where(taps.to(tl.int32) == tap, dy, 0.0)
     a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
     b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
     mu = tl.load(mean + channel, mask=channel_mask, other=0.0)[None, :]
@@ -124,10 +125,10 @@ def norm_relu_max_pool_backward(
     grad_x, grad_x_stride = launch.matrix(grad_x)
     channels = x.shape[-1]
     rows, tile = x.numel() // channels, tiles.elementwise(channels, 2048)
-    sums = moments_of(x, triton.cdiv(rows, tile.rows))
+    sums = moments_of(x, launch.ceil_div(rows, tile.rows))
     vec = launch.common_divisor(x, x_stride, grad_x_stride, grad_out_stride, channels)
     launch.run(
-        max_pool_backward_kernel, sums.shape[2] * triton.cdiv(channels, tile.columns), tile,
+        max_pool_backward_kernel, sums.shape[2] * launch.ceil_div(channels, tile.columns), tile,
         grad_out, grad_out_stride // vec, taken, x, x_stride // vec, scale, shift, mean,
         grad_x, grad_x_stride // vec, sums,
         rows, sums.shape[2], *launch.cube(x.shape[1:-1]), channels // vec, *_taps(x), vec,
@@ -143,7 +144,7 @@ def _pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None, taken: Te
     rows, tile = places.numel() // channels, tiles.elementwise(channels, 2048)
     vec = launch.common_divisor(x, x_stride, target_stride, channels)
     launch.run(
-        max_pool_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(channels, tile.columns), tile,
+        max_pool_kernel, launch.ceil_div(rows, tile.rows) * launch.ceil_div(channels, tile.columns), tile,
         x, x_stride // vec, scale, shift, target, target_stride // vec, places,
         rows, *launch.cube(x.shape[1:-1]), channels // vec, *_taps(x), taken is not None, vec,
     )  # fmt: skip

@@ -149,10 +149,10 @@ def statistics(x: Tensor) -> Statistics:
     x, stride = launch.matrix(x)
     channels = x.shape[-1]
     rows, tile = x.numel() // channels, tiles.elementwise(channels)
-    moments = moments_of(x, triton.cdiv(rows, tile.rows))
+    moments = moments_of(x, launch.ceil_div(rows, tile.rows))
     vec = launch.common_divisor(x, stride, channels)
     launch.run(
-        moments_kernel, moments.shape[2] * triton.cdiv(channels, tile.columns), tile,
+        moments_kernel, moments.shape[2] * launch.ceil_div(channels, tile.columns), tile,
         x, stride // vec, moments, rows, moments.shape[2], channels // vec, vec,
     )  # fmt: skip
     return merged(moments, rows, tile.rows)
@@ -167,7 +167,7 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
     rows, tile = x.numel() // channels, tiles.elementwise(channels)
     vec = launch.common_divisor(x, grad_stride, x_stride, out_stride, channels)
     launch.run(
-        finish_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(channels, tile.columns), tile,
+        finish_kernel, launch.ceil_div(rows, tile.rows) * launch.ceil_div(channels, tile.columns), tile,
         grad, grad_stride // vec, x, x_stride // vec, mean, constant, slope, out, out_stride // vec,
         rows, channels // vec, vec,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def first_of_pool(rows, depth, height, width, PD: tl.constexpr, PH: tl.constexpr
 
 
 @triton.jit
-def within_pool(p: tl.constexpr, height, width, PH: tl.constexpr, PW: tl.constexpr):
+def within_pool(p, height, width, PH: tl.constexpr, PW: tl.constexpr):
     """How many rows pixel number `p` of a pool's window lies behind the first."""
     return ((p // (PH * PW)) * height + (p // PW) % PH) * width + p % PW
 
@@ -70,21 +70,26 @@ def within_pool(p: tl.constexpr, height, width, PH: tl.constexpr, PW: tl.constex
 @triton.jit
 def rectified_rows(
     x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DTYPE: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``average_pool(relu(scale·x + shift))`` of a tile of rows and channels, zero outside of it."""
-    channel_mask = channel < channels
-    a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
-    b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
-    mask = row_mask[:, None] & channel_mask[None, :]
-    start = x + first.to(tl.int64)[:, None] * x_stride + channel[None, :]
+    """``average_pool(relu(scale·x + shift))`` of a tile of rows and channels, zero in channels that there are not.
+
+    Rows must exist; with `PADDED` only those in the mask must, and the others are zero. Without need no mask: it is as
+    much work as the rectifier, and keeps the result from going straight to the tensor cores.
+    """
+    mask = (channel < channels)[None, :]
+    a = tl.load(scale + channel, mask=channel < channels, other=0.0)[None, :]
+    b = tl.load(shift + channel, mask=channel < channels, other=0.0)[None, :]
+    if PADDED:
+        mask &= row_mask[:, None]
+        b = tl.where(row_mask[:, None], b, 0.0)  # where x is read as zero
+    at = x + first.to(tl.int64)[:, None] * x_stride + channel[None, :]
     if PD * PH * PW == 1:
-        s = rectified(tl.load(start, mask=mask, other=0.0), a, b, DTYPE)
+        return rectified(tl.load(at, mask=mask, other=0.0), a, b, DTYPE)
     else:
-        total = tl.zeros(mask.shape, dtype=tl.float32)
+        total = tl.zeros(at.shape, dtype=tl.float32)
         for p in tl.static_range(PD * PH * PW):
             behind = within_pool(p, height, width, PH, PW)
-            values = tl.load(start + behind.to(tl.int64) * x_stride, mask=mask, other=0.0)
+            values = tl.load(at + behind.to(tl.int64) * x_stride, mask=mask, other=0.0)
             total += rectified(values, a, b, DTYPE).to(tl.float32)
-        s = (total * (1.0 / (PD * PH * PW))).to(DTYPE)
-    return tl.where(row_mask[:, None], s, 0.0)
+        return (total * (1.0 / (PD * PH * PW))).to(DTYPE)

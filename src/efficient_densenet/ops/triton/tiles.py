@@ -98,21 +98,25 @@ def rows_per_part(rows: int, products: int, depth: int) -> int:
     return max(8, ceil(rows / parts / depth)) * depth
 
 
-def tuned(default: Tile, key: tuple, attempt: Callable[[Tile], Any]) -> Tile:
-    """`default`, or where tuning is on the fastest of the tiles around it for shapes like `key`."""
-    if not AUTOTUNE or torch.cuda.is_current_stream_capturing():
+def tuned(
+    default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, outputs: int, taps: Sequence[int], pool: int
+) -> Tile:
+    """`default`, or where tuning is on the fastest of the tiles around it for such shapes.
+
+    Shapes are told apart by their size and channels in powers of two. While a CUDA graph is captured nothing is timed,
+    but what was found before is used. `attempt` runs many times: it must not add to a result.
+    """
+    if not AUTOTUNE:
         return default
+    key = name, x.device, precision(x), x.dtype, x.numel().bit_length(), x.shape[-1].bit_length(), outputs, *taps, pool
     if key not in _found:
+        if torch.cuda.is_current_stream_capturing():
+            return default
         _found[key] = min(_around(default), key=lambda tile: _milliseconds(attempt, tile))
     return _found[key]
 
 
 _found: dict[tuple, Tile] = {}
-
-
-def kind(name: str, x: Tensor, outputs: int, taps: Sequence[int], pool: int) -> tuple:
-    """What a tuned tile is remembered by: the shape, with its size and channels in powers of two."""
-    return name, x.device, x.dtype, x.numel().bit_length(), x.shape[-1].bit_length(), outputs, *taps, pool
 
 
 def _around(tile: Tile) -> list[Tile]:
