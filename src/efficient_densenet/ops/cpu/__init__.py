@@ -12,6 +12,7 @@ Bytes moved per value of the prefix: forward reads x; backward reads x and D and
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from math import prod
 from typing import Any
 
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
+from efficient_densenet.ops.cpu.library import TYPES as _TYPES
 from efficient_densenet.ops.cpu.library import load
 from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
 norm_relu_max_pool = eager.norm_relu_max_pool
 norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 def supports(x: Tensor) -> bool:
@@ -38,16 +39,14 @@ def norm_relu_conv(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
 ) -> Statistics | None:
     moments = _no_moments(out) if want_statistics else None
-    if _has_own_product(x, weight, pool):
-        load().kernels.convolve(
-            _TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
-            None if moments is None else moments.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return None if moments is None else _statistics(out, moments)
-    rows = 0
-    for images, scratch in pieces(x):
-        y = convolve(_prologue(x[images], scale, shift, pool, scratch), weight)
-        rows = _copy_moments(y, out[images], moments, rows)
+    if not _has_own_product(x, weight, pool) or not load().kernels.convolve(
+        _TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
+        None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+    ):  # fmt: skip
+        rows = 0
+        for images, scratch in pieces(x):
+            y = convolve(_prologue(x[images], scale, shift, pool, scratch), weight)
+            rows = _copy_moments(y, out[images], moments, rows)
     return _statistics(out, moments) if moments is not None else None
 
 
@@ -63,17 +62,52 @@ def norm_relu_conv_backward(
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    grad_weight = None
     sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    grad_weight = None
+    done = _Done.NOTHING
     if _has_own_product(x, weight, pool):
         grad_weight = torch.empty_like(weight) if need_weight else None
-        load().kernels.convolve_backward(
-            _TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift, mean),
-            *_matrix(grad_x), accumulate, None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(),
-            torch.get_num_threads(),
+        done = load().kernels.convolve_backward(
+            _TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
+            *_constants(scale, shift, mean), *_matrix(grad_x), accumulate,
+            None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        g_sum, g_centred = sums.to(scale.dtype)
-        return grad_weight, g_sum, g_centred
+    if done == _Done.NOTHING:
+        grad_weight = _backward_in_passes(
+            grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight, sums
+        )
+    elif done == _Done.ALL_BUT_WEIGHT:
+        elsewhere = torch.empty_like(grad_x)
+        grad_weight = _backward_in_passes(
+            grad_out, x, scale, shift, mean, weight, elsewhere, False, pool, need_weight, sums.clone()
+        )
+    g_sum, g_centred = sums.to(scale.dtype)
+    return grad_weight, g_sum, g_centred
+
+
+class _Done(IntEnum):
+    """What the kernel for a whole backward pass has done: infinite and undefined values it leaves to PyTorch."""
+
+    NOTHING = 0
+    ALL_BUT_WEIGHT = 1
+    ALL = 2
+
+
+def _backward_in_passes(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    pool: int,
+    need_weight: bool,
+    sums: Tensor,
+) -> Tensor | None:
+    """PyTorch's convolution between the passes; the sums go to `sums`."""
+    grad_weight = None
     if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     for images, scratch in pieces(x):
@@ -84,8 +118,7 @@ def norm_relu_conv_backward(
             gw = gw.to(scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, scale, shift, mean, grad_x[images], accumulate, pool, sums)
-    g_sum, g_centred = sums.to(scale.dtype)
-    return _like(grad_weight, weight) if need_weight else None, g_sum, g_centred
+    return _like(grad_weight, weight) if need_weight else None
 
 
 def statistics(x: Tensor) -> Statistics:
@@ -104,15 +137,16 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
 
 
 def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
-    """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images, in float32, with AVX-512.
+    """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
 
-    Measured on two cores (`benchmarks/cpu.py`), it takes 0.65 to 0.9 of the time of oneDNN and the passes around it.
+    Measured on two cores (`benchmarks/cpu.py`), it takes half to nine tenths of the time of oneDNN and the passes
+    around it.
     """
-    if pool != 1 or x.dtype not in (torch.float32, torch.bfloat16) or not x.shape[0] or not load().convolves:
+    if pool != 1 or x.dtype not in load().convolves or not x.shape[0]:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
-    return dense and (prod(kernel) == 1 or kernel == (3, 3))
+    return dense and (prod(kernel) == 1 or (kernel == (3, 3) and bool(load().kernels.suits(*x.shape[1:3]))))
 
 
 def _sizes(x: Tensor, weight: Tensor) -> Any:

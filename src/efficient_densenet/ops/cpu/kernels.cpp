@@ -7,7 +7,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#include <immintrin.h>
+#else
+#define X86 0
+#endif
 
 namespace {
 
@@ -15,6 +22,9 @@ using Index = std::int64_t;
 
 struct bf16 {
   std::uint16_t bits;
+};
+struct pair {
+  bf16 first, second;
 };
 
 // A matrix of channels-last values: rows `ld` values apart.
@@ -43,6 +53,9 @@ template <class E> struct Weight {
   const E *data;
   Index out, in, taps, out_stride, in_stride, tap_stride;
 };
+
+// What a backward pass has done: infinite or undefined values are not for every kernel.
+enum Backward { kNothingDone = 0, kNoWeight = 1, kDone = 2 }; // kNoWeight: all but the gradient of the weight
 
 // ---- threads ----------------------------------------------------------------------------------------------------
 
@@ -105,18 +118,14 @@ constexpr Index kTile = 8;
 
 // ---- the loops, once for each instruction set -------------------------------------------------------------------
 
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#else
-#define X86 0
-#endif
+#define PAIRS 0
 
 namespace baseline {
 constexpr int kVectorBytes = 16;
 #include "loops.h"
 #if !X86
 #include "products.h"
+#include "pointwise.h"
 #include "winograd.h"
 #endif
 } // namespace baseline
@@ -144,8 +153,26 @@ namespace avx512 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
 #include "products.h"
+#include "pointwise.h"
 #include "winograd.h"
 } // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+#undef PAIRS
+#define PAIRS 1
+namespace avx512_bf16 {
+constexpr int kVectorBytes = 64;
+#include "loops.h"
+#include "products.h"
+#include "pointwise.h"
+#include "winograd.h"
+} // namespace avx512_bf16
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -157,7 +184,7 @@ constexpr int kVectorBytes = 64;
 
 namespace {
 
-enum Instructions { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Instructions { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum Type { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2 };
 
 int instructions = kBaseline;
@@ -166,7 +193,7 @@ int best_instructions() {
 #if X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return kAvx2;
 #endif
@@ -177,11 +204,14 @@ int best_instructions() {
 
 #if X86
 #define FOR_TYPE(E, function, ...)                                                                                     \
-  (instructions == kAvx512 ? avx512::function<E>(__VA_ARGS__)                                                          \
+  (instructions >= kAvx512  ? avx512::function<E>(__VA_ARGS__)                                                         \
    : instructions == kAvx2 ? avx2::function<E>(__VA_ARGS__)                                                            \
                            : baseline::function<E>(__VA_ARGS__))
+#define FOR_BF16(E, function, ...)                                                                                     \
+  (instructions == kAvx512Bf16 ? avx512_bf16::function<E>(__VA_ARGS__) : FOR_TYPE(E, function, __VA_ARGS__))
 #else
 #define FOR_TYPE(E, function, ...) baseline::function<E>(__VA_ARGS__)
+#define FOR_BF16 FOR_TYPE
 #endif
 
 // `E` is the element type in the arguments of the call.
@@ -199,7 +229,7 @@ int best_instructions() {
   }                                                                                                                    \
   default: {                                                                                                           \
     using E = bf16;                                                                                                    \
-    FOR_TYPE(E, function, __VA_ARGS__);                                                                                \
+    FOR_BF16(E, function, __VA_ARGS__);                                                                                \
   }                                                                                                                    \
   }
 
@@ -224,13 +254,17 @@ EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
   return instructions;
 }
 
-// Whether `ed_convolve` and `ed_convolve_backward` are for this processor, where they were measured to win.
-EXPORT int ed_convolves() { return X86 && instructions == kAvx512; }
+// Whether `ed_convolve` and `ed_convolve_backward` are for this processor and type, where they were measured to win.
+EXPORT int ed_convolves(int type) {
+  return X86 && ((type == kFloat32 && instructions >= kAvx512) || (type == kBfloat16 && instructions >= kAvx512Bf16));
+}
 
 #if X86
 namespace products = avx512;
+namespace bf16_products = avx512_bf16;
 #else
 namespace products = baseline;
+namespace bf16_products = baseline;
 #endif
 
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
@@ -238,32 +272,35 @@ template <class E> static Weight<E> weight_of(const void *data, const Index *siz
   return {static_cast<const E *>(data), sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
 }
 
-// Products are there in single precision and in bfloat16.
-#define DISPATCH_PRODUCT(type, ...)                                                                                    \
+#define DISPATCH_PRODUCT(type, function)                                                                               \
   if (type == kFloat32) {                                                                                              \
     using E = float;                                                                                                   \
-    __VA_ARGS__;                                                                                                       \
+    return products::function;                                                                                         \
   } else {                                                                                                             \
     using E = bf16;                                                                                                    \
-    __VA_ARGS__;                                                                                                       \
+    return bf16_products::function;                                                                                    \
   }
 
-// out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`.
+// Whether a 3×3 convolution over images of this size gains anything here.
+EXPORT int ed_suits(Index height, Index width) { return products::suits_winograd(height, width); }
+
+// out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`. Returns 0, and
+// nothing of use is done, where with a window of 3 a result is not finite.
 // `sizes`: images, height, width, window; output and input channels of the weight, and its strides for them and for taps.
-EXPORT void ed_convolve(int type, void *x, Index ldx, const Index *sizes, const void *weight, const float *scale,
+EXPORT int ed_convolve(int type, void *x, Index ldx, const Index *sizes, const void *weight, const float *scale,
                         const float *shift, void *out, Index ldo, double *moments, int threads) {
-  DISPATCH_PRODUCT(type, products::convolve<E>(matrix<E>(x, ldx), grid_of(sizes), weight_of<E>(weight, sizes), scale,
-                                               shift, matrix<E>(out, ldo), moments, threads))
+  DISPATCH_PRODUCT(type, convolve<E>(matrix<E>(x, ldx), grid_of(sizes), weight_of<E>(weight, sizes), scale, shift,
+                                     matrix<E>(out, ldo), moments, threads))
 }
 
 // Its backward pass: grad_x (+)= scale·g, with g the gradient at the rectifier's input; sums as in `ed_accumulate`; and
-// the gradient of the weight, in its memory format, unless that is null.
-EXPORT void ed_convolve_backward(int type, void *grad, Index ldgrad, void *x, Index ldx, const Index *sizes,
+// the gradient of the weight, in its memory format, unless that is null. Returns a `Backward`.
+EXPORT int ed_convolve_backward(int type, void *grad, Index ldgrad, void *x, Index ldx, const Index *sizes,
                                  const void *weight, const float *scale, const float *shift, const float *mean,
                                  void *grad_x, Index ldg, int add, void *grad_weight, double *sums, int threads) {
-  DISPATCH_PRODUCT(type, (add ? products::convolve_backward<E, true> : products::convolve_backward<E, false>)(
-                             matrix<E>(grad, ldgrad), matrix<E>(x, ldx), grid_of(sizes), weight_of<E>(weight, sizes),
-                             scale, shift, mean, matrix<E>(grad_x, ldg), static_cast<E *>(grad_weight), sums, threads))
+  DISPATCH_PRODUCT(type, convolve_backward<E>(matrix<E>(grad, ldgrad), matrix<E>(x, ldx), grid_of(sizes),
+                                              weight_of<E>(weight, sizes), scale, shift, mean, matrix<E>(grad_x, ldg),
+                                              add != 0, static_cast<E *>(grad_weight), sums, threads))
 }
 
 // out = relu(scale·x + shift); `out` has no gaps.

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-INSTRUCTIONS = {0: "baseline (SSE2 or NEON)", 1: "AVX2", 2: "AVX-512"}
+INSTRUCTIONS = {0: "baseline (SSE2 or NEON)", 1: "AVX2", 2: "AVX-512", 3: "AVX-512 with bfloat16"}
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _int, _index, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _rows = [_pointer, _index]  # a matrix: data, and values from row to row
 _SIGNATURES = {
     "convolve": [_int, *_rows, *[_pointer] * 4, *_rows, _pointer, _int],
     "convolve_backward": [_int, *_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
+    "suits": [_index, _index],
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
@@ -26,6 +28,7 @@ _SIGNATURES = {
     "accumulate_pool": [_int, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
     "finish": [_int, *_rows, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int],
 }  # fmt: skip
+_TELLING = ("suits", "convolve", "convolve_backward")
 
 
 class Loaded(NamedTuple):
@@ -33,7 +36,7 @@ class Loaded(NamedTuple):
 
     kernels: Any  # a ctypes.CDLL with the functions of `_SIGNATURES`
     description: str
-    convolves: bool = False  # whether there are products for this processor
+    convolves: frozenset[torch.dtype] = frozenset()  # for which types there are products on this processor
 
 
 @functools.cache
@@ -66,7 +69,7 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
     kernels = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         function = getattr(kernels, f"ed_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _int if name in _TELLING else None
         setattr(kernels, name, function)
     openmp = _running_openmp()
     functions: list[ctypes.c_void_p | None] = [None] * 3
@@ -75,7 +78,7 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
     kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
     chosen = INSTRUCTIONS[kernels.ed_start(*functions, instructions)]
-    convolves = bool(kernels.ed_convolves())
+    convolves = frozenset(dtype for dtype, number in TYPES.items() if kernels.ed_convolves(number))
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
     return Loaded(kernels, f"{path.name}, {chosen}, {threads}", convolves)
 

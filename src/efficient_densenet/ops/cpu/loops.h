@@ -33,6 +33,13 @@ template <int W> inline vector<float, W> load(const bf16 *p) {
 template <int W> inline void store(float *p, vector<float, W> v) { std::memcpy(p, &v, sizeof v); }
 template <int W> inline void store(double *p, vector<double, W> v) { std::memcpy(p, &v, sizeof v); }
 template <int W> inline void store(bf16 *p, vector<float, W> v) { // to the nearest, ties to even
+#if PAIRS
+  if constexpr (W == 16) {
+    auto half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   typename Vectors<float, W>::bits32 bits;
   std::memcpy(&bits, &v, sizeof v);
   typename Vectors<float, W>::bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -12,13 +12,41 @@
 // same with the window turned round. That of the window is the transpose: Gᵀ[Σ (A ∂y Aᵀ) ∘ (Bᵀ d B)]G. The factors ±1
 // and ½ keep the error of a sum in the size of the direct one's (tests compare both with double precision).
 //
-// An infinite or undefined value would spread over its tile: where one turns up, the caller takes the direct way.
+// An infinite or undefined value would spread over its tile: where one turns up, PyTorch's convolution has to do it.
 
 constexpr Index kPositions = 16;
 
-// Tiles of a unit: two lines of it for each line of tiles; beyond the edges of the image they see zeros.
-inline Index tiles_across(const Units &units) { return (units.width + 1) / 2; }
-inline Index tiles_of(const Units &units, Index lines) { return (lines + 1) / 2 * tiles_across(units); }
+// A unit of work is a few lines of tiles of one image: its lines of pixels in pairs. Beyond the edges of the image are
+// zeros, as wide as the window and the last tiles reach.
+struct Units {
+  Index height, width, across, lines, per_image, count, wide; // `wide`: pixels of a line in the scratch
+  explicit Units(const Grid &grid)
+      : height(grid.height), width(grid.width), across((width + 1) / 2), wide(2 * across + 2) {
+    Index wanted = across < 32 ? 32 / across * 2 : 2;
+    lines = wanted < height ? wanted : (height + 1) / 2 * 2;
+    per_image = (height + lines - 1) / lines;
+    count = grid.images * per_image;
+  }
+  Index tiles() const { return lines / 2 * across; }
+  Index scratch(Index stride) const { return (lines + 2) * wide * stride; }
+  // Channels of the prefix that are transformed at a time, so that all positions stay in the cache.
+  Index channels_at_a_time(Index channels) const {
+    Index most = 3072 / tiles();
+    most = most < kW ? kW : most > 96 ? 96 : most;
+    Index blocks = (channels + most - 1) / most;
+    return vectors_of((channels + blocks - 1) / blocks) * kW;
+  }
+};
+
+struct Unit {
+  Index image, first, lines, row, rows; // its image, first line, lines; its first row of the matrix, and its rows
+  Unit(const Units &units, Index i) : image(i / units.per_image), first(i % units.per_image * units.lines) {
+    lines = units.height - first < units.lines ? units.height - first : units.lines;
+    row = (image * units.height + first) * units.width;
+    rows = lines * units.width;
+  }
+  Index tiles(const Units &units) const { return (lines + 1) / 2 * units.across; }
+};
 
 // Values of a scratch: position by position, tile by tile, `stride` values for each.
 struct Positions {
@@ -28,24 +56,25 @@ struct Positions {
   Index size() const { return kPositions * distance; }
 };
 
-// Lines of a unit, and channels of the prefix that are transformed at a time, so that both stay in the cache.
-inline Units winograd_units(const Grid &grid) {
-  Units units(grid, 1);
-  Index across = tiles_across(units), rows = 32 / across;
-  units.cut(2 * (rows < 1 ? 1 : rows));
-  return units;
-}
-inline Index channels_at_a_time(const Units &units, Index channels) {
-  Index most = 3072 / tiles_of(units, units.lines);
-  most = most < kW ? kW : most > 96 ? 96 : most;
-  Index blocks = (channels + most - 1) / most;
-  return vectors_of((channels + blocks - 1) / blocks) * kW;
+// A unit and the border around it, `stride` values from pixel to pixel; fill(rows of x, pixels, to) makes a line of it.
+template <class E, class Fill>
+void with_border(const Units &units, const Unit &unit, Matrix<E> x, Index stride, float *to, const Fill &fill) {
+  Index line = units.wide * stride, behind = (units.width + 1) * stride;
+  for (Index y = unit.first - 1; y <= unit.first + (unit.lines + 1) / 2 * 2; ++y, to += line) {
+    if (y < 0 || y >= units.height) {
+      std::memset(to, 0, line * sizeof(float));
+      continue;
+    }
+    std::memset(to, 0, stride * sizeof(float));
+    fill(from_row(x, (unit.image * units.height + y) * units.width), units.width, to + stride);
+    std::memset(to + behind, 0, (line - behind) * sizeof(float));
+  }
 }
 
 // to = Bᵀ d B for the tiles of a unit, which lies with its border in a scratch, `stride` values from pixel to pixel.
 inline void transform_input(const Units &units, const Unit &unit, const float *from, Index stride, float *to,
                             Positions at) {
-  Index across = tiles_across(units), line = units.wide * stride;
+  Index across = units.across, line = units.wide * stride;
   for (Index y = 0; y < unit.lines; y += 2, from += 2 * line, to += across * at.stride)
     for (Index c = 0; c < stride; c += kW) {
       Vector d[4][4]; // four columns, transformed vertically
@@ -74,7 +103,7 @@ inline void transform_input(const Units &units, const Unit &unit, const float *f
 // to = A ∂y Aᵀ for the tiles of a unit; as above.
 inline void transform_gradient(const Units &units, const Unit &unit, const float *from, Index stride, float *to,
                                Positions at) {
-  Index across = tiles_across(units), line = units.wide * stride;
+  Index across = units.across, line = units.wide * stride;
   from += line + stride; // the first pixel inside of the border
   for (Index y = 0; y < unit.lines; y += 2, from += 2 * line, to += across * at.stride)
     for (Index c = 0; c < stride; c += kW)
@@ -141,6 +170,15 @@ template <class E> struct OutputTransform {
   }
 };
 
+// The window of one output for `n` channels, a vector each for its 9 taps; `tap` values from tap to tap.
+template <class E> inline void load_windows(const E *from, Index in_stride, Index tap, Index n, Vector (&g)[9]) {
+  float values[9][kW] = {};
+  for (Index i = 0; i < n; ++i)
+    for (Index t = 0; t < 9; ++t)
+      values[t][i] = value(from[i * in_stride + t * tap]);
+  std::memcpy(g, values, sizeof values);
+}
+
 // G g Gᵀ of every window, (positions, out, in); the windows turned round where `turned`.
 template <class E> std::vector<float> transformed(const Weight<E> &weight, bool turned, int threads) {
   std::vector<float> result(kPositions * weight.out * weight.in);
@@ -150,17 +188,20 @@ template <class E> std::vector<float> transformed(const Weight<E> &weight, bool 
   for_chunks(chunks, [&](int chunk) {
     Range range(weight.out, chunk, chunks);
     for (Index o = range.begin; o < range.end; ++o)
-      for (Index c = 0; c < weight.in; ++c) {
-        const E *g = weight.data + o * weight.out_stride + c * weight.in_stride + first;
-        float rows[4][3];
-        for (Index j = 0; j < 3; ++j) {
-          float g0 = value(g[j * tap]), g1 = value(g[(3 + j) * tap]), g2 = value(g[(6 + j) * tap]);
-          rows[0][j] = g0, rows[1][j] = (g0 + g1 + g2) / 2, rows[2][j] = (g0 - g1 + g2) / 2, rows[3][j] = g2;
+      for (Index c = 0; c < weight.in; c += kW) {
+        Index n = weight.in - c < kW ? weight.in - c : kW;
+        Vector g[9], rows[4][3];
+        load_windows(weight.data + o * weight.out_stride + c * weight.in_stride + first, weight.in_stride, tap, n, g);
+        for (int j = 0; j < 3; ++j) {
+          Vector ends = (g[j] + g[6 + j]) * 0.5f, middle = g[3 + j] * 0.5f;
+          rows[0][j] = g[j], rows[1][j] = ends + middle, rows[2][j] = ends - middle, rows[3][j] = g[6 + j];
         }
         float *to = result.data() + o * weight.in + c;
-        for (Index i = 0; i < 4; ++i, to += 4 * plane) {
-          float g0 = rows[i][0], g1 = rows[i][1], g2 = rows[i][2];
-          to[0] = g0, to[plane] = (g0 + g1 + g2) / 2, to[2 * plane] = (g0 - g1 + g2) / 2, to[3 * plane] = g2;
+        for (int i = 0; i < 4; ++i) {
+          Vector ends = (rows[i][0] + rows[i][2]) * 0.5f, middle = rows[i][1] * 0.5f;
+          Vector all[4] = {rows[i][0], ends + middle, ends - middle, rows[i][2]};
+          for (int j = 0; j < 4; ++j)
+            std::memcpy(to + (4 * i + j) * plane, &all[j], n * sizeof(float));
         }
       }
   });
@@ -175,76 +216,61 @@ void gather_windows(const std::vector<std::vector<float>> &parts, Positions at, 
   for_chunks(chunks, [&](int chunk) {
     Range range(weight.out, chunk, chunks);
     for (Index o = range.begin; o < range.end; ++o)
-      for (Index c = 0; c < weight.in; ++c) {
-        float columns[3][4];
+      for (Index c = 0; c < weight.in; c += kW) {
+        Vector columns[3][4];
         for (Index j = 0; j < 4; ++j) {
-          float u[4] = {};
+          Vector u[4] = {};
           for (Index i = 0; i < 4; ++i)
             for (const auto &part : parts)
-              u[i] += part[(4 * i + j) * at.distance + o * at.stride + c];
-          float half = (u[1] + u[2]) / 2;
-          columns[0][j] = u[0] + half, columns[1][j] = (u[1] - u[2]) / 2, columns[2][j] = half + u[3];
+              u[i] += load<kW>(part.data() + (4 * i + j) * at.distance + o * at.stride + c);
+          Vector half = (u[1] + u[2]) * 0.5f;
+          columns[0][j] = u[0] + half, columns[1][j] = (u[1] - u[2]) * 0.5f, columns[2][j] = half + u[3];
         }
         E *to = grad + o * weight.out_stride + c * weight.in_stride;
         for (Index i = 0; i < 3; ++i) {
-          const float *u = columns[i];
-          float half = (u[1] + u[2]) / 2, row[3] = {u[0] + half, (u[1] - u[2]) / 2, half + u[3]};
+          const Vector *u = columns[i];
+          Vector half = (u[1] + u[2]) * 0.5f, row[3] = {u[0] + half, (u[1] - u[2]) * 0.5f, half + u[3]};
           for (Index j = 0; j < 3; ++j)
-            set(to[(3 * i + j) * weight.tap_stride], row[j]);
+            for (Index k = 0; k < kW && c + k < weight.in; ++k)
+              set(to[(3 * i + j) * weight.tap_stride + k * weight.in_stride], row[j][k]);
         }
       }
   });
 }
 
-struct PositionTile {
-  const float *a;
-  Index lda, depth;
-  const float *b;
-  float *out;
-  Index ldo;
-  bool add;
-  template <int MR, int NV> void run() const {
-    Vector acc[MR][NV] = {};
-    if (add)
-      UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
-          acc[r][j] = load<kW>(out + r * ldo + j * kW);
-    add_rows<MR, NV>(a, lda, b, depth, acc);
-    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
-        store<kW>(out + r * ldo + j * kW, acc[r][j]);
-  }
-};
-
 // One group of columns of all 16 products: to[position] (+)= from[position] · b[position], where `b` is packed for all
-// `taller` rows and here are `depth` of them from row `first` on. Calls between(i, n) after the i-th of n tiles.
+// `taller` rows and here are `depth` of them from row `first` on. Calls between(i, j, n) when those from i to j of n parts are done.
 template <class Between>
 void multiply_positions(const float *from, Positions at, Index tiles, Index first, Index depth, const float *b,
                         Index taller, int vectors, float *to, Positions to_at, bool add, const Between &between) {
-  Index width = vectors * kW, most = tile_rows(vectors), blocks = (tiles + most - 1) / most; // of nearly one size
+  Index width = vectors * kW;
   for (Index position = 0; position < kPositions; ++position) {
-    for (Index i = 0; i < blocks; ++i) {
-      Index t = tiles * i / blocks, rows = tiles * (i + 1) / blocks - t;
-      with_tile(static_cast<int>(rows), vectors,
-                PositionTile{from + position * at.distance + t * at.stride, at.stride, depth,
-                             b + (position * taller + first) * width,
-                             to + position * to_at.distance + t * to_at.stride, to_at.stride, add});
-      between(position * blocks + i, kPositions * blocks);
-    }
+    const float *here = b + (position * taller + first) * width;
+    for_tiles(tiles, tile_rows(vectors), [&](Index t, int rows) {
+      with_tile(rows, vectors, ProductTile<float>{from + position * at.distance + t * at.stride, at.stride, depth, here,
+                                                  to + position * to_at.distance + t * to_at.stride, to_at.stride, add});
+      between(position * tiles + t, position * tiles + t + rows, kPositions * tiles);
+    });
   }
 }
 
 // Whether the tiles cover the image well enough to gain anything.
-inline bool suits_winograd(const Grid &grid) {
-  Index tiles = ((grid.width + 1) / 2) * ((grid.height + 1) / 2);
-  return grid.window == 3 && tiles * 20 < grid.width * grid.height * 9;
+inline bool suits_winograd(Index height, Index width) {
+  return (height + 1) / 2 * ((width + 1) / 2) * 20 < height * width * 9;
 }
 
-// Fetch a share of the next `step` channels, from the `c`th on, or of the next unit's first if there are none.
+// Of the `step` channels that are transformed next, from the `c`th on or if there are none the next unit's first, fetch
+// the parts from i to j of n: lines of a unit, and one above and below them.
 template <class E>
-void fetch_next(const Units &units, const Unit &unit, Matrix<E> x, Index channels, Index c, Index step, Index share,
-                Index shares) {
-  Index row = c < channels ? unit.row : unit.row + unit.rows;
+void fetch_next(const Units &units, const Unit &unit, Matrix<E> x, const Grid &grid, Index channels, Index c, Index step,
+                Index i, Index j, Index n) {
+  Index row = c < channels ? unit.row : unit.row + unit.rows, all = grid.images * grid.height * grid.width;
   c = c < channels ? c : 0;
-  fetch_share(units, row, Matrix<E>{x.data + c, x.ld}, channels - c < step ? channels - c : step, share, shares);
+  Index begin = row - units.width, end = row + (units.lines + 1) * units.width;
+  begin = begin < 0 ? 0 : begin, end = end > all ? all : end;
+  if (begin < end)
+    fetch(Matrix<E>{x.data + c, x.ld}, begin + (end - begin) * i / n, begin + (end - begin) * j / n,
+          channels - c < step ? channels - c : step);
 }
 
 // Bᵀ d B of the rectified prefix, by way of a scratch for its lines.
@@ -252,43 +278,44 @@ template <class E>
 void transform_prefix(const Units &units, const Unit &unit, Matrix<E> x, Index channels, const float *scale,
                       const float *shift, float *lines, float *to, Positions at) {
   Index stride = vectors_of(channels) * kW;
-  fill_prefix(units, unit, x, channels, scale, shift, stride, lines);
+  with_border(units, unit, x, stride, lines, [&](Matrix<E> from, Index pixels, float *to) {
+    fill_prefix(from, pixels, channels, scale, shift, stride, to);
+  });
   transform_input(units, unit, lines, stride, to, at);
 }
 
-// As `convolve`; false, and nothing of use is done, where a result is not finite.
+// `convolve` for a window of 3; false where a result is not finite.
 template <class E>
-bool winograd_convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
-                       Matrix<E> out, double *moments, int threads) {
-  Units units = winograd_units(grid);
-  Index tiles = tiles_of(units, units.lines), step = channels_at_a_time(units, weight.in), count = units.count();
-  Index all = vectors_of(weight.out);
-  Positions at(tiles, step), out_at(tiles, weight.out);
+bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
+              Matrix<E> out, double *moments, int threads) {
+  Units units(grid);
+  Index step = units.channels_at_a_time(weight.in), all = vectors_of(weight.out);
+  Positions at(units.tiles(), step), out_at(units.tiles(), weight.out);
   std::vector<float> windows = transformed(weight, false, threads);
-  std::vector<float> b = packed(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out, weight.in,
-                                threads);
-  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<float> b = packed<float>(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out,
+                                       weight.in, threads);
+  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   std::vector<int> all_finite(chunks);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<float> lines(scratch_size(units, step)), prefix(at.size()), result(out_at.size());
+    std::vector<float> lines(units.scratch(step)), prefix(at.size()), result(out_at.size());
     bool finite = true;
-    Range range(count, chunk, chunks);
+    Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end && finite; ++i) {
       Unit unit(units, i);
-      Index here = tiles_of(units, unit.lines);
       for (Index c = 0; c < weight.in; c += step) {
         Index depth = weight.in - c < step ? weight.in - c : step;
         transform_prefix(units, unit, Matrix<E>{x.data + c, x.ld}, depth, scale + c, shift + c, lines.data(),
                          prefix.data(), at);
         for (Index j = 0; j < all; j += group_of(j, all))
-          multiply_positions(prefix.data(), at, here, c, depth, b.data() + j * kW * kPositions * weight.in, weight.in,
-                             group_of(j, all), result.data() + j * kW, out_at, c > 0, [&](Index share, Index shares) {
+          multiply_positions(prefix.data(), at, unit.tiles(units), c, depth, b.data() + j * kW * kPositions * weight.in,
+                             weight.in, group_of(j, all), result.data() + j * kW, out_at, c > 0,
+                             [&](Index from, Index to, Index n) {
                                if (!j)
-                                 fetch_next(units, unit, x, weight.in, c + step, step, share, shares);
+                                 fetch_next(units, unit, x, grid, weight.in, c + step, step, from, to, n);
                              });
       }
-      Matrix<E> to{out.data + unit.row * out.ld, out.ld};
+      Matrix<E> to = from_row(out, unit.row);
       for_channels<kW>(0, weight.out, OutputTransform<E>{units, unit, result.data(), out_at, to.data, to.ld, finite});
       if (moments)
         parts[chunk].template add<E>(to, unit.rows, weight.out, {nullptr, 0});
@@ -303,53 +330,36 @@ bool winograd_convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, c
   return true;
 }
 
-// into += Σ over the tiles of a unit of (A ∂y Aᵀ) ∘ (Bᵀ d B), for some of the channels of d.
-template <class Between>
-void add_windows(const float *grad, Positions grad_at, const float *prefix, Positions at, Index tiles, Index outputs,
-                 Index channels, float *into, Positions into_at, const Between &between) {
-  for (Index position = 0; position < kPositions; ++position) {
-    for_weight_tiles(outputs, vectors_of(channels), [&](Index from, int rows, Index j, int vectors) {
-      with_tile(rows, vectors,
-                WeightTile{{grad + position * grad_at.distance + from, grad_at.stride, 0},
-                           {prefix + position * at.distance + j * kW, at.stride, 0},
-                           1,
-                           tiles,
-                           into + position * into_at.distance + from * into_at.stride + j * kW,
-                           into_at.stride});
-    });
-    between(position, kPositions);
-  }
-}
-
-// As `convolve_backward`, for finite gradients and weights.
-template <class E, bool kAdd>
-void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
+// `convolve_backward` for a window of 3, for finite gradients and weights; false where the weight's gradient is not finite.
+template <bool kAdd, class E>
+bool winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
                        const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                        int threads) {
   constexpr Index kGroup = 3; // vectors of results at a time, so that they stay in the cache
-  Units units = winograd_units(grid);
-  Index tiles = tiles_of(units, units.lines), step = channels_at_a_time(units, weight.in), count = units.count();
-  Index all = vectors_of(weight.in);
-  Positions at(tiles, step), grad_at(tiles, weight.out), result_at(tiles, kGroup * kW), weight_at(weight.out, weight.in);
+  Units units(grid);
+  Index step = units.channels_at_a_time(weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
+  Positions at(units.tiles(), step), grad_at(units.tiles(), weight.out), result_at(units.tiles(), kGroup * kW);
+  Positions weight_at(weight.out, weight.in);
   std::vector<float> windows = transformed(weight, true, threads);
-  std::vector<float> b = packed(windows.data(), kPositions, weight.out * weight.in, weight.out, weight.in, weight.in, 1,
-                                threads, kGroup);
-  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<float> b = packed<float>(windows.data(), kPositions, plane, weight.out, weight.in, weight.in, 1, threads,
+                                       kGroup);
+  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   std::vector<std::vector<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<float> lines(grad_weight ? scratch_size(units, step) : 0), prefix(grad_weight ? at.size() : 0);
-    std::vector<float> grad_lines(scratch_size(units, grad_at.stride)), around(grad_at.size()), result(result_at.size());
+    std::vector<float> lines(grad_weight ? units.scratch(step) : 0), prefix(grad_weight ? at.size() : 0);
+    std::vector<float> grad_lines(units.scratch(grad_at.stride)), around(grad_at.size()), result(result_at.size());
     std::vector<float> g(units.lines * units.width * kGroup * kW);
     if (grad_weight)
       weight_parts[chunk].assign(weight_at.size(), 0);
     double *totals = parts[chunk].totals.data();
-    Range range(count, chunk, chunks);
+    Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
       Unit unit(units, i);
-      Index here = tiles_of(units, unit.lines);
-      with_border(units, unit, grad_at.stride, grad_lines.data(), [&](Index row, Index pixels, float *to) {
-        copy_rows(Matrix<E>{grad.data + row * grad.ld, grad.ld}, pixels, weight.out, grad_at.stride, to);
+      Index tiles = unit.tiles(units);
+      with_border(units, unit, grad, grad_at.stride, grad_lines.data(), [&](Matrix<E> from, Index pixels, float *to) {
+        for_channels<kW>(0, weight.out, CopyBody<E, float>{from.data, from.ld, pixels, grad_at.stride, to});
+        zeros_behind(to, pixels, weight.out, grad_at.stride);
       });
       if (grad_weight) {
         transform_gradient(units, unit, grad_lines.data(), grad_at.stride, around.data(), grad_at);
@@ -357,67 +367,71 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
           Index depth = weight.in - c < step ? weight.in - c : step;
           transform_prefix(units, unit, Matrix<E>{x.data + c, x.ld}, depth, scale + c, shift + c, lines.data(),
                            prefix.data(), at);
-          add_windows(around.data(), grad_at, prefix.data(), at, here, weight.out, depth,
-                      weight_parts[chunk].data() + c, weight_at, [&](Index share, Index shares) {
-                        fetch_next(units, unit, x, weight.in, c + step, step, share, shares);
-                      });
+          for (Index position = 0; position < kPositions; ++position) {
+            add_outer(around.data() + position * grad_at.distance, grad_at.stride, weight.out,
+                      prefix.data() + position * at.distance, at.stride, depth, tiles,
+                      weight_parts[chunk].data() + position * weight_at.distance + c, weight_at.stride);
+            fetch_next(units, unit, x, grid, weight.in, c + step, step, position, position + 1, kPositions);
+          }
         }
       }
       transform_input(units, unit, grad_lines.data(), grad_at.stride, around.data(), grad_at);
       for (Index j = 0; j < all; j += group_of(j, all, kGroup)) {
         int vectors = group_of(j, all, kGroup);
         Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
-        AccumulateBody<E, kAdd, float> body{nullptr,
-                                            width,
-                                            x.data + unit.row * x.ld + c,
-                                            x.ld,
-                                            grad_x.data + unit.row * grad_x.ld + c,
-                                            grad_x.ld,
-                                            0,
-                                            scale + c,
-                                            shift + c,
-                                            mean + c,
-                                            nullptr,
-                                            nullptr};
-        multiply_positions(around.data(), grad_at, here, 0, weight.out, b.data() + c * kPositions * weight.out,
-                           weight.out, vectors, result.data(), result_at, false, [&](Index share, Index shares) {
-                             Range rows(unit.rows, static_cast<int>(share), static_cast<int>(shares));
-                             for (Index r = rows.begin; r < rows.end; ++r)
-                               for (Index k = 0; k < used; k += kW) {
-                                 __builtin_prefetch(body.x + r * x.ld + k);
-                                 __builtin_prefetch(body.grad_x + r * grad_x.ld + k, 1);
-                               }
+        Matrix<E> x_here{x.data + unit.row * x.ld + c, x.ld}, to{grad_x.data + unit.row * grad_x.ld + c, grad_x.ld};
+        multiply_positions(around.data(), grad_at, tiles, 0, weight.out, b.data() + c * kPositions * weight.out,
+                           weight.out, vectors, result.data(), result_at, false, [&](Index from, Index until, Index n) {
+                             fetch<true>(to, unit.rows * from / n, unit.rows * until / n, used);
+                             fetch(x_here, unit.rows * from / n, unit.rows * until / n, used);
                            });
-        bool finite = true;
+        bool finite = true; // it is, if gradients and weights are
         for_channels<kW>(0, used, OutputTransform<float>{units, unit, result.data(), result_at, g.data(), width, finite});
-        accumulate_tile(body, g.data(), unit.rows, used, totals + c, totals + weight.in + c);
+        accumulate_rows_of(g.data(), accumulation<kAdd>(x_here, to, width, scale + c, shift + c, mean + c), unit.rows,
+                           used, totals + c, totals + weight.in + c);
       }
     }
   });
   add_up(parts, sums);
-  if (grad_weight)
-    gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
+  if (!grad_weight)
+    return true;
+  gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
+  return is_finite(Matrix<E>{grad_weight, 9 * plane}, 1, 9 * plane, threads);
 }
 
-// ---- the better way for each shape ------------------------------------------------------------------------------
+// ---- what is called ---------------------------------------------------------------------------------------------
 
-// out = convolution(relu(scale·x + shift)), and its mean and variance in `moments` unless that is null.
+#if PAIRS
+template <class E> using Operand = std::conditional_t<std::is_same<E, bf16>::value, pair, float>;
+#else
+template <class E> using Operand = float;
+#endif
+
 template <class E>
-void convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
+bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
               Matrix<E> out, double *moments, int threads) {
-  if (!suits_winograd(grid) || !winograd_convolve(x, grid, weight, scale, shift, out, moments, threads))
-    direct_convolve(x, grid, weight, scale, shift, out, moments, threads);
+  if (grid.window == 3)
+    return winograd(x, grid, weight, scale, shift, out, moments, threads);
+  pointwise<Operand<E>>(x, grid.images * grid.height * grid.width, weight, scale, shift, out, moments, threads);
+  return true;
 }
 
-template <class E, bool kAdd>
-void convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
-                       const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
-                       int threads) {
-  Index rows = grid.images * grid.height * grid.width, weights = weight.out * weight.in * weight.taps;
-  if (!suits_winograd(grid) || !is_finite(grad, rows, weight.out, threads) ||
+template <class E>
+Backward convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
+                           const float *shift, const float *mean, Matrix<E> grad_x, bool add, E *grad_weight,
+                           double *sums, int threads) {
+  Index rows = grid.images * grid.height * grid.width;
+  if (grid.window == 1) {
+    (add ? pointwise_backward<Operand<E>, true, E> : pointwise_backward<Operand<E>, false, E>)(
+        grad, x, rows, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
+    return kDone;
+  }
+  Index weights = 9 * weight.out * weight.in;
+  if (!is_finite(grad, rows, weight.out, threads) ||
       !is_finite(Matrix<const E>{weight.data, weights}, 1, weights, threads))
-    return direct_backward<E, kAdd>(grad, x, grid, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
-  winograd_backward<E, kAdd>(grad, x, grid, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
-  if (grad_weight && !is_finite(Matrix<E>{grad_weight, weights}, 1, weights, threads))
-    direct_backward<E, kAdd>(grad, x, grid, weight, scale, shift, mean, {nullptr, 0}, grad_weight, sums, threads);
+    return kNothingDone;
+  return (add ? winograd_backward<true, E> : winograd_backward<false, E>)(grad, x, grid, weight, scale, shift, mean,
+                                                                          grad_x, grad_weight, sums, threads)
+             ? kDone
+             : kNoWeight;
 }

@@ -1,0 +1,152 @@
+// 1×1 convolutions, included beside `products.h`: a few rows of the whole matrix at a time, whose rectified prefix is made
+// in a scratch of the thread and consumed from there.
+
+// Rows that are worked on at a time, so that a scratch of so many elements a row stays in the cache beside the weights.
+inline Index rows_at_a_time(Index row) {
+  constexpr Index kScratch = 192 << 10; // bytes
+  Index wanted = kScratch / 4 / row / 24 * 24;
+  return wanted < 24 ? 24 : wanted > 240 ? 240 : wanted;
+}
+
+// relu(scale·x + shift) of some rows, `stride` elements apart, zeros behind the channels.
+template <class E, class T>
+void fill_prefix(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *to) {
+  Index ldo = stride * kScalars<T>;
+  for (Index r = 0; r < rows; r += kTile)
+    for_channels<kW>(0, channels, PrologueBody<E, Scalar<T>>{x.data + r * x.ld, x.ld, rows - r < kTile ? rows - r : kTile,
+                                                             ldo, scale, shift, scalars(to + r * stride)});
+  zeros_behind(scalars(to), rows, channels, ldo);
+}
+
+// `convolve` for a window of 1, with operands of type T.
+template <class T, class E>
+void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
+               double *moments, int threads) {
+  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW, all = vectors_of(weight.out);
+  Index step = rows_at_a_time(depth), count = (rows + step - 1) / step;
+  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
+  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<T> prefix(step * stride);
+    float tile[kLargestTile];
+    Range range(count, chunk, chunks);
+    for (Index first = range.begin * step; first < range.end * step; first += step) {
+      Index here = rows - first < step ? rows - first : step;
+      Matrix<E> to = from_row(out, first);
+      fill_prefix(from_row(x, first), here, weight.in, scale, shift, stride, prefix.data());
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        Index c = j * kW, width = vectors * kW, used = weight.out - c < width ? weight.out - c : width;
+        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
+          if (!j) { // what the next rows read and write
+            Index next = first + step + row, end = next + n < rows ? next + n : rows;
+            fetch(x, next, end, weight.in);
+            fetch<true>(out, next, end, weight.out);
+          }
+          with_tile(n, vectors, ProductTile<T>{prefix.data() + row * stride, stride, depth, b.data() + c * depth, tile,
+                                               width, false});
+          for_channels<kW>(0, used, CopyBody<float, E>{tile, width, n, to.ld, to.data + row * to.ld + c});
+        });
+      }
+      if (moments)
+        parts[chunk].template add<E>(to, here, weight.out, {nullptr, 0});
+    }
+  });
+  if (moments)
+    merge_moments(parts, 0, moments);
+}
+
+// Operands of the weight's gradient, whose sum runs over rows: a copy of them, or the rectified prefix.
+template <class T, class E> void fill_rows(Matrix<E> x, Index rows, Index channels, Index stride, T *to) {
+  if constexpr (kScalars<T> == 2)
+    pair_rows<false>(x, rows, channels, nullptr, nullptr, stride, to);
+  else
+    for_channels<kW>(0, channels, CopyBody<E, T>{x.data, x.ld, rows, stride, to});
+}
+template <class T, class E>
+void fill_prefix_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride,
+                      T *to) {
+  if constexpr (kScalars<T> == 2)
+    pair_rows<true>(x, rows, channels, scale, shift, stride, to);
+  else
+    fill_prefix(x, rows, channels, scale, shift, stride, to);
+}
+
+// `convolve_backward` for a window of 1, with operands of type T.
+template <class T, bool kAdd, class E>
+void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale,
+                        const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
+                        int threads) {
+  Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.in), depth = elements<T>(weight.out);
+  Index step = rows_at_a_time(elements<T>(weight.in)), count = (rows + step - 1) / step;
+  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
+  // Where it consists of elements, the gradient of the output is used where it lies.
+  bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 && grad.ld % kScalars<T> == 0;
+  int chunks = static_cast<int>(count < threads ? count : threads);
+  std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
+  std::vector<std::vector<float>> weight_parts(chunks);
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
+    std::vector<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
+    float tile[kLargestTile];
+    if (grad_weight)
+      weight_parts[chunk].assign(weight.out * stride, 0);
+    double *totals = parts[chunk].totals.data();
+    Range range(count, chunk, chunks);
+    for (Index first = range.begin * step; first < range.end * step; first += step) {
+      Index here = rows - first < step ? rows - first : step;
+      Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first), to = from_row(grad_x, first);
+      const T *a = reinterpret_cast<const T *>(grad_here.data);
+      Index lda = grad.ld / kScalars<T>;
+      if (!in_place) {
+        Index ldo = depth * kScalars<T>;
+        for_channels<kW>(0, weight.out, CopyBody<E, Scalar<T>>{grad_here.data, grad.ld, here, ldo, scalars(copy.data())});
+        zeros_behind(scalars(copy.data()), here, weight.out, ldo);
+        a = copy.data(), lda = depth;
+      }
+      if (grad_weight) {
+        const T *left = a;
+        Index ldleft = lda;
+        if (kScalars<T> == 2) {
+          fill_rows(grad_here, here, weight.out, weight.out, columns.data());
+          left = columns.data(), ldleft = weight.out;
+        }
+        fill_prefix_rows(x_here, here, weight.in, scale, shift, stride, prefix.data());
+        add_outer(left, ldleft, weight.out, prefix.data(), stride, weight.in, elements<T>(here),
+                  weight_parts[chunk].data(), stride);
+      }
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
+        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
+          if (!j) {
+            Index next = first + step + row, end = next + n < rows ? next + n : rows;
+            fetch(x, next, end, weight.in);
+            fetch(grad, next, end, weight.out);
+          }
+          Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
+          fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
+          fetch<true>(x_tile, 0, n, used);
+          with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width, false});
+          accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
+                             totals + c, totals + weight.in + c);
+        });
+      }
+    }
+  });
+  add_up(parts, sums);
+  if (!grad_weight)
+    return;
+  int sum_chunks = chunks_for(weight.out, weight.out * weight.in, threads);
+  for_chunks(sum_chunks, [&](int chunk) {
+    Range range(weight.out, chunk, sum_chunks);
+    for (Index i = range.begin; i < range.end; ++i) // in the memory format of the weight
+      for (Index c = 0; c < weight.in; ++c) {
+        float sum = 0;
+        for (const auto &part : weight_parts)
+          sum += part[i * stride + c];
+        set(grad_weight[i * weight.out_stride + c * weight.in_stride], sum);
+      }
+  });
+}
