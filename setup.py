@@ -1,17 +1,14 @@
 """The native CPU kernels. Everything else about the package is in pyproject.toml."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
 KERNELS = Extension(
     "efficient_densenet.ops.cpu._kernels",
     sources=["src/efficient_densenet/ops/cpu/kernels.cpp"],
-    depends=[
-        "src/efficient_densenet/ops/cpu/loops.h",
-        "src/efficient_densenet/ops/cpu/products.h",
-        "src/efficient_densenet/ops/cpu/winograd.h",
-    ],
+    depends=glob("src/efficient_densenet/ops/cpu/*.h"),
     extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
     optional=True,  # without a compiler, plain PyTorch runs in their place, and says so
 )

@@ -34,15 +34,16 @@ def everything(x, scale, shift, mean, weight, pool=1):
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize("instructions", [0, 1])
-def test_every_instruction_set_computes_the_same(dtype, pool, instructions, monkeypatch):
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+def test_every_instruction_set_computes_the_same(dtype, pool, kernel, instructions, monkeypatch):
     operands = Operands.random(LARGE, dtype, 3)
-    weight = weight_for(operands.x, 8, 1)
+    weight = weight_for(operands.x, 8, kernel)
     best = everything(*operands, weight, pool)
     path = next(library.Path(library.__file__).parent.glob("_kernels*.so"))
     other = library.open_library(path, instructions)
     monkeypatch.setattr(cpu, "load", lambda: other)
-    if library.INSTRUCTIONS[instructions] not in other.description:
+    if f"{library.INSTRUCTIONS[instructions]}, on" not in other.description:
         pytest.skip("this processor has less")
     try:
         found = everything(*operands, weight, pool)
@@ -58,12 +59,14 @@ def test_every_instruction_set_computes_the_same(dtype, pool, instructions, monk
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("made", [1, 12, 40, 128])
 @pytest.mark.parametrize(("size", "channels"), [((41, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
-def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format, dtype):
     """More lines than one unit has, channels and outputs that are no whole vectors: against the exact reference."""
-    x, scale, shift, mean = Operands.random((3, size, channels), torch.float32, 5)
-    weight = torch.randn(made, channels, kernel, kernel).contiguous(memory_format=memory_format)
-    grad_out = slice_of_channels(torch.randn(3, *size, made), 3)
-    out, grad_x = slice_of_channels(torch.full((3, *size, made), torch.nan), 2), torch.randn(x.shape)
+    x, scale, shift, mean = Operands.random((3, size, channels), dtype, 5)
+    weight = torch.randn(made, channels, kernel, kernel).to(dtype).contiguous(memory_format=memory_format)
+    grad_out = slice_of_channels(torch.randn(3, *size, made).to(dtype), 3)
+    out = slice_of_channels(torch.full((3, *size, made), torch.nan, dtype=dtype), 2)
+    grad_x = torch.randn(x.shape).to(dtype)
     exact = [t.double() for t in (scale, shift, mean, weight, grad_out, x, grad_x)]
     found = cpu.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
     sums = cpu.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, True)
@@ -75,7 +78,7 @@ def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory
     expected_sums = reference.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, expected_grad_x, True)
     actual = [out, *found, grad_x, *sums]
     for a, e in zip(actual, [expected_out, *expected, expected_grad_x, *expected_sums], strict=True):
-        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+        assert (a - e).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * e.abs().max()
 
 
 @kernels
@@ -99,11 +102,12 @@ def test_threads_change_rounding_alone_and_repeat(threads=(1, 2, 3)):
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_is_passed_on(dtype, value):
+@pytest.mark.parametrize("where", ["x", "weight", "gradient"])
+def test_what_is_no_number_is_passed_on(dtype, value, where):
     """As plain PyTorch passes it on, in exactly the same places."""
-    x, scale, shift, mean = Operands.random((2, (5, 4), 13), dtype)
-    x[1, 2, 3, 5] = value
-    weight, grad_out = weight_for(x, 4, 3), torch.randn(2, 5, 4, 4).to(dtype)
+    x, scale, shift, mean = Operands.random((2, (5, 5), 13), dtype)
+    weight, grad_out = weight_for(x, 4, 3), torch.randn(2, 5, 5, 4).to(dtype)
+    {"x": x[1, 2, 4], "weight": weight[1, :, 0, 2], "gradient": grad_out[1, 2, 3]}[where][2] = value
     results = []
     for ops in (cpu, eager):
         out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)

@@ -29,7 +29,6 @@ norm_relu_max_pool = eager.norm_relu_max_pool
 norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
 
 
-
 def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here."""
     return x.device.type == "cpu" and x.dtype in _TYPES and load().kernels is not None
@@ -146,7 +145,9 @@ def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
-    return dense and (prod(kernel) == 1 or (kernel == (3, 3) and bool(load().kernels.suits(*x.shape[1:3]))))
+    if kernel == (3, 3):
+        return dense and bool(load().kernels.suits(_TYPES[x.dtype], *x.shape[1:3]))
+    return dense and prod(kernel) == 1
 
 
 def _sizes(x: Tensor, weight: Tensor) -> Any:

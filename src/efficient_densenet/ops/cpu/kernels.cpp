@@ -15,8 +15,12 @@
 #else
 #define X86 0
 #endif
-
-namespace {
+// Whether the compiler knows the instructions for pairs of bfloat16.
+#if X86 && (defined(__clang__) || __GNUC__ >= 10)
+#define X86_PAIRS 1
+#else
+#define X86_PAIRS 0
+#endif
 
 using Index = std::int64_t;
 
@@ -46,6 +50,7 @@ struct Volume {
 // Images of lines of pixels, and the window of a convolution over them: 1 or 3 in both directions, padded by half.
 struct Grid {
   Index images, height, width, window;
+  Index rows() const { return images * height * width; }
 };
 
 // The weight (out, in, taps) of a convolution, in whatever memory format.
@@ -114,70 +119,52 @@ constexpr Index kRowsPerSum = 32;
 // Rows that share what is loaded for a group of channels.
 constexpr Index kTile = 8;
 
-} // namespace
-
 // ---- the loops, once for each instruction set -------------------------------------------------------------------
 
-#define PAIRS 0
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN(instructions) PRAGMA(clang attribute push(__attribute__((target(instructions))), apply_to = function))
+#define END PRAGMA(clang attribute pop)
+#else
+#define BEGIN(instructions) PRAGMA(GCC push_options) PRAGMA(GCC target(instructions))
+#define END PRAGMA(GCC pop_options)
+#endif
+#define PAIRS 0 // whether there are instructions for pairs of bfloat16
 
 namespace baseline {
 constexpr int kVectorBytes = 16;
 #include "loops.h"
 #if !X86
-#include "products.h"
-#include "pointwise.h"
-#include "winograd.h"
+#include "convolve.h"
 #endif
 } // namespace baseline
 
 #if X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+BEGIN("avx2,fma")
 namespace avx2 {
 constexpr int kVectorBytes = 32;
 #include "loops.h"
 } // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
+END
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
-#include "products.h"
-#include "pointwise.h"
-#include "winograd.h"
+#include "convolve.h"
 } // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+END
 #endif
+
+#if X86_PAIRS
 #undef PAIRS
 #define PAIRS 1
+BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512_bf16 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
-#include "products.h"
-#include "pointwise.h"
-#include "winograd.h"
+#include "convolve.h"
 } // namespace avx512_bf16
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END
 #endif
 
 // ---- what Python calls ------------------------------------------------------------------------------------------
@@ -193,7 +180,11 @@ int best_instructions() {
 #if X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
+#if X86_PAIRS
     return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+#else
+    return kAvx512;
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return kAvx2;
 #endif
@@ -207,10 +198,13 @@ int best_instructions() {
   (instructions >= kAvx512  ? avx512::function<E>(__VA_ARGS__)                                                         \
    : instructions == kAvx2 ? avx2::function<E>(__VA_ARGS__)                                                            \
                            : baseline::function<E>(__VA_ARGS__))
+#else
+#define FOR_TYPE(E, function, ...) baseline::function<E>(__VA_ARGS__)
+#endif
+#if X86_PAIRS
 #define FOR_BF16(E, function, ...)                                                                                     \
   (instructions == kAvx512Bf16 ? avx512_bf16::function<E>(__VA_ARGS__) : FOR_TYPE(E, function, __VA_ARGS__))
 #else
-#define FOR_TYPE(E, function, ...) baseline::function<E>(__VA_ARGS__)
 #define FOR_BF16 FOR_TYPE
 #endif
 
@@ -261,10 +255,13 @@ EXPORT int ed_convolves(int type) {
 
 #if X86
 namespace products = avx512;
-namespace bf16_products = avx512_bf16;
 #else
 namespace products = baseline;
-namespace bf16_products = baseline;
+#endif
+#if X86_PAIRS
+namespace bf16_products = avx512_bf16;
+#else
+namespace bf16_products = products;
 #endif
 
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
@@ -282,7 +279,9 @@ template <class E> static Weight<E> weight_of(const void *data, const Index *siz
   }
 
 // Whether a 3×3 convolution over images of this size gains anything here.
-EXPORT int ed_suits(Index height, Index width) { return products::suits_winograd(height, width); }
+EXPORT int ed_suits(int type, Index height, Index width) {
+  return type == kBfloat16 || products::suits_winograd(height, width);
+}
 
 // out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`. Returns 0, and
 // nothing of use is done, where with a window of 3 a result is not finite.
@@ -298,9 +297,15 @@ EXPORT int ed_convolve(int type, void *x, Index ldx, const Index *sizes, const v
 EXPORT int ed_convolve_backward(int type, void *grad, Index ldgrad, void *x, Index ldx, const Index *sizes,
                                  const void *weight, const float *scale, const float *shift, const float *mean,
                                  void *grad_x, Index ldg, int add, void *grad_weight, double *sums, int threads) {
-  DISPATCH_PRODUCT(type, convolve_backward<E>(matrix<E>(grad, ldgrad), matrix<E>(x, ldx), grid_of(sizes),
-                                              weight_of<E>(weight, sizes), scale, shift, mean, matrix<E>(grad_x, ldg),
-                                              add != 0, static_cast<E *>(grad_weight), sums, threads))
+#define BACKWARD(kAdd)                                                                                                 \
+  DISPATCH_PRODUCT(type, convolve_backward<kAdd>(matrix<E>(grad, ldgrad), matrix<E>(x, ldx), grid_of(sizes),           \
+                                                 weight_of<E>(weight, sizes), scale, shift, mean,                      \
+                                                 matrix<E>(grad_x, ldg), static_cast<E *>(grad_weight), sums, threads))
+  if (add)
+    BACKWARD(true)
+  else
+    BACKWARD(false)
+#undef BACKWARD
 }
 
 // out = relu(scale·x + shift); `out` has no gaps.

@@ -20,7 +20,7 @@ _rows = [_pointer, _index]  # a matrix: data, and values from row to row
 _SIGNATURES = {
     "convolve": [_int, *_rows, *[_pointer] * 4, *_rows, _pointer, _int],
     "convolve_backward": [_int, *_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
-    "suits": [_index, _index],
+    "suits": [_int, _index, _index],
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],

@@ -8,16 +8,6 @@ inline Index rows_at_a_time(Index row) {
   return wanted < 24 ? 24 : wanted > 240 ? 240 : wanted;
 }
 
-// relu(scale·x + shift) of some rows, `stride` elements apart, zeros behind the channels.
-template <class E, class T>
-void fill_prefix(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *to) {
-  Index ldo = stride * kScalars<T>;
-  for (Index r = 0; r < rows; r += kTile)
-    for_channels<kW>(0, channels, PrologueBody<E, Scalar<T>>{x.data + r * x.ld, x.ld, rows - r < kTile ? rows - r : kTile,
-                                                             ldo, scale, shift, scalars(to + r * stride)});
-  zeros_behind(scalars(to), rows, channels, ldo);
-}
-
 // `convolve` for a window of 1, with operands of type T.
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
@@ -45,7 +35,7 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
             fetch<true>(out, next, end, weight.out);
           }
           with_tile(n, vectors, ProductTile<T>{prefix.data() + row * stride, stride, depth, b.data() + c * depth, tile,
-                                               width, false});
+                                               width});
           for_channels<kW>(0, used, CopyBody<float, E>{tile, width, n, to.ld, to.data + row * to.ld + c});
         });
       }
@@ -55,22 +45,6 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
   });
   if (moments)
     merge_moments(parts, 0, moments);
-}
-
-// Operands of the weight's gradient, whose sum runs over rows: a copy of them, or the rectified prefix.
-template <class T, class E> void fill_rows(Matrix<E> x, Index rows, Index channels, Index stride, T *to) {
-  if constexpr (kScalars<T> == 2)
-    pair_rows<false>(x, rows, channels, nullptr, nullptr, stride, to);
-  else
-    for_channels<kW>(0, channels, CopyBody<E, T>{x.data, x.ld, rows, stride, to});
-}
-template <class T, class E>
-void fill_prefix_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride,
-                      T *to) {
-  if constexpr (kScalars<T> == 2)
-    pair_rows<true>(x, rows, channels, scale, shift, stride, to);
-  else
-    fill_prefix(x, rows, channels, scale, shift, stride, to);
 }
 
 // `convolve_backward` for a window of 1, with operands of type T.
@@ -100,20 +74,19 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
       const T *a = reinterpret_cast<const T *>(grad_here.data);
       Index lda = grad.ld / kScalars<T>;
       if (!in_place) {
-        Index ldo = depth * kScalars<T>;
-        for_channels<kW>(0, weight.out, CopyBody<E, Scalar<T>>{grad_here.data, grad.ld, here, ldo, scalars(copy.data())});
-        zeros_behind(scalars(copy.data()), here, weight.out, ldo);
+        fill_copy(grad_here, here, weight.out, depth, copy.data());
         a = copy.data(), lda = depth;
       }
-      if (grad_weight) {
-        const T *left = a;
-        Index ldleft = lda;
-        if (kScalars<T> == 2) {
-          fill_rows(grad_here, here, weight.out, weight.out, columns.data());
-          left = columns.data(), ldleft = weight.out;
+      if (grad_weight) { // a sum over rows: pairs are pairs of rows
+        Lines<T> left{a, lda, 0};
+        if constexpr (kScalars<T> == 2) {
+          pair_rows<false>(grad_here, here, weight.out, nullptr, nullptr, weight.out, columns.data());
+          pair_rows<true>(x_here, here, weight.in, scale, shift, stride, prefix.data());
+          left = {columns.data(), weight.out, 0};
+        } else {
+          fill_prefix(x_here, here, weight.in, scale, shift, stride, prefix.data());
         }
-        fill_prefix_rows(x_here, here, weight.in, scale, shift, stride, prefix.data());
-        add_outer(left, ldleft, weight.out, prefix.data(), stride, weight.in, elements<T>(here),
+        add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, weight.in, 1, elements<T>(here),
                   weight_parts[chunk].data(), stride);
       }
       for (Index j = 0; j < all; j += group_of(j, all)) {
@@ -128,7 +101,7 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
           Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
           fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
           fetch<true>(x_tile, 0, n, used);
-          with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width, false});
+          with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width});
           accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
                              totals + c, totals + weight.in + c);
         });

@@ -19,6 +19,11 @@ void pair_rows(Matrix<E> x, Index rows, Index channels, const float *scale, cons
 #if PAIRS
 #include "pairs.h"
 #endif
+#if PAIRS
+template <class E> using Operand = std::conditional_t<std::is_same<E, bf16>::value, pair, float>;
+#else
+template <class E> using Operand = float;
+#endif
 template <class T> using Scalar = typename ScalarOf<T>::type;
 template <class T> constexpr Index kScalars = sizeof(T) / sizeof(Scalar<T>);
 template <class T> inline Index elements(Index scalars) { return (scalars + kScalars<T> - 1) / kScalars<T>; }
@@ -125,36 +130,46 @@ std::vector<T> packed(const E *data, Index places, Index place_stride, Index dep
 
 constexpr Index kLargestTile = 24 * kW; // values
 
-// out (+)= a · b for a tile: `a` has rows `lda` elements apart, `b` is packed for its vectors.
+// out (+)= Σ over places of a[place] · b[place] for a tile: `a` has rows `lda` elements apart, and each place's begin at
+// an offset; `b` is packed for its vectors.
+constexpr Index kHere = 0;
 template <class T> struct ProductTile {
   const T *a;
   Index lda, depth;
   const T *b;
   float *out;
   Index ldo;
-  bool add;
+  bool add = false;
+  Index places = 1;
+  const Index *offsets = &kHere;
   template <int MR, int NV> void run() const {
     Vector acc[MR][NV] = {};
     if (add)
       UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
           acc[r][j] = load<kW>(out + r * ldo + j * kW);
-    add_rows<MR, NV>(a, lda, b, depth, acc);
+    for (Index place = 0; place < places; ++place)
+      add_rows<MR, NV>(a + offsets[place], lda, b + place * depth * NV * kW, depth, acc);
     UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
         store<kW>(out + r * ldo + j * kW, acc[r][j]);
   }
 };
 
-// into (outputs, stride) += Σ over rows of a ⊗ b, for some of the outputs and of the channels.
+// Rows of elements, `ld` from row to row and `line` from line to line.
+template <class T> struct Lines {
+  const T *data;
+  Index ld, line;
+};
+
+// into (outputs, stride) += Σ over the rows of all lines of a ⊗ b, for some of the outputs and of the channels.
 template <class T> struct OuterTile {
-  const T *a;
-  Index lda;
-  const T *b;
-  Index ldb, rows;
+  Lines<T> a, b;
+  Index lines, rows;
   float *into;
   Index stride;
   template <int MR, int NV> void run() const {
     Vector acc[MR][NV] = {};
-    add_columns<MR, NV>(a, lda, b, ldb, rows, acc);
+    for (Index y = 0; y < lines; ++y)
+      add_columns<MR, NV>(a.data + y * a.line, a.ld, b.data + y * b.line, b.ld, rows, acc);
     UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) {
       float *to = into + r * stride + j * kW;
       store<kW>(to, load<kW>(to) + acc[r][j]);
@@ -164,14 +179,19 @@ template <class T> struct OuterTile {
 
 // The same for all outputs and channels, in tiles of at most eight outputs, of nearly one size.
 template <class T>
-void add_outer(const T *a, Index lda, Index outputs, const T *b, Index ldb, Index channels, Index rows, float *into,
+void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index lines, Index rows, float *into,
                Index stride) {
   Index tiles = (outputs + 7) / 8, all = vectors_of(channels);
   for (Index i = 0; i < tiles; ++i) {
     Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from, most = n <= 6 ? 4 : 3;
     for (Index j = 0; j < all; j += most)
       with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
-                OuterTile<T>{a + from, lda, b + j * kW, ldb, rows, into + from * stride + j * kW, stride});
+                OuterTile<T>{{a.data + from, a.ld, a.line},
+                             {b.data + j * kW, b.ld, b.line},
+                             lines,
+                             rows,
+                             into + from * stride + j * kW,
+                             stride});
   }
 }
 
@@ -208,6 +228,23 @@ template <class E, class S> struct CopyBody {
       store<W>(out + r * ldo + c, load<W>(x + r * ldx + c));
   }
 };
+
+// relu(scale·x + shift) of some rows, `stride` elements apart, zeros behind the channels.
+template <class E, class T>
+void fill_prefix(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *to) {
+  Index ldo = stride * kScalars<T>;
+  for (Index r = 0; r < rows; r += kTile)
+    for_channels<kW>(0, channels, PrologueBody<E, Scalar<T>>{x.data + r * x.ld, x.ld, rows - r < kTile ? rows - r : kTile,
+                                                             ldo, scale, shift, scalars(to + r * stride)});
+  zeros_behind(scalars(to), rows, channels, ldo);
+}
+
+// The same without the rectified affine map.
+template <class E, class T> void fill_copy(Matrix<E> x, Index rows, Index channels, Index stride, T *to) {
+  Index ldo = stride * kScalars<T>;
+  for_channels<kW>(0, channels, CopyBody<E, Scalar<T>>{x.data, x.ld, rows, ldo, scalars(to)});
+  zeros_behind(scalars(to), rows, channels, ldo);
+}
 
 template <bool kAdd, class E>
 AccumulateBody<E, kAdd, float> accumulation(Matrix<E> x, Matrix<E> grad_x, Index ldgrad, const float *scale,

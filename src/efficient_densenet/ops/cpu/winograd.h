@@ -16,37 +16,18 @@
 
 constexpr Index kPositions = 16;
 
-// A unit of work is a few lines of tiles of one image: its lines of pixels in pairs. Beyond the edges of the image are
-// zeros, as wide as the window and the last tiles reach.
-struct Units {
-  Index height, width, across, lines, per_image, count, wide; // `wide`: pixels of a line in the scratch
-  explicit Units(const Grid &grid)
-      : height(grid.height), width(grid.width), across((width + 1) / 2), wide(2 * across + 2) {
-    Index wanted = across < 32 ? 32 / across * 2 : 2;
-    lines = wanted < height ? wanted : (height + 1) / 2 * 2;
-    per_image = (height + lines - 1) / lines;
-    count = grid.images * per_image;
-  }
-  Index tiles() const { return lines / 2 * across; }
-  Index scratch(Index stride) const { return (lines + 2) * wide * stride; }
-  // Channels of the prefix that are transformed at a time, so that all positions stay in the cache.
-  Index channels_at_a_time(Index channels) const {
-    Index most = 3072 / tiles();
-    most = most < kW ? kW : most > 96 ? 96 : most;
-    Index blocks = (channels + most - 1) / most;
-    return vectors_of((channels + blocks - 1) / blocks) * kW;
-  }
-};
-
-struct Unit {
-  Index image, first, lines, row, rows; // its image, first line, lines; its first row of the matrix, and its rows
-  Unit(const Units &units, Index i) : image(i / units.per_image), first(i % units.per_image * units.lines) {
-    lines = units.height - first < units.lines ? units.height - first : units.lines;
-    row = (image * units.height + first) * units.width;
-    rows = lines * units.width;
-  }
-  Index tiles(const Units &units) const { return (lines + 1) / 2 * units.across; }
-};
+// Lines of pixels in a unit: lines of tiles come to about 32 tiles.
+inline Index winograd_lines(const Grid &grid) {
+  Index across = (grid.width + 1) / 2;
+  return across < 32 ? 32 / across * 2 : 2;
+}
+// Channels of the prefix that are transformed at a time, so that all positions stay in the cache.
+inline Index channels_at_a_time(const Units &units, Index channels) {
+  Index most = 3072 / units.tiles();
+  most = most < kW ? kW : most > 96 ? 96 : most;
+  Index blocks = (channels + most - 1) / most;
+  return vectors_of((channels + blocks - 1) / blocks) * kW;
+}
 
 // Values of a scratch: position by position, tile by tile, `stride` values for each.
 struct Positions {
@@ -55,21 +36,6 @@ struct Positions {
   Positions(Index tiles, Index channels) : stride(vectors_of(channels) * kW), distance(tiles * stride + kW) {}
   Index size() const { return kPositions * distance; }
 };
-
-// A unit and the border around it, `stride` values from pixel to pixel; fill(rows of x, pixels, to) makes a line of it.
-template <class E, class Fill>
-void with_border(const Units &units, const Unit &unit, Matrix<E> x, Index stride, float *to, const Fill &fill) {
-  Index line = units.wide * stride, behind = (units.width + 1) * stride;
-  for (Index y = unit.first - 1; y <= unit.first + (unit.lines + 1) / 2 * 2; ++y, to += line) {
-    if (y < 0 || y >= units.height) {
-      std::memset(to, 0, line * sizeof(float));
-      continue;
-    }
-    std::memset(to, 0, stride * sizeof(float));
-    fill(from_row(x, (unit.image * units.height + y) * units.width), units.width, to + stride);
-    std::memset(to + behind, 0, (line - behind) * sizeof(float));
-  }
-}
 
 // to = Bᵀ d B for the tiles of a unit, which lies with its border in a scratch, `stride` values from pixel to pixel.
 inline void transform_input(const Units &units, const Unit &unit, const float *from, Index stride, float *to,
@@ -264,7 +230,7 @@ inline bool suits_winograd(Index height, Index width) {
 template <class E>
 void fetch_next(const Units &units, const Unit &unit, Matrix<E> x, const Grid &grid, Index channels, Index c, Index step,
                 Index i, Index j, Index n) {
-  Index row = c < channels ? unit.row : unit.row + unit.rows, all = grid.images * grid.height * grid.width;
+  Index row = c < channels ? unit.row : unit.row + unit.rows, all = grid.rows();
   c = c < channels ? c : 0;
   Index begin = row - units.width, end = row + (units.lines + 1) * units.width;
   begin = begin < 0 ? 0 : begin, end = end > all ? all : end;
@@ -288,8 +254,8 @@ void transform_prefix(const Units &units, const Unit &unit, Matrix<E> x, Index c
 template <class E>
 bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
               Matrix<E> out, double *moments, int threads) {
-  Units units(grid);
-  Index step = units.channels_at_a_time(weight.in), all = vectors_of(weight.out);
+  Units units(grid, winograd_lines(grid));
+  Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.out);
   Positions at(units.tiles(), step), out_at(units.tiles(), weight.out);
   std::vector<float> windows = transformed(weight, false, threads);
   std::vector<float> b = packed<float>(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out,
@@ -330,14 +296,14 @@ bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
   return true;
 }
 
-// `convolve_backward` for a window of 3, for finite gradients and weights; false where the weight's gradient is not finite.
+// `convolve_backward` for a window of 3, for finite gradients and weights.
 template <bool kAdd, class E>
-bool winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
+void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
                        const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                        int threads) {
   constexpr Index kGroup = 3; // vectors of results at a time, so that they stay in the cache
-  Units units(grid);
-  Index step = units.channels_at_a_time(weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
+  Units units(grid, winograd_lines(grid));
+  Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
   Positions at(units.tiles(), step), grad_at(units.tiles(), weight.out), result_at(units.tiles(), kGroup * kW);
   Positions weight_at(weight.out, weight.in);
   std::vector<float> windows = transformed(weight, true, threads);
@@ -358,8 +324,7 @@ bool winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
       Unit unit(units, i);
       Index tiles = unit.tiles(units);
       with_border(units, unit, grad, grad_at.stride, grad_lines.data(), [&](Matrix<E> from, Index pixels, float *to) {
-        for_channels<kW>(0, weight.out, CopyBody<E, float>{from.data, from.ld, pixels, grad_at.stride, to});
-        zeros_behind(to, pixels, weight.out, grad_at.stride);
+        fill_copy(from, pixels, weight.out, grad_at.stride, to);
       });
       if (grad_weight) {
         transform_gradient(units, unit, grad_lines.data(), grad_at.stride, around.data(), grad_at);
@@ -368,8 +333,8 @@ bool winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
           transform_prefix(units, unit, Matrix<E>{x.data + c, x.ld}, depth, scale + c, shift + c, lines.data(),
                            prefix.data(), at);
           for (Index position = 0; position < kPositions; ++position) {
-            add_outer(around.data() + position * grad_at.distance, grad_at.stride, weight.out,
-                      prefix.data() + position * at.distance, at.stride, depth, tiles,
+            add_outer(Lines<float>{around.data() + position * grad_at.distance, grad_at.stride, 0}, weight.out,
+                      Lines<float>{prefix.data() + position * at.distance, at.stride, 0}, depth, 1, tiles,
                       weight_parts[chunk].data() + position * weight_at.distance + c, weight_at.stride);
             fetch_next(units, unit, x, grid, weight.in, c + step, step, position, position + 1, kPositions);
           }
@@ -393,45 +358,6 @@ bool winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
     }
   });
   add_up(parts, sums);
-  if (!grad_weight)
-    return true;
-  gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
-  return is_finite(Matrix<E>{grad_weight, 9 * plane}, 1, 9 * plane, threads);
-}
-
-// ---- what is called ---------------------------------------------------------------------------------------------
-
-#if PAIRS
-template <class E> using Operand = std::conditional_t<std::is_same<E, bf16>::value, pair, float>;
-#else
-template <class E> using Operand = float;
-#endif
-
-template <class E>
-bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
-              Matrix<E> out, double *moments, int threads) {
-  if (grid.window == 3)
-    return winograd(x, grid, weight, scale, shift, out, moments, threads);
-  pointwise<Operand<E>>(x, grid.images * grid.height * grid.width, weight, scale, shift, out, moments, threads);
-  return true;
-}
-
-template <class E>
-Backward convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
-                           const float *shift, const float *mean, Matrix<E> grad_x, bool add, E *grad_weight,
-                           double *sums, int threads) {
-  Index rows = grid.images * grid.height * grid.width;
-  if (grid.window == 1) {
-    (add ? pointwise_backward<Operand<E>, true, E> : pointwise_backward<Operand<E>, false, E>)(
-        grad, x, rows, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
-    return kDone;
-  }
-  Index weights = 9 * weight.out * weight.in;
-  if (!is_finite(grad, rows, weight.out, threads) ||
-      !is_finite(Matrix<const E>{weight.data, weights}, 1, weights, threads))
-    return kNothingDone;
-  return (add ? winograd_backward<true, E> : winograd_backward<false, E>)(grad, x, grid, weight, scale, shift, mean,
-                                                                          grad_x, grad_weight, sums, threads)
-             ? kDone
-             : kNoWeight;
+  if (grad_weight)
+    gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
 }

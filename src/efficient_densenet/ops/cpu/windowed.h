@@ -1,0 +1,164 @@
+// 3×3 convolutions in bfloat16 pairs, included beside `products.h`. With two products at a time they need as many
+// instructions as `winograd.h` does in single precision, and no transforms.
+
+// Lines of a unit whose scratch, `stride` elements a pixel, takes about so many bytes.
+inline Index lines_within(Index bytes, const Grid &grid, Index stride) {
+  return bytes / 4 / stride / (grid.width + 3) - 2;
+}
+
+// How far the pixel under each tap of the window lies from the one under its centre.
+struct Taps {
+  Index offsets[9];
+  Taps(const Units &units, Index stride) {
+    for (Index tap = 0; tap < 9; ++tap)
+      offsets[tap] = ((tap / 3 - 1) * units.wide + tap % 3 - 1) * stride;
+  }
+};
+
+// Calls work(first pixel of the image's unit, its place in the scratch, pixels) for tiles of each line of a unit.
+template <class Work> void for_line_tiles(const Units &units, const Unit &unit, Index most, const Work &work) {
+  for (Index y = 0; y < unit.lines; ++y)
+    for_tiles(units.width, most, [&](Index from, int n) {
+      work(y * units.width + from, (y + 1) * units.wide + from + 1, n);
+    });
+}
+
+// `convolve` for a window of 3.
+inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
+                     const float *shift, Matrix<bf16> out, double *moments, int threads) {
+  Index depth = elements<pair>(weight.in), all = vectors_of(weight.out);
+  Units units(grid, lines_within(192 << 10, grid, depth));
+  Taps taps(units, depth);
+  std::vector<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
+                                     weight.out_stride, threads);
+  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<pair> prefix(units.scratch(depth));
+    float tile[kLargestTile];
+    Range range(units.count, chunk, chunks);
+    for (Index i = range.begin; i < range.end; ++i) {
+      Unit unit(units, i);
+      Matrix<bf16> to = from_row(out, unit.row);
+      with_border(units, unit, x, depth, prefix.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
+        fill_prefix(from, pixels, weight.in, scale, shift, depth, line);
+      });
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        Index c = j * kW, width = vectors * kW, used = weight.out - c < width ? weight.out - c : width;
+        for_line_tiles(units, unit, tile_rows(vectors), [&](Index row, Index place, int n) {
+          if (!j)
+            fetch_unit(units, unit, x, grid, weight.in, row, row + n);
+          with_tile(n, vectors, ProductTile<pair>{prefix.data() + place * depth, depth, depth, b.data() + c * 9 * depth,
+                                                  tile, width, false, 9, taps.offsets});
+          for_channels<kW>(0, used, CopyBody<float, bf16>{tile, width, n, to.ld, to.data + row * to.ld + c});
+        });
+      }
+      if (moments)
+        parts[chunk].add<bf16>(to, unit.rows, weight.out, {nullptr, 0});
+    }
+  });
+  if (moments)
+    merge_moments(parts, 0, moments);
+}
+
+// The scratch of the weight's gradient for a unit: pairs of neighbours in a line, which begin at even pixels, and for taps
+// in the middle of the window at odd ones.
+struct PixelPairs {
+  Index ld, line; // pairs from pixel pair to pixel pair, and from line to line
+  std::vector<pair> grad, even, odd;
+  PixelPairs(const Units &units, Index outputs, Index channels)
+      : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), grad(units.lines * units.across * outputs),
+        even((units.lines + 2) * line), odd((units.lines + 2) * line) {}
+
+  // From the gradient of the output, and from the rectified prefix with its border, `stride` pairs of channels a pixel.
+  void fill(const Units &units, const Unit &unit, Matrix<bf16> grad_here, Index outputs, pair *prefix, Index stride,
+            Index channels) {
+    for (Index y = 0; y < unit.lines; ++y)
+      pair_rows<false>(from_row(grad_here, y * units.width), units.width, outputs, nullptr, nullptr, outputs,
+                       grad.data() + y * units.across * outputs);
+    for (Index y = 0; y < unit.lines + 2; ++y) {
+      Matrix<bf16> from{scalars(prefix + y * units.wide * stride), 2 * stride};
+      pair_rows<false>(from, units.wide, channels, nullptr, nullptr, ld, even.data() + y * line);
+      pair_rows<false>(from_row(from, 1), units.wide - 2, channels, nullptr, nullptr, ld, odd.data() + y * line);
+    }
+  }
+
+  // into (taps, outputs, ld) += the gradient of the weight.
+  void add(const Units &units, const Unit &unit, Index outputs, Index channels, float *into) const {
+    for (Index tap = 0; tap < 9; ++tap) {
+      const pair *from = (tap % 3 == 1 ? odd : even).data() + tap / 3 * line + (tap % 3 == 2 ? ld : 0);
+      add_outer(Lines<pair>{grad.data(), outputs, units.across * outputs}, outputs, Lines<pair>{from, ld, line},
+                channels, unit.lines, units.across, into + tap * outputs * ld, ld);
+    }
+  }
+};
+
+// `convolve_backward` for a window of 3.
+template <bool kAdd>
+void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight,
+                       const float *scale, const float *shift, const float *mean, Matrix<bf16> grad_x,
+                       bf16 *grad_weight, double *sums, int threads) {
+  Index depth = elements<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
+  Units units(grid, lines_within(192 << 10, grid, prefix_depth));
+  Taps taps(units, depth);
+  std::vector<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
+                                     weight.out_stride, weight.in, weight.in_stride, threads); // turned round
+  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
+  std::vector<std::vector<float>> weight_parts(chunks);
+  Index ld = all * kW;
+  for_chunks(chunks, [&](int chunk) {
+    std::vector<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
+    PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
+    float tile[kLargestTile];
+    if (grad_weight)
+      weight_parts[chunk].assign(9 * weight.out * ld, 0);
+    double *totals = parts[chunk].totals.data();
+    Range range(units.count, chunk, chunks);
+    for (Index i = range.begin; i < range.end; ++i) {
+      Unit unit(units, i);
+      Matrix<bf16> x_here = from_row(x, unit.row), to = from_row(grad_x, unit.row);
+      with_border(units, unit, grad, depth, around.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
+        fill_copy(from, pixels, weight.out, depth, line);
+      });
+      if (grad_weight) {
+        with_border(units, unit, x, prefix_depth, prefix.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
+          fill_prefix(from, pixels, weight.in, scale, shift, prefix_depth, line);
+        });
+        pairs.fill(units, unit, from_row(grad, unit.row), weight.out, prefix.data(), prefix_depth, weight.in);
+        pairs.add(units, unit, weight.out, weight.in, weight_parts[chunk].data());
+      }
+      for (Index j = 0; j < all; j += group_of(j, all)) {
+        int vectors = group_of(j, all);
+        Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
+        for_line_tiles(units, unit, tile_rows(vectors), [&](Index row, Index place, int n) {
+          if (!j)
+            fetch_unit(units, unit, x, grid, weight.in, row, row + n);
+          Matrix<bf16> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
+          fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
+          fetch<true>(x_tile, 0, n, used);
+          with_tile(n, vectors, ProductTile<pair>{around.data() + place * depth, depth, depth, b.data() + c * 9 * depth,
+                                                  tile, width, false, 9, taps.offsets});
+          accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
+                             totals + c, totals + weight.in + c);
+        });
+      }
+    }
+  });
+  add_up(parts, sums);
+  if (!grad_weight)
+    return;
+  int sum_chunks = chunks_for(weight.out, 9 * weight.out * weight.in, threads);
+  for_chunks(sum_chunks, [&](int chunk) {
+    Range range(weight.out, chunk, sum_chunks);
+    for (Index o = range.begin; o < range.end; ++o) // in the memory format of the weight
+      for (Index tap = 0; tap < 9; ++tap)
+        for (Index c = 0; c < weight.in; ++c) {
+          float sum = 0;
+          for (const auto &part : weight_parts)
+            sum += part[(tap * weight.out + o) * ld + c];
+          set(grad_weight[o * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride], sum);
+        }
+  });
+}
