@@ -142,7 +142,7 @@ template <class T> struct ProductTile {
   bool add = false;
   Index places = 1;
   const Index *offsets = &kHere;
-  template <int MR, int NV> void run() const {
+  template <int MR, int NV> __attribute__((noinline)) void run() const {
     Vector acc[MR][NV] = {};
     if (add)
       UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j)
@@ -166,7 +166,7 @@ template <class T> struct OuterTile {
   Index lines, rows;
   float *into;
   Index stride;
-  template <int MR, int NV> void run() const {
+  template <int MR, int NV> __attribute__((noinline)) void run() const {
     Vector acc[MR][NV] = {};
     for (Index y = 0; y < lines; ++y)
       add_columns<MR, NV>(a.data + y * a.line, a.ld, b.data + y * b.line, b.ld, rows, acc);
@@ -212,6 +212,7 @@ inline void fetch(Matrix<E> x, Index begin, Index end, Index channels) {
   for (Index r = begin; r < end; ++r)
     for (Index c = 0; c < channels; c += 64 / sizeof(E))
       __builtin_prefetch(x.data + r * x.ld + c, kToWrite, kToWrite ? 3 : 2);
+  __asm__ volatile(""); // or GCC takes this for a function without an effect, and leaves out the calls
 }
 
 template <class S> void zeros_behind(S *to, Index rows, Index channels, Index stride) {
