@@ -1,10 +1,10 @@
 """The operations of `reference` on a CPU: each is one kernel, or PyTorch's convolution between passes of one loop each.
 
-With AVX-512 and in float32, a norm–relu–convolution is one kernel (`products.h`): the rectified prefix is made a few
-lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the convolution
-is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before and behind
-it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that depends on
-the shapes and the number of threads alone.
+With AVX-512, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is made a few lines at a time
+in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the convolution is PyTorch's,
+and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before and behind it (`loops.h`)
+read and write what they must, once. Sums are added up in double precision, in an order that depends on the shapes and
+the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
 """
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
-from efficient_densenet.ops.cpu.library import TYPES as _TYPES
-from efficient_densenet.ops.cpu.library import load
+from efficient_densenet.ops.cpu.library import TYPES, load
 from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
 norm_relu_max_pool = eager.norm_relu_max_pool
@@ -31,7 +30,7 @@ norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
 
 def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here."""
-    return x.device.type == "cpu" and x.dtype in _TYPES and load().kernels is not None
+    return x.device.type == "cpu" and x.dtype in TYPES and load().kernels is not None
 
 
 def norm_relu_conv(
@@ -39,7 +38,7 @@ def norm_relu_conv(
 ) -> Statistics | None:
     moments = _no_moments(out) if want_statistics else None
     if not _has_own_product(x, weight, pool) or not load().kernels.convolve(
-        _TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
+        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
         None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     ):  # fmt: skip
         rows = 0
@@ -67,7 +66,7 @@ def norm_relu_conv_backward(
     if _has_own_product(x, weight, pool):
         grad_weight = torch.empty_like(weight) if need_weight else None
         done = load().kernels.convolve_backward(
-            _TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
+            TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
             *_constants(scale, shift, mean), *_matrix(grad_x), accumulate,
             None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -130,7 +129,7 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
     channels = x.shape[-1]
     rows = x.numel() // channels
     load().kernels.finish(
-        _TYPES[x.dtype], *_matrix(grad), *_matrix(x), rows, channels, *_constants(mean, constant, slope), *_matrix(out),
+        TYPES[x.dtype], *_matrix(grad), *_matrix(x), rows, channels, *_constants(mean, constant, slope), *_matrix(out),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -141,12 +140,12 @@ def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
     Measured on two cores (`benchmarks/cpu.py`), it takes half to nine tenths of the time of oneDNN and the passes
     around it.
     """
-    if pool != 1 or x.dtype not in load().convolves or not x.shape[0]:
+    if pool != 1 or x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
     if kernel == (3, 3):
-        return dense and bool(load().kernels.suits(_TYPES[x.dtype], *x.shape[1:3]))
+        return dense and bool(load().kernels.suits(TYPES[x.dtype], *x.shape[1:3]))
     return dense and prod(kernel) == 1
 
 
@@ -164,7 +163,7 @@ def _sizes(x: Tensor, weight: Tensor) -> Any:
 def _prologue(x: Tensor, scale: Tensor, shift: Tensor, pool: int, scratch: Tensor) -> Tensor:
     """``average_pool(relu(scale·x + shift))`` in the scratch tensor."""
     kernels = load().kernels
-    type_, channels, threads = _TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
+    type_, channels, threads = TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
     if pool == 1:
         constants = _constants(scale, shift)
         kernels.prologue(type_, *_matrix(x), x.numel() // channels, channels, *constants, scratch.data_ptr(), threads)
@@ -192,7 +191,7 @@ def _accumulate(
     run = kernels.accumulate if pool == 1 else kernels.accumulate_pool
     size = x.numel() // channels if pool == 1 else _volume(x, pool)
     run(
-        _TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
+        TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
         accumulate, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -206,7 +205,7 @@ def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before:
     channels = x.shape[-1]
     rows = x.numel() // channels
     load().kernels.copy_moments(
-        _TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
+        TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
         None if moments is None else moments.data_ptr(), before, torch.get_num_threads(),
     )  # fmt: skip
     return before + rows
