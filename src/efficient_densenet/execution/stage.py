@@ -124,12 +124,13 @@ def _run_layers(features: Tensor, stage: Stage, statistics: BatchStatistics, mea
     width = features.shape[-1] - stage.growth
     if measure:
         take_in(run.statistics(features[..., :width]), slice(0, width))
-    middles = []
+    middles: list[Tensor] = []
+    middle: Tensor | None = None  # where nobody keeps them, the next layer's takes the place of this one's
     for layer, i in enumerate(stage.layers):
         source = features[..., :width]
         affine = stage.norms[i].affine((mean[:width], variance[:width]))
         if stage.per_layer == 2:
-            middle, found = _middle(source, affine, stage.weights[i], measure)
+            middle, found = _middle(source, affine, stage.weights[i], measure, None if middles else middle)
             if found is not None:
                 middle_statistics.append(all_statistics(found, count_here, stage.group)[:2])
             elif len(middle_statistics) == layer:
@@ -248,9 +249,12 @@ class _Readers:
             through.add(affine, g, g_centred)
 
 
-def _middle(source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool) -> tuple[Tensor, Statistics | None]:
-    """The bottleneck output ``(N, *spatial, bn_size·k)`` and, if wanted, its statistics."""
-    middle = beside(source, weight.shape[0])
+def _middle(
+    source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool, place: Tensor | None = None
+) -> tuple[Tensor, Statistics | None]:
+    """The bottleneck output ``(N, *spatial, bn_size·k)``, in `place` if it fits; and, if wanted, its statistics."""
+    reuse = place is not None and place.shape[-1] == weight.shape[0]
+    middle = place if place is not None and reuse else beside(source, weight.shape[0])
     run = ops.backend(source)
     return middle, run.norm_relu_conv(
         source, affine.scale, affine.shift, weight, middle, want_statistics=want_statistics
