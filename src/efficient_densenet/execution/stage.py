@@ -253,12 +253,10 @@ def _middle(
     source: Tensor, affine: Affine, weight: Tensor, want_statistics: bool, place: Tensor | None = None
 ) -> tuple[Tensor, Statistics | None]:
     """The bottleneck output ``(N, *spatial, bn_size·k)``, in `place` if it fits; and, if wanted, its statistics."""
-    reuse = place is not None and place.shape[-1] == weight.shape[0]
-    middle = place if place is not None and reuse else beside(source, weight.shape[0])
+    if place is None or place.shape[-1] != weight.shape[0]:
+        place = beside(source, weight.shape[0])
     run = ops.backend(source)
-    return middle, run.norm_relu_conv(
-        source, affine.scale, affine.shift, weight, middle, want_statistics=want_statistics
-    )
+    return place, run.norm_relu_conv(source, affine.scale, affine.shift, weight, place, want_statistics=want_statistics)
 
 
 def _drop(x: Tensor, stage: Stage, layer: int) -> None:

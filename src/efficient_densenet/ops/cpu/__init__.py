@@ -70,14 +70,11 @@ def norm_relu_conv_backward(
             *_constants(scale, shift, mean), *_matrix(grad_x), accumulate,
             None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-    if done == _Done.NOTHING:
+    if done != _Done.ALL:
+        whole = done == _Done.NOTHING
+        into, taken = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
         grad_weight = _backward_in_passes(
-            grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight, sums
-        )
-    elif done == _Done.ALL_BUT_WEIGHT:
-        elsewhere = torch.empty_like(grad_x)
-        grad_weight = _backward_in_passes(
-            grad_out, x, scale, shift, mean, weight, elsewhere, False, pool, need_weight, sums.clone()
+            grad_out, x, scale, shift, mean, weight, into, accumulate and whole, pool, need_weight, taken
         )
     g_sum, g_centred = sums.to(scale.dtype)
     return grad_weight, g_sum, g_centred

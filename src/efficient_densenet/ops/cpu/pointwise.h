@@ -109,17 +109,6 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
     }
   });
   add_up(parts, sums);
-  if (!grad_weight)
-    return;
-  int sum_chunks = chunks_for(weight.out, weight.out * weight.in, threads);
-  for_chunks(sum_chunks, [&](int chunk) {
-    Range range(weight.out, chunk, sum_chunks);
-    for (Index i = range.begin; i < range.end; ++i) // in the memory format of the weight
-      for (Index c = 0; c < weight.in; ++c) {
-        float sum = 0;
-        for (const auto &part : weight_parts)
-          sum += part[i * stride + c];
-        set(grad_weight[i * weight.out_stride + c * weight.in_stride], sum);
-      }
-  });
+  if (grad_weight)
+    gather_weight(weight_parts, stride, weight, grad_weight, threads);
 }

@@ -1,5 +1,5 @@
-// Matrix products whose operands are made and used in the cache, included beside `loops.h`: what `pointwise.h` and
-// `winograd.h` have in common. Tiles of a result stay in registers: a few rows times a few vectors.
+// Matrix products whose operands are made and used in the cache, included beside `loops.h`: what `pointwise.h`,
+// `winograd.h` and `windowed.h` have in common. Tiles of a result stay in registers: a few rows times a few vectors.
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -18,8 +18,6 @@ template <bool kRectify, class E, class T> // in `pairs.h`
 void pair_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *out);
 #if PAIRS
 #include "pairs.h"
-#endif
-#if PAIRS
 template <class E> using Operand = std::conditional_t<std::is_same<E, bf16>::value, pair, float>;
 #else
 template <class E> using Operand = float;
@@ -129,10 +127,10 @@ std::vector<T> packed(const E *data, Index places, Index place_stride, Index dep
 }
 
 constexpr Index kLargestTile = 24 * kW; // values
+constexpr Index kHere = 0;
 
 // out (+)= Σ over places of a[place] · b[place] for a tile: `a` has rows `lda` elements apart, and each place's begin at
 // an offset; `b` is packed for its vectors.
-constexpr Index kHere = 0;
 template <class T> struct ProductTile {
   const T *a;
   Index lda, depth;
@@ -195,6 +193,24 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
   }
 }
 
+// The gradient of the weight, in its memory format, from the sums (taps, out, stride) of all parts.
+template <class E>
+void gather_weight(const std::vector<std::vector<float>> &parts, Index stride, const Weight<E> &weight, E *grad,
+                   int threads) {
+  int chunks = chunks_for(weight.out, weight.taps * weight.out * weight.in, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(weight.out, chunk, chunks);
+    for (Index o = range.begin; o < range.end; ++o)
+      for (Index tap = 0; tap < weight.taps; ++tap)
+        for (Index c = 0; c < weight.in; ++c) {
+          float sum = 0;
+          for (const auto &part : parts)
+            sum += part[(tap * weight.out + o) * stride + c];
+          set(grad[o * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride], sum);
+        }
+  });
+}
+
 // Calls work(first row, rows) for tiles of at most `most` of them, of nearly one size.
 template <class Work> void for_tiles(Index rows, Index most, const Work &work) {
   Index tiles = (rows + most - 1) / most;
@@ -206,12 +222,12 @@ template <class Work> void for_tiles(Index rows, Index most, const Work &work) {
 
 template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
 
-// Fetch rows that will be needed soon.
-template <bool kToWrite = false, class E>
+// Fetch rows that will be needed, at once or, into the second-level cache, soon.
+template <bool kAtOnce = false, class E>
 inline void fetch(Matrix<E> x, Index begin, Index end, Index channels) {
   for (Index r = begin; r < end; ++r)
     for (Index c = 0; c < channels; c += 64 / sizeof(E))
-      __builtin_prefetch(x.data + r * x.ld + c, kToWrite, kToWrite ? 3 : 2);
+      __builtin_prefetch(x.data + r * x.ld + c, 0, kAtOnce ? 3 : 2);
   __asm__ volatile(""); // or GCC takes this for a function without an effect, and leaves out the calls
 }
 

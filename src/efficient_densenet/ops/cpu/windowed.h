@@ -147,18 +147,6 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
     }
   });
   add_up(parts, sums);
-  if (!grad_weight)
-    return;
-  int sum_chunks = chunks_for(weight.out, 9 * weight.out * weight.in, threads);
-  for_chunks(sum_chunks, [&](int chunk) {
-    Range range(weight.out, chunk, sum_chunks);
-    for (Index o = range.begin; o < range.end; ++o) // in the memory format of the weight
-      for (Index tap = 0; tap < 9; ++tap)
-        for (Index c = 0; c < weight.in; ++c) {
-          float sum = 0;
-          for (const auto &part : weight_parts)
-            sum += part[(tap * weight.out + o) * ld + c];
-          set(grad_weight[o * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride], sum);
-        }
-  });
+  if (grad_weight)
+    gather_weight(weight_parts, ld, weight, grad_weight, threads);
 }
