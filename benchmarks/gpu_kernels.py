@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,9 +22,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.triton import backward, forward, launch, max_pool, moments, tiles
+from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.triton import backward, forward, launch, max_pool, mean, moments, norms, tiles
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 89, 90)
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""What a program may have of it on each device; 89 stands for all that have no line in the table of tiles."""
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 
@@ -71,7 +74,7 @@ def records(
         seen: set[str] = set()
         for kind in kinds:
             for shape in shapes:
-                launched = _launched(shape, kind)
+                launched = _launched(shape, kind, capability)
                 for kernel, arguments, tile in launched:
                     source, flags = _source(kernel, arguments, tile)
                     key = f"{source.hash()} {tile}"
@@ -85,7 +88,7 @@ def records(
                             "shape": shape.name,
                             "type": kind,
                             "sm": capability,
-                            "tile": vars(tile),
+                            "tile": asdict(tile),
                             "flags": flags,
                             **_compiled(source, tile, capability),
                         }
@@ -95,7 +98,7 @@ def records(
 
 def kernels_of(shape: Shape, kind: str) -> set[str]:
     """What tells the kernels that a shape uses from others: everything that the compiler looks at."""
-    return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in _launched(shape, kind)}
+    return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in _launched(shape, kind, 90)}
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -112,7 +115,8 @@ def table(found: list[dict[str, Any]]) -> str:
 
 KERNELS = (
     *("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel", "sum_parts_kernel"),
-    *("moments_kernel", "merge_kernel", "sum_kernel", "finish_kernel", "max_pool_kernel", "max_pool_backward_kernel"),
+    *("fold_kernel", "norm_gradients_kernel", "moments_kernel", "merge_kernel", "finish_kernel"),
+    *("max_pool_kernel", "max_pool_backward_kernel", "mean_kernel", "mean_backward_kernel"),
 )
 
 
@@ -166,19 +170,22 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
 
     x, grad_x = activation(shape.size, shape.channels), activation(shape.size, shape.channels)
     out = activation(tuple(n // shape.pool for n in shape.size), shape.outputs)
-    a, b, mean = torch.randn(3, shape.channels, device="cuda").unbind()
+    norm, through = (
+        Affine(*torch.randn(4, shape.channels, device="cuda")),
+        torch.zeros(2, shape.channels, device="cuda"),
+    )
     weight = torch.randn((shape.outputs, shape.channels, *[shape.kernel] * len(shape.size)), device="cuda").to(dtype)
     small, large = (t.numel() * t.element_size() for t in (out, x))
     flop = 2 * out.numel() * weight[0].numel()
-    product = backward.Product(out, x, a, b, weight, shape.pool)
-    taps = shape.kernel ** len(shape.size)
-    tile = tiles.grad_x(x, shape.outputs, taps)
-    weight_tile = tiles.grad_weight(x, shape.outputs, taps)
-    yield "forward", lambda: forward.norm_relu_conv(x, a, b, weight, out, shape.pool, True), large + small, flop
-    yield "backward, prefix", lambda: product.grad_x(mean, grad_x, True, tile), 3 * large + small, flop
+    product = backward.Product(out, x, norm, weight, shape.pool)
+    found, count = Statistics(*torch.empty(2, shape.outputs, device="cuda")), torch.ones((), device="cuda")
+    tile, weight_tile = tiles.grad_x(product.of), tiles.grad_weight(product.of)
+    yield "forward", lambda: forward.norm_relu_conv(x, norm, weight, out, shape.pool, found), large + small, flop
+    yield "backward, prefix", lambda: product.grad_x(grad_x, True, through, tile), 3 * large + small, flop
     yield "backward, weight", lambda: product.grad_weight(weight_tile), large + small, flop
-    yield "statistics", lambda: moments.statistics(x), large, 0.0
-    yield "finish", lambda: moments.finish(grad_x, x, mean, a, b, grad_x), 3 * large, 0.0
+    of_x = Statistics(norm.mean, norm.inverse)
+    yield "finish", lambda: moments.finish(grad_x, x, norm.mean, through, count, grad_x), 3 * large, 0.0
+    yield "statistics", lambda: moments.statistics(x, of_x), large, 0.0
 
 
 def _seconds(attempt: Callable[[], Any]) -> float:
@@ -196,14 +203,16 @@ def _tf32() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _launched(shape: Shape, kind: str) -> list[tuple[Any, tuple, tiles.Tile]]:
+def _launched(shape: Shape, kind: str, capability: int) -> list[tuple[Any, tuple, tiles.Tile]]:
     """Kernel, arguments and tile of everything that a shape would launch. TF32 and fp32 are float32."""
+    device = tiles.DEVICES.get(divmod(capability, 10), tiles.OTHER)
     launched: list[tuple[Any, tuple, tiles.Tile]] = []
     with (
         mock.patch.object(
             launch, "run", lambda kernel, _, tile, *arguments: launched.append((kernel, arguments, tile))
         ),
         mock.patch.object(tiles, "precision", lambda x: "tf32" if kind == "tf32" else "ieee"),
+        mock.patch.object(tiles, "device_of", lambda x: device),
     ):
         _operations(shape, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32))
     return launched
@@ -217,23 +226,27 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
 
     x, grad_x = activation(shape.size, shape.channels), activation(shape.size, shape.channels)
     out = activation(tuple(n // shape.pool for n in shape.size), shape.outputs)
-    vector = torch.empty(shape.channels, device="meta")
+    vector, through = torch.empty(shape.channels, device="meta"), torch.empty(2, shape.channels, device="meta")
+    norm, count = Affine(*[vector] * 4), torch.empty((), device="meta")
+    found = torch.empty(shape.outputs, device="meta")
     kernel = [shape.kernel] * len(shape.size)
     weight = torch.empty((shape.outputs, shape.channels, *kernel), dtype=dtype, device="meta")
     plain = shape.pool == 1
-    forward.norm_relu_conv(x, vector, vector, weight, out, shape.pool, want_statistics=plain)
-    arguments = (out, x, vector, vector, vector, weight, grad_x, plain, shape.pool, True)
-    backward.norm_relu_conv_backward(*arguments)
-    moments.statistics(x)
-    moments.finish(grad_x, x, vector, vector, vector, grad_x)
+    forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
+    backward.norm_relu_conv_backward(out, x, norm, weight, grad_x, plain, through, shape.pool, True)
+    norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
+    moments.statistics(x, Statistics(vector, vector))
+    moments.finish(grad_x, x, vector, through, count, grad_x)
     pooled = activation(tuple((n + 1) // 2 for n in shape.size), shape.channels)
-    max_pool.norm_relu_max_pool(x, vector, vector, pooled)
-    max_pool.norm_relu_max_pool_backward(pooled, x, vector, vector, vector, grad_x)
+    max_pool.norm_relu_max_pool(x, norm, pooled)
+    max_pool.norm_relu_max_pool_backward(pooled, x, norm, grad_x, through)
+    mean.norm_relu_mean(x, norm, pooled[:, 0, 0])
+    mean.norm_relu_mean_backward(pooled[:, 0, 0], x, norm, grad_x, through)
 
 
 def _source(kernel: Any, arguments: tuple, tile: tiles.Tile) -> tuple[ASTSource, dict[str, Any]]:
     names = [p.name for p in kernel.params]
-    values = dict(zip(names, arguments, strict=False)) | tile.sizes()
+    values = dict(zip(names, arguments, strict=False)) | tile.sizes
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned = {}
@@ -246,7 +259,7 @@ def _source(kernel: Any, arguments: tuple, tile: tiles.Tile) -> tuple[ASTSource,
             signature[parameter.name] = f"*{_TYPES[value.dtype]}"
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     return ASTSource(kernel, signature, constants, aligned), constants
 
 

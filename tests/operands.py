@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.reference import statistics_dtype
+from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
 
 # Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels and pixels.
 SHAPES = [
@@ -23,11 +23,15 @@ SHAPES = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+EVERY_OPERATION = [
+    *("norm_relu_conv", "norm_relu_conv_backward", "norm_relu_max_pool", "norm_relu_max_pool_backward"),
+    *("norm_relu_mean", "norm_relu_mean_backward", "fold_norm", "statistics", "finish"),
+]
+
+
 class Operands(NamedTuple):
     x: Tensor
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
+    norm: Affine
 
     @classmethod
     def random(cls, shape: tuple, dtype: torch.dtype = torch.float64, spare: int = 0) -> Operands:
@@ -37,10 +41,27 @@ class Operands(NamedTuple):
         x = slice_of_channels(torch.randn(n, *spatial, channels).to(dtype), spare)
         small = statistics_dtype(dtype)
         scale, shift, mean = torch.randn(3, channels, dtype=small).unbind()
-        return cls(x, scale, shift, mean)
+        return cls(x, Affine(mean, torch.rand(channels, dtype=small) + 0.5, scale, shift))
 
     def double(self) -> Operands:
-        return Operands(*(t.double() for t in self))
+        return Operands(self.x.double(), double(self.norm))
+
+
+def double(norm: Affine) -> Affine:
+    return Affine(*(t.double() for t in norm))
+
+
+def place(x: Tensor, channels: int | None = None) -> Statistics:
+    """Room for the statistics of activations like `x`, which must be overwritten."""
+    n = x.shape[-1] if channels is None else channels
+    return Statistics(*torch.full((2, n), torch.nan, dtype=statistics_dtype(x.dtype), device=x.device))
+
+
+def measured(ops: Any, x: Tensor) -> Statistics:
+    """`ops.statistics` of `x`."""
+    found = place(x)
+    ops.statistics(x, found)
+    return found
 
 
 def slice_of_channels(x: Tensor, spare: int) -> Tensor:

@@ -26,16 +26,9 @@ def run(folder: Path) -> list[dict[str, dict]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def without_final_norm(network: nn.Module) -> nn.Module:
-    """Stem, blocks and transitions. SyncBatchNorm itself refuses to run on a CPU, and here nothing else calls it."""
-    *_, final_norm = dict(network.features.named_children())
-    delattr(network.features, final_norm)
-    return network.features
-
-
 def loss(output: Tensor, shard: slice) -> Tensor:
     """Different for every image of the whole batch, so that the losses of the shards add up to that of the batch."""
-    weights = torch.linspace(-1, 1, 5, dtype=output.dtype)[shard].view(-1, 1, 1, 1)
+    weights = torch.linspace(-1, 1, 5, dtype=output.dtype)[shard].view(-1, 1)
     return (output.square() * weights + output).sum()
 
 
@@ -76,9 +69,12 @@ def _sharded(rank: int, keep: str) -> dict[str, Tensor]:
 
 
 def _synchronised(rank: int, name: str, keep: str, training: bool = True) -> dict:
-    """One step with SyncBatchNorm, and how many collective operations forward and backward took."""
+    """One step with SyncBatchNorm, and how many collective operations forward and backward took.
+
+    SyncBatchNorm itself refuses to run on a CPU: nothing here calls it.
+    """
     _, efficient = pair(SYNCHRONISED[name], keep, training)
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(without_final_norm(efficient))
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(efficient)
     x = images(5)[SHARDS[rank]].requires_grad_()
     gather, reduce = distributed.all_gather_into_tensor, distributed.all_reduce
     with (

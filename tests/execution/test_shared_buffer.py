@@ -190,7 +190,9 @@ def test_a_blocks_output_owns_its_memory_and_is_guarded():
         weighted_sum(first).backward()
 
 
-@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1", "features.norm0", "features.conv0"])
+@pytest.mark.parametrize(
+    "where", [f"features.{part}" for part in ("denseblock1", "transition1", "norm0", "conv0", "norm3")]
+)
 @pytest.mark.filterwarnings("ignore:the stem keeps")
 def test_hooks_outside_layers_see_what_the_ordinary_network_has(where):
     seen = []

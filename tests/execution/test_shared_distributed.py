@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import assert_close, assert_identical, buffers, gradients
 from twins import images, pair
-from two_processes import SYNCHRONISED, loss, run, without_final_norm
+from two_processes import SYNCHRONISED, loss, run
 
 from efficient_densenet.execution import KEEP
 
@@ -36,7 +36,6 @@ def test_sharded_parameters_get_the_same_gradients(results, keep):
 def test_synchronised_norms_equal_one_process_on_the_whole_batch(results, name, keep):
     """Outputs, all gradients and the running averages, with shards of unequal size."""
     ordinary, _ = pair(SYNCHRONISED[name])
-    ordinary = without_final_norm(ordinary)
     x = images(5).requires_grad_()
     output = ordinary(x)
     loss(output, slice(None)).backward()
@@ -54,12 +53,9 @@ def test_synchronised_norms_equal_one_process_on_the_whole_batch(results, name, 
 @every_keep
 @pytest.mark.parametrize(("name", "groups"), [("plain", 4 + 3), ("bottleneck", 7 + 5), ("imagenet stem", 1 + 7 + 5)])
 def test_each_produced_group_of_channels_is_sent_once_each_way(results, name, groups, keep):
-    """A group: a block's input, what one layer makes, a bottleneck output, the stem's channels.
-
-    What the very last layer makes has no reader here, and so nothing to correct in backward.
-    """
+    """A group: a block's input, what one layer makes, a bottleneck output, the stem's channels; not the head's."""
     for result in results:
-        assert result["synchronised"][f"{name} {keep}"]["collectives"] == [groups, 0, groups, groups - 1]
+        assert result["synchronised"][f"{name} {keep}"]["collectives"] == [groups, 0, groups, groups]
 
 
 def test_frozen_norms_send_nothing(results):

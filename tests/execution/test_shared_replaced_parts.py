@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from twins import BOTTLENECK, IMAGENET, PLAIN, images, pair
 
-from efficient_densenet.models import DenseBlock, DenseLayer, Transition
+from efficient_densenet.models import DenseBlock, DenseLayer, DenseNet, Transition
+from efficient_densenet.ops import cpu, eager
 
 LAYER_BY_LAYER = "does not run on the shared buffer but layer by layer"
 
@@ -189,7 +190,61 @@ def test_replaced_parts_of_the_stem_take_effect(change, size):
     assert_close(actual, training_step(ordinary, images(3, *size)))
 
 
-@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1"])
+def other_head_norm(network):
+    network.features.norm3 = nn.GroupNorm(1, network.num_features).to(torch.float64)
+
+
+def a_module_behind_the_head_norm(network):
+    network.features.add_module("behind", nn.Tanh())
+
+
+def no_head_norm(network):
+    del network.features.norm3
+
+
+def a_hook_on_the_head_norm(network):
+    network.features.norm3.register_forward_hook(lambda _module, _inputs, output: output * 2)
+
+
+def a_hook_on_the_last_block(network):
+    network.features.denseblock2.register_forward_hook(lambda _module, _inputs, output: output * 2)
+
+
+class Squared(DenseNet):
+    def forward_features(self, x):
+        return super().forward_features(x).square()
+
+
+class Doubled(DenseNet):
+    def forward_head(self, x, pre_logits=False):
+        return 2 * super().forward_head(x, pre_logits)
+
+
+def other_features(network):
+    network.__class__ = Squared
+
+
+def other_head(network):
+    network.__class__ = Doubled
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(other_head_norm, a_module_behind_the_head_norm, no_head_norm, a_hook_on_the_head_norm),
+        *(a_hook_on_the_last_block, other_features, other_head),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_changes_of_the_head_take_effect(change, monkeypatch):
+    """Its parts then run one by one, which needs no warning: the block is on its buffer all the same."""
+    ordinary, efficient = pair(BOTTLENECK, change=change)
+    monkeypatch.setattr(cpu, "norm_relu_mean", None)
+    monkeypatch.setattr(eager, "norm_relu_mean", None)
+    assert_close(training_step(efficient, images()), training_step(ordinary, images()))
+
+
+@pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1", "features.norm3", "features"])
 @pytest.mark.parametrize("arguments", [PLAIN, IMAGENET], ids=["plain", "imagenet stem"])
 @pytest.mark.filterwarnings("error")
 def test_hooks_of_every_kind_on_whole_parts_see_what_they_should(where, arguments):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import DTYPES, SHAPES, Operands, slice_of_channels, weight_for
+from operands import DTYPES, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
 
 from efficient_densenet.ops import convolution, cpu, eager, reference
 
@@ -56,26 +56,29 @@ def blank(shape, dtype, spare):
 @pytest.mark.parametrize(("kernel", "pool"), [(1, 1), (3, 1), (1, 2), (1, 3)])
 def test_norm_relu_conv(ops, shape, dtype, spare, kernel, pool):
     operands = Operands.random(shape, dtype, spare)
-    x, scale, shift, mean = operands
+    (x, norm), (x64, norm64) = operands, operands.double()
     weight = weight_for(x, 5, kernel)
     size = (*pooled(shape, pool), 5)
     grad_out = slice_of_channels(torch.randn(size).to(dtype), spare)
 
     out, out64 = blank(size, dtype, spare), torch.empty(size, dtype=torch.float64)
-    found = ops.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
-    x64, scale64, shift64, mean64 = operands.double()
-    expected = reference.norm_relu_conv(x64, scale64, shift64, weight.double(), out64, pool, want_statistics=True)
+    found, expected = place(out), place(out64)
+    ops.norm_relu_conv(x, norm, weight, out, pool, found)
+    reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
     assert_close([out, *found], [out64, *expected], dtype)
-    assert all(s.dtype == scale.dtype for s in found)
-    assert ops.norm_relu_conv(x, scale, shift, weight, out, pool) is None
+    before = out.clone()
+    ops.norm_relu_conv(x, norm, weight, out, pool)
+    assert torch.equal(out, before)
 
     grad_x, grad_x64 = blank(x.shape, dtype, spare), torch.empty_like(x64)
-    sums = ops.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False, pool)
+    through = torch.randn(2, shape[2] + 2, dtype=norm.mean.dtype)[:, 1:-1]
+    through64 = through.double()
+    sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, through, pool)
     expected = reference.norm_relu_conv_backward(
-        grad_out.double(), x64, scale64, shift64, mean64, weight.double(), grad_x64, False, pool
+        grad_out.double(), x64, norm64, weight.double(), grad_x64, False, through64, pool
     )
-    assert_close([grad_x, *sums], [grad_x64, *expected], dtype)
-    assert [t.dtype for t in sums] == [dtype, scale.dtype, scale.dtype]
+    assert_close([grad_x, *sums, through], [grad_x64, *expected, through64], dtype)
+    assert [t.dtype for t in sums] == [dtype, norm.scale.dtype, norm.scale.dtype]
 
 
 @pytest.mark.usefixtures("scratch")
@@ -83,14 +86,12 @@ def test_norm_relu_conv(ops, shape, dtype, spare, kernel, pool):
 @every_spare
 @every_size_of_piece
 def test_gradients_accumulate_and_weights_are_left_out(ops, dtype, spare):
-    x, scale, shift, mean = Operands.random((3, (5, 7), 13), dtype, spare)
+    x, norm = Operands.random((3, (5, 7), 13), dtype, spare)
     weight, grad_out = weight_for(x, 5, 3), torch.randn(3, 5, 7, 5).to(dtype)
     alone, before = torch.empty_like(x), torch.randn(x.shape).to(dtype)
-    whole = ops.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, alone, False)
+    whole = ops.norm_relu_conv_backward(grad_out, x, norm, weight, alone, False, None)
     grad_x = slice_of_channels(before, spare)
-    nothing, *sums = ops.norm_relu_conv_backward(
-        grad_out, x, scale, shift, mean, weight, grad_x, True, need_weight=False
-    )
+    nothing, *sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, True, None, need_weight=False)
     assert nothing is None
     assert_close([grad_x, *sums], [before.double() + alone.double(), *(t.double() for t in whole[1:])], dtype)
 
@@ -103,18 +104,56 @@ def test_gradients_accumulate_and_weights_are_left_out(ops, dtype, spare):
 @pytest.mark.parametrize("channels", [1, 13])
 def test_norm_relu_max_pool(ops, size, channels, dtype, spare):
     """Against the reference in the same type, for rounding makes ties, and a tie's gradient goes to the first pixel."""
-    x, scale, shift, mean = Operands.random((3, size, channels), dtype, spare)
+    x, norm = Operands.random((3, size, channels), dtype, spare)
     halved = (3, *((n + 1) // 2 for n in size), channels)
     out, expected = (blank(halved, dtype, spare) for _ in range(2))
-    ops.norm_relu_max_pool(x, scale, shift, out)
-    reference.norm_relu_max_pool(x, scale, shift, expected)
+    ops.norm_relu_max_pool(x, norm, out)
+    reference.norm_relu_max_pool(x, norm, expected)
     assert_close([out], [expected.double()], dtype)
 
     grad_out = slice_of_channels(torch.randn(halved).to(dtype), spare)
     grad_x, expected_grad_x = (blank(x.shape, dtype, spare) for _ in range(2))
-    sums = ops.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
-    expected = reference.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, expected_grad_x)
-    assert_close([grad_x, *sums], [t.double() for t in (expected_grad_x, *expected)], dtype)
+    through, expected_through = norm.mean.new_zeros(2, 2, channels)
+    sums = ops.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
+    expected = reference.norm_relu_max_pool_backward(grad_out, x, norm, expected_grad_x, expected_through)
+    expected = [t.double() for t in (expected_grad_x, *expected, expected_through)]
+    assert_close([grad_x, *sums, through], expected, dtype)
+
+
+@pytest.mark.usefixtures("scratch")
+@every_shape
+@every_dtype
+@every_spare
+@every_size_of_piece
+def test_norm_relu_mean(ops, shape, dtype, spare):
+    operands = Operands.random(shape, dtype, spare)
+    (x, norm), (x64, norm64) = operands, operands.double()
+    size = (shape[0], shape[2])
+    out, out64 = torch.full(size, torch.nan, dtype=dtype), torch.empty(size, dtype=torch.float64)
+    ops.norm_relu_mean(x, norm, out)
+    reference.norm_relu_mean(x64, norm64, out64)
+    assert_close([out], [out64], dtype)
+
+    grad_out, grad_x, grad_x64 = torch.randn(size).to(dtype), blank(x.shape, dtype, spare), torch.empty_like(x64)
+    through, through64 = torch.ones(2, shape[2], dtype=norm.mean.dtype), torch.ones(2, shape[2], dtype=torch.float64)
+    sums = ops.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+    expected = reference.norm_relu_mean_backward(grad_out.double(), x64, norm64, grad_x64, through64)
+    assert_close([grad_x, *sums, through], [grad_x64, *expected, through64], dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("parameters", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fold_norm(ops, dtype, parameters):
+    _, norm = Operands.random((1, (1, 1), 37), dtype)
+    statistics = reference.Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
+    gain, bias = norm.scale.to(parameters), norm.shift.to(parameters)
+    into, expected = (
+        reference.Affine(*torch.full((4, 37), torch.nan, dtype=t)) for t in (norm.mean.dtype, torch.float64)
+    )
+    ops.fold_norm(statistics, gain, bias, 1e-5, into)
+    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    small = torch.float64 if norm.mean.dtype == torch.float64 else torch.float32
+    assert_close(into[1:], expected[1:], small)
 
 
 @pytest.mark.usefixtures("scratch")
@@ -124,16 +163,16 @@ def test_norm_relu_max_pool(ops, size, channels, dtype, spare):
 @every_size_of_piece
 def test_statistics_and_finish(ops, shape, dtype, spare):
     operands = Operands.random(shape, dtype, spare)
-    x, constant, slope, mean = operands
-    x64, constant64, slope64, mean64 = operands.double()
-    assert_close(ops.statistics(x), reference.statistics(x64), dtype)
+    (x, norm), (x64, norm64) = operands, operands.double()
+    assert_close(measured(ops, x), measured(reference, x64), dtype)
 
     grad = slice_of_channels(torch.randn(x.shape).to(dtype), spare)
     expected, elsewhere = torch.empty_like(x64), blank(x.shape, dtype, spare)
-    reference.finish(grad.double(), x64, mean64, constant64, slope64, expected)
-    ops.finish(grad, x, mean, constant, slope, elsewhere)
+    through, count = torch.randn(2, shape[2] + 2, dtype=norm.mean.dtype)[:, 1:-1], norm.mean.new_full((), 3)
+    reference.finish(grad.double(), x64, norm64.mean, through.double(), count.double(), expected)
+    ops.finish(grad, x, norm.mean, through, count, elsewhere)
     assert_close([elsewhere], [expected], dtype)
-    ops.finish(grad, x, mean, constant, slope, grad)  # in place
+    ops.finish(grad, x, norm.mean, through, count, grad)  # in place
     assert torch.equal(grad, elsewhere)
 
 
@@ -144,13 +183,20 @@ def test_statistics_do_not_cancel(ops, spare):
     """In single precision, with a mean ten thousand times the deviation: E[x²] − E[x]² would have no digit left."""
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, spare)
-    expected = reference.statistics(x.double())
+    expected = measured(reference, x.double())
     weight = torch.eye(7).view(7, 7, 1, 1)
-    out = torch.empty(x.shape)
-    through_conv = ops.norm_relu_conv(x, torch.ones(7), torch.zeros(7), weight, out, want_statistics=True)
-    for mean, variance in (ops.statistics(x), through_conv):
+    out, through_conv = torch.empty(x.shape), place(x)
+    ops.norm_relu_conv(x, plain(7), weight, out, into=through_conv)
+    for mean, variance in (measured(ops, x), through_conv):
         torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(variance.double(), expected[1], rtol=1e-3, atol=0)
+
+
+def plain(channels, mean=None):
+    """A norm that changes nothing; or one that shifts this mean to 8."""
+    if mean is None:
+        return reference.Affine(*torch.tensor([0.0, 1, 1, 0]).repeat(channels, 1).T.contiguous())
+    return reference.Affine(mean, torch.ones(channels), torch.ones(channels), 8 - mean)
 
 
 @pytest.mark.usefixtures("scratch")
@@ -159,12 +205,12 @@ def test_sums_do_not_cancel(ops):
     """``Σ g·(x − μ)`` where ``Σ g·x − μ·Σ g`` would lose everything: the mean is large, and so is the sum of g."""
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
-    mean = reference.statistics(x.double())[0].float()
-    arguments = x, torch.ones(7), -mean + 8, mean, torch.ones(1, 7, 1, 1)
+    norm, weight = plain(7, measured(reference, x.double()).mean.float()), torch.ones(1, 7, 1, 1)
     grad_out = torch.randn(5, 17, 19, 1) + 1
-    *_, centred = ops.norm_relu_conv_backward(grad_out, *arguments, torch.empty_like(x), False)
-    *_, expected = reference.norm_relu_conv_backward(
-        grad_out.double(), *(t.double() for t in arguments), torch.empty_like(x).double(), False
+    _, centred, _ = ops.norm_relu_conv_backward(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    exact = [t.double() for t in (grad_out, x)]
+    _, expected, _ = reference.norm_relu_conv_backward(
+        *exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None
     )
     torch.testing.assert_close(centred.double(), expected, rtol=1e-3, atol=0.1)
 
@@ -173,13 +219,13 @@ def test_sums_do_not_cancel(ops):
 @every_dtype
 @every_size_of_piece
 def test_results_repeat_bit_for_bit(ops, dtype):
-    x, scale, shift, mean = Operands.random((4, (9, 11), 13), dtype, 3)
+    x, norm = Operands.random((4, (9, 11), 13), dtype, 3)
     weight, grad_out = weight_for(x, 5, 3), torch.randn(4, 9, 11, 5).to(dtype)
 
     def run():
-        out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
-        found = ops.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
-        sums = ops.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False)
+        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), place(grad_out)
+        ops.norm_relu_conv(x, norm, weight, out, into=found)
+        sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
         return [out, grad_x, *found, *sums]
 
     first = run()
@@ -199,6 +245,6 @@ def test_column_sums_of_wide_rows_are_those_of_the_channels(channels, pixels):
 
 def test_no_images(ops):
     """An empty batch in evaluation is empty all the way, as it is in PyTorch."""
-    x, scale, shift, _ = Operands.random((0, (5, 7), 13))
-    out = x.new_empty((0, 5, 7, 4))
-    assert ops.norm_relu_conv(x, scale, shift, weight_for(x, 4, 3), out) is None
+    x, norm = Operands.random((0, (5, 7), 13))
+    ops.norm_relu_conv(x, norm, weight_for(x, 4, 3), x.new_empty((0, 5, 7, 4)))
+    ops.norm_relu_mean(x, norm, x.new_empty((0, 13)))

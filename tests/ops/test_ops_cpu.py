@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from operands import Operands, slice_of_channels, weight_for
+from operands import Operands, double, measured, place, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 import efficient_densenet
@@ -20,15 +20,15 @@ kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native 
 LARGE = (5, (33, 31), 37)  # enough for several threads
 
 
-def everything(x, scale, shift, mean, weight, pool=1):
+def everything(x, norm, weight, pool=1):
     """The results of all operations."""
     out = torch.empty((len(x), *(n // pool for n in x.shape[1:-1]), len(weight)), dtype=x.dtype)
-    found = cpu.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
-    grad_x = torch.ones_like(x)
-    sums = cpu.norm_relu_conv_backward(out, x, scale, shift, mean, weight, grad_x, True, pool)
+    found, grad_x, through = place(out), torch.ones_like(x), norm.mean.new_zeros(2, len(norm.mean))
+    cpu.norm_relu_conv(x, norm, weight, out, pool, found)
+    sums = cpu.norm_relu_conv_backward(out, x, norm, weight, grad_x, True, through, pool)
     finished = torch.empty_like(x)
-    cpu.finish(grad_x, x, mean, scale, shift, finished)
-    return [out, *found, grad_x, *sums, finished, *cpu.statistics(x)]
+    cpu.finish(grad_x, x, norm.mean, through, norm.mean.new_full((), x[..., 0].numel()), finished)
+    return [out, *found, grad_x, *sums, through, finished, *measured(cpu, x)]
 
 
 @kernels
@@ -62,20 +62,22 @@ def test_every_instruction_set_computes_the_same(dtype, pool, kernel, instructio
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format, dtype):
     """More lines than one unit has, channels and outputs that are no whole vectors: against the exact reference."""
-    x, scale, shift, mean = Operands.random((3, size, channels), dtype, 5)
+    x, norm = Operands.random((3, size, channels), dtype, 5)
     weight = torch.randn(made, channels, kernel, kernel).to(dtype).contiguous(memory_format=memory_format)
     grad_out = slice_of_channels(torch.randn(3, *size, made).to(dtype), 3)
     out = slice_of_channels(torch.full((3, *size, made), torch.nan, dtype=dtype), 2)
     grad_x = torch.randn(x.shape).to(dtype)
-    exact = [t.double() for t in (scale, shift, mean, weight, grad_out, x, grad_x)]
-    found = cpu.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
-    sums = cpu.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, True)
+    exact = [t.double() for t in (weight, grad_out, x, grad_x)]
+    found = place(out)
+    cpu.norm_relu_conv(x, norm, weight, out, into=found)
+    sums = cpu.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, True, None)
     assert sums[0].stride() == weight.stride()
 
-    scale, shift, mean, weight, grad_out, x, expected_grad_x = exact
+    weight, grad_out, x, expected_grad_x = exact
     expected_out = torch.empty(out.shape, dtype=torch.float64)
-    expected = reference.norm_relu_conv(x, scale, shift, weight, expected_out, want_statistics=True)
-    expected_sums = reference.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, expected_grad_x, True)
+    expected, norm = place(expected_out), double(norm)
+    reference.norm_relu_conv(x, norm, weight, expected_out, into=expected)
+    expected_sums = reference.norm_relu_conv_backward(grad_out, x, norm, weight, expected_grad_x, True, None)
     actual = [out, *found, grad_x, *sums]
     for a, e in zip(actual, [expected_out, *expected, expected_grad_x, *expected_sums], strict=True):
         assert (a - e).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * e.abs().max()
@@ -105,15 +107,15 @@ def test_threads_change_rounding_alone_and_repeat(threads=(1, 2, 3)):
 @pytest.mark.parametrize("where", ["x", "weight", "gradient"])
 def test_what_is_no_number_is_passed_on(dtype, value, where):
     """As plain PyTorch passes it on, in exactly the same places."""
-    x, scale, shift, mean = Operands.random((2, (5, 5), 13), dtype)
+    x, norm = Operands.random((2, (5, 5), 13), dtype)
     weight, grad_out = weight_for(x, 4, 3), torch.randn(2, 5, 5, 4).to(dtype)
     {"x": x[1, 2, 4], "weight": weight[1, :, 0, 2], "gradient": grad_out[1, 2, 3]}[where][2] = value
     results = []
     for ops in (cpu, eager):
-        out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
-        found = ops.norm_relu_conv(x, scale, shift, weight, out, want_statistics=True)
-        sums = ops.norm_relu_conv_backward(grad_out, x, scale, shift, mean, weight, grad_x, False)
-        results.append([out, *found, grad_x, *sums, *ops.statistics(x)])
+        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), place(grad_out)
+        ops.norm_relu_conv(x, norm, weight, out, into=found)
+        sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
+        results.append([out, *found, grad_x, *sums, *measured(ops, x)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
         assert torch.equal(a.isnan(), b.isnan())
@@ -123,19 +125,20 @@ def test_what_is_no_number_is_passed_on(dtype, value, where):
 @pytest.mark.parametrize("value", [0.1, -0.1, 3.0, 65280.0, 1e-40, -0.0])
 def test_bfloat16_is_rounded_as_pytorch_rounds_it(value):
     x = (torch.full((1, 1, 40, 1), value) * torch.linspace(0.5, 2, 40).view(-1, 1)).to(torch.bfloat16)
-    found = cpu._prologue(x, torch.full((1,), 1.37), torch.zeros(1), 1, torch.empty_like(x))
+    norm = reference.Affine(*torch.tensor([[0], [1], [1.37], [0]]))
+    found = cpu._prologue(x, norm, 1, torch.empty_like(x))
     assert torch.equal(found, F.relu(x.float() * 1.37).to(torch.bfloat16))
 
 
 @kernels
 def test_one_row_and_no_row():
-    x, scale, shift, mean = Operands.random((1, (1, 1), 13))
-    everything(x, scale, shift, mean, weight_for(x, 4, 3))
-    variance = cpu.statistics(x)[1]
+    x, norm = Operands.random((1, (1, 1), 13))
+    everything(x, norm, weight_for(x, 4, 3))
+    variance = measured(cpu, x).variance
     assert torch.equal(variance, torch.zeros_like(variance))
     none = x[:0]
     weight, grad_x, grad_out = weight_for(x, 4, 3), torch.empty_like(none), x.new_empty(0, 1, 1, 4)
-    found = cpu.norm_relu_conv_backward(grad_out, none, scale, shift, mean, weight, grad_x, False)
+    found = cpu.norm_relu_conv_backward(grad_out, none, norm, weight, grad_x, False, None)
     assert all(torch.equal(t, torch.zeros_like(t)) for t in found)
 
 

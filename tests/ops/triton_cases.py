@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import SHAPES, Operands, slice_of_channels, weight_for
+from operands import EVERY_OPERATION, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
 
 from efficient_densenet import DenseNet
 from efficient_densenet.ops import eager, reference
@@ -34,7 +34,7 @@ def nothing_else_runs(monkeypatch):
     Two things that every device does and the interpreter does not: it takes the bits of bfloat16 for numbers in a
     product, and cuts them off instead of rounding to the nearest.
     """
-    for name in ("norm_relu_conv", "norm_relu_conv_backward", "norm_relu_max_pool", "statistics", "finish"):
+    for name in EVERY_OPERATION:
         monkeypatch.setattr(eager, name, None)
     monkeypatch.setattr(ops, "_state", {})
     from triton import language as tl
@@ -74,28 +74,31 @@ def untouched(x):
 
 def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False):
     operands = Operands.random(shape, dtype, 3)
-    x, scale, shift, mean = operands
+    (x, norm), (x64, norm64) = operands, operands.double()
     weight = weight_for(x, outputs, kernel)
     size = (shape[0], *(n // pool for n in shape[1]), outputs)
     grad_out, out = slice_of_channels(torch.randn(size).to(dtype), 3), poisoned(size, dtype)
-    x64, scale64, shift64, mean64 = operands.double()
     out64 = torch.empty(size, dtype=torch.float64)
-    found = ops.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics=True)
-    expected = reference.norm_relu_conv(x64, scale64, shift64, weight.double(), out64, pool, want_statistics=True)
+    found, expected = place(out), place(out64)
+    ops.norm_relu_conv(x, norm, weight, out, pool, found)
+    reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
     assert_close([out, *found], [out64, *expected], dtype)
     untouched(out)
-    assert ops.norm_relu_conv(x, scale, shift, weight, out, pool) is None
+    before = out.clone()
+    ops.norm_relu_conv(x, norm, weight, out, pool)
+    assert torch.equal(out, before)
 
     before = torch.randn(x.shape).to(dtype)
     grad_x = slice_of_channels(before, 3) if accumulate else poisoned(x.shape, dtype)
-    grad_x64 = before.double()
-    arguments = (scale, shift, mean, weight, grad_x, accumulate, pool)
-    found = ops.norm_relu_conv_backward(grad_out, x, *arguments)
+    grad_x64, through = before.double(), slice_of_channels(torch.randn(2, shape[2]), 3)
+    through64 = through.double()
+    found = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool)
     expected = reference.norm_relu_conv_backward(
-        grad_out.double(), x64, scale64, shift64, mean64, weight.double(), grad_x64, accumulate, pool
+        grad_out.double(), x64, norm64, weight.double(), grad_x64, accumulate, through64, pool
     )
-    assert_close([grad_x, *found], [grad_x64, *expected], dtype)
+    assert_close([grad_x, *found, through], [grad_x64, *expected, through64], dtype)
     untouched(grad_x)
+    untouched(through)
     assert found[0].stride() == weight.stride() and found[0].dtype == dtype
 
 
@@ -132,34 +135,66 @@ def test_kernels_of_other_odd_sizes():
 @pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 13])
 def test_norm_relu_max_pool(size, channels, dtype):
-    x, scale, shift, mean = Operands.random((3, size, channels), dtype, 3)
+    x, norm = Operands.random((3, size, channels), dtype, 3)
     halved = (3, *((n + 1) // 2 for n in size), channels)
     out, expected = poisoned(halved, dtype), torch.empty(halved, dtype=dtype)
-    ops.norm_relu_max_pool(x, scale, shift, out)
-    reference.norm_relu_max_pool(x, scale, shift, expected)
+    ops.norm_relu_max_pool(x, norm, out)
+    reference.norm_relu_max_pool(x, norm, expected)
     assert_close([out], [expected], dtype)
     untouched(out)
     grad_out = slice_of_channels(torch.randn(halved).to(dtype), 3)
     grad_x, expected_grad_x = poisoned(x.shape, dtype), torch.empty(x.shape, dtype=dtype)
-    sums = ops.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
-    expected = reference.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, expected_grad_x)
-    assert_close([grad_x, *sums], [expected_grad_x, *expected], dtype)
+    through, expected_through = torch.ones(2, 2, channels)
+    sums = ops.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
+    expected = reference.norm_relu_max_pool_backward(grad_out, x, norm, expected_grad_x, expected_through)
+    assert_close([grad_x, *sums, through], [expected_grad_x, *expected, expected_through], dtype)
     untouched(grad_x)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [*ODD, (torch.float32, (2, (20, 31), 70))], ids=str)
+def test_norm_relu_mean(shape, dtype):
+    operands = Operands.random(shape, dtype, 3)
+    (x, norm), (x64, norm64) = operands, operands.double()
+    size = (shape[0], shape[2])
+    out, out64 = torch.full(size, torch.nan, dtype=dtype), torch.empty(size, dtype=torch.float64)
+    ops.norm_relu_mean(x, norm, out)
+    reference.norm_relu_mean(x64, norm64, out64)
+    assert_close([out], [out64], dtype)
+    grad_out, grad_x, grad_x64 = torch.randn(size).to(dtype), poisoned(x.shape, dtype), torch.empty_like(x64)
+    through, through64 = torch.ones(2, shape[2]), torch.ones(2, shape[2], dtype=torch.float64)
+    sums = ops.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+    expected = reference.norm_relu_mean_backward(grad_out.double(), x64, norm64, grad_x64, through64)
+    assert_close([grad_x, *sums, through], [grad_x64, *expected, through64], dtype)
+    untouched(grad_x)
+
+
+@pytest.mark.parametrize("parameters", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [5, 1030])
+def test_fold_norm(channels, parameters):
+    _, norm = Operands.random((1, (1, 1), channels), torch.float32)
+    statistics = reference.Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
+    gain, bias = norm.scale.to(parameters), norm.shift.to(parameters)
+    into, expected = (
+        reference.Affine(*torch.full((4, channels), torch.nan, dtype=t)) for t in (torch.float32, torch.float64)
+    )
+    ops.fold_norm(statistics, gain, bias, 1e-5, into)
+    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    assert_close(into[1:], expected[1:], torch.float32)
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", [*SHAPES, (7, (20, 31), 70)], ids=str)
 def test_statistics_and_finish(shape, dtype):
     operands = Operands.random(shape, dtype, 3)
-    x, constant, slope, mean = operands
-    x64, constant64, slope64, mean64 = operands.double()
-    assert_close(ops.statistics(x), reference.statistics(x64), dtype)
+    (x, norm), (x64, norm64) = operands, operands.double()
+    assert_close(measured(ops, x), measured(reference, x64), dtype)
     grad, out = slice_of_channels(torch.randn(x.shape).to(dtype), 3), poisoned(x.shape, dtype)
     expected = torch.empty_like(x64)
-    reference.finish(grad.double(), x64, mean64, constant64, slope64, expected)
-    ops.finish(grad, x, mean, constant, slope, out)
+    through, count = slice_of_channels(torch.randn(2, shape[2]), 3), torch.tensor(3.0)
+    reference.finish(grad.double(), x64, norm64.mean, through.double(), count.double(), expected)
+    ops.finish(grad, x, norm.mean, through, count, out)
     assert_close([out], [expected], dtype)
-    ops.finish(grad, x, mean, constant, slope, grad)  # in place
+    ops.finish(grad, x, norm.mean, through, count, grad)  # in place
     assert torch.equal(grad, out)
 
 
@@ -167,10 +202,11 @@ def test_statistics_do_not_cancel():
     """In single precision, with a mean ten thousand times the deviation."""
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
-    expected, out = reference.statistics(x.double()), torch.empty(x.shape)
-    weight = torch.eye(7).view(7, 7, 1, 1)
-    through = ops.norm_relu_conv(x, torch.ones(7), torch.zeros(7), weight, out, want_statistics=True)
-    for mean, variance in (ops.statistics(x), through):
+    expected, out, through_conv = measured(reference, x.double()), torch.empty(x.shape), place(x)
+    ones, zeros = torch.ones(7), torch.zeros(7)
+    norm = reference.Affine(zeros, ones, ones, zeros)
+    ops.norm_relu_conv(x, norm, torch.eye(7).view(7, 7, 1, 1), out, into=through_conv)
+    for mean, variance in (measured(ops, x), through_conv):
         torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(variance.double(), expected[1], rtol=1e-3, atol=0)
 
@@ -178,19 +214,20 @@ def test_statistics_do_not_cancel():
 def test_sums_do_not_cancel():
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
-    mean = reference.statistics(x.double())[0].float()
-    arguments = x, torch.ones(7), -mean + 8, mean, torch.ones(1, 7, 1, 1)
+    mean = measured(reference, x.double()).mean.float()
+    norm, weight = reference.Affine(mean, torch.ones(7), torch.ones(7), 8 - mean), torch.ones(1, 7, 1, 1)
     grad_out = torch.randn(5, 17, 19, 1) + 1
-    *_, centred = ops.norm_relu_conv_backward(grad_out, *arguments, torch.empty_like(x), False)
-    *_, expected = reference.norm_relu_conv_backward(
-        grad_out.double(), *(t.double() for t in arguments), torch.empty_like(x).double(), False
+    _, centred, _ = ops.norm_relu_conv_backward(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    exact = [t.double() for t in (grad_out, x)]
+    _, expected, _ = reference.norm_relu_conv_backward(
+        *exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None
     )
     torch.testing.assert_close(centred.double(), expected, rtol=1e-3, atol=0.1)
 
 
 def test_layouts_that_are_no_matrix():
     """A gradient in NCHW memory, and weights in channels-last memory."""
-    x, scale, shift, mean = Operands.random((2, (5, 7), 13), torch.float32)
+    x, norm = Operands.random((2, (5, 7), 13), torch.float32)
     weight, grad_out = weight_for(x, 6, 3), torch.randn(2, 5, 7, 6)
     results = []
     for g, w in (
@@ -198,24 +235,24 @@ def test_layouts_that_are_no_matrix():
         (grad_out.movedim(-1, 1).contiguous().movedim(1, -1), weight.contiguous(memory_format=torch.channels_last)),
     ):
         grad_x = torch.empty_like(x)
-        results.append([grad_x, *ops.norm_relu_conv_backward(g, x, scale, shift, mean, w, grad_x, False)])
+        results.append([grad_x, *ops.norm_relu_conv_backward(g, x, norm, w, grad_x, False, None)])
     assert results[1][1].is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_weight_gradient_left_out():
-    x, scale, shift, mean = Operands.random((2, (5, 7), 13), torch.float32)
-    arguments = torch.randn(2, 5, 7, 6), x, scale, shift, mean, weight_for(x, 6, 3)
+    x, norm = Operands.random((2, (5, 7), 13), torch.float32)
+    arguments = torch.randn(2, 5, 7, 6), x, norm, weight_for(x, 6, 3)
     alone, both = torch.empty_like(x), torch.empty_like(x)
-    nothing, *sums = ops.norm_relu_conv_backward(*arguments, alone, False, need_weight=False)
-    _, *others = ops.norm_relu_conv_backward(*arguments, both, False)
+    nothing, *sums = ops.norm_relu_conv_backward(*arguments, alone, False, None, need_weight=False)
+    _, *others = ops.norm_relu_conv_backward(*arguments, both, False, None)
     assert nothing is None and torch.equal(alone, both)
     assert all(torch.equal(a, b) for a, b in zip(sums, others, strict=True))
 
 
 @pytest.mark.parametrize("programs", [1, 7])
 def test_weight_gradients_of_few_and_many_parts(programs, monkeypatch):
-    monkeypatch.setattr(tiles, "_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(programs=programs))
     check_conv((9, (9, 11), 13), torch.float32, 5, 3)
 
 
@@ -223,12 +260,12 @@ def test_infinity_of_half_precision_stays_inside():
     """A shift that half precision cannot hold, though the sum can: nothing outside the image may be made of it."""
     torch.manual_seed(0)
     x = (300 + torch.randint(4, (3, 5, 7, 4)) / 4).half()
-    scale, mean = torch.full((4,), -400.0), torch.full((4,), 300.0)
-    arguments = x, scale, -400 * -301 * torch.ones(4)
+    scale = torch.full((4,), -400.0)
+    norm = reference.Affine(torch.full((4,), 300.0), torch.ones(4), scale, -301 * scale)
     weight, grad_out = weight_for(x, 3, 3), torch.randn(3, 5, 7, 3).half()
-    out, grad_x = torch.empty(3, 5, 7, 3).half(), torch.empty_like(x)
-    found = ops.norm_relu_conv(*arguments, weight, out, want_statistics=True)
-    found = [out, *found, grad_x, *ops.norm_relu_conv_backward(grad_out, *arguments, mean, weight, grad_x, False)]
+    out, grad_x, found = torch.empty(3, 5, 7, 3).half(), torch.empty_like(x), place(x, 3)
+    ops.norm_relu_conv(x, norm, weight, out, into=found)
+    found = [out, *found, grad_x, *ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)]
     assert all(t.isfinite().all() for t in found)
 
 
@@ -255,12 +292,12 @@ def test_tuning_leaves_results_alone(monkeypatch):
 
 
 def test_not_a_number_is_passed_on():
-    x, scale, shift, _ = Operands.random((2, (5, 7), 13), torch.float32)
+    x, norm = Operands.random((2, (5, 7), 13), torch.float32)
     x[0, 2, 3, 4] = torch.nan
     out, expected = torch.empty(2, 5, 7, 3), torch.empty(2, 5, 7, 3)
     weight = weight_for(x, 3, 3)
-    ops.norm_relu_conv(x, scale, shift, weight, out)
-    reference.norm_relu_conv(x, scale, shift, weight, expected)
+    ops.norm_relu_conv(x, norm, weight, out)
+    reference.norm_relu_conv(x, norm, weight, expected)
     assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
 
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import concatenate, recompute, shared
 from efficient_densenet.execution.hooks import has_hooks
-from efficient_densenet.execution.parts import Dropout, Layer, Reader, Stem, Tail, obstacle
+from efficient_densenet.execution.parts import Dropout, Head, Layer, Reader, Stem, Tail, obstacle
 from efficient_densenet.execution.shared import KEEP
 
 __all__ = [
     "KEEP",
     "Dropout",
     "Efficient",
+    "Head",
     "Layer",
     "Reader",
     "Stem",

@@ -11,9 +11,14 @@ from torch import nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether calling one of these modules does more than its own forward and backward."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+def has_hooks(modules: Iterable[nn.Module], inside: bool = False) -> bool:
+    """Whether calling one of these modules, or one `inside` them, does more than its own forward and backward."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if inside and m._modules and has_hooks((c for c in m._modules.values() if c is not None), True):
+            return True
+    return False
 
 
 def runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:

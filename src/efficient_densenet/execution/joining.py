@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.execution import Reader, run_reader, shared
 from efficient_densenet.execution.hooks import has_hooks
-from efficient_densenet.execution.parts import Stem, stem_obstacle
+from efficient_densenet.execution.parts import Head, Stem, stem_obstacle
 
 StemReader = Callable[[Sequence[nn.Module]], tuple[Stem, int] | None]
 """The stem that these modules begin with, if they do, and how many of them it takes."""
@@ -22,6 +22,7 @@ def run_in_order(
     read_stem: StemReader,
     can_join: Callable[[nn.Module, nn.Module], bool],
     keep: str,
+    head: Head | None = None,
 ) -> Tensor:
     """Run `modules` one after the other on the shared buffer: a stem as one, a transition with the block before it.
 
@@ -31,6 +32,7 @@ def run_in_order(
         read_stem: see `StemReader`.
         can_join: whether the first module is a block that also takes the second one, its transition, as an argument.
         keep: as for the blocks.
+        head: runs behind the last module, which takes it as an argument.
     """
     rest = list(modules)
     while rest:
@@ -41,7 +43,9 @@ def run_in_order(
             del rest[:taken]
             continue
         module = rest.pop(0)
-        if rest and can_join(module, rest[0]) and not has_hooks([module, rest[0]]):
+        if not rest and head is not None:
+            x = module(x, head)
+        elif rest and can_join(module, rest[0]) and not has_hooks([module, rest[0]]):
             x = module(x, rest.pop(0))
         elif isinstance(module, _BatchNorm) and x.device.type == "cpu":
             # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.

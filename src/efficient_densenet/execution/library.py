@@ -16,8 +16,9 @@ from torch import Tensor
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution import stem
 from efficient_densenet.execution.buffers import room
-from efficient_densenet.execution.stage import BatchStatistics, Kept, Norm, Stage
-from efficient_densenet.ops.reference import statistics_dtype
+from efficient_densenet.execution.norms import Folded, Norm
+from efficient_densenet.execution.stage import Kept, Stage
+from efficient_densenet.ops.reference import Statistics, statistics_dtype
 
 # The arguments that describe a `Stage`, in this order, for both operators:
 #   gains, biases: each norm's weight and bias
@@ -49,21 +50,17 @@ def _stage(
 
 
 def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
-    """Output first (the features themselves, where there is no transition), then what is kept."""
-    statistics, middles, features = kept
+    """Output first (the features themselves, where nothing follows them), then what is kept."""
+    folded, middles, features = kept
     extra = [] if features is None or _same(features, output) else [features]
-    pairs = [t for pair in statistics.middles for t in pair]
-    return [output, statistics.mean, statistics.variance, statistics.total, *pairs, *middles, *extra]
+    return [output, *folded, *middles, *extra]
 
 
 def _unpack(packed: Sequence[Tensor], stage: Stage) -> Kept:
-    output, mean, variance, count, *rest = packed
-    bottlenecks = len(stage.layers) if stage.per_layer == 2 else 0
-    pairs = list(zip(rest[: 2 * bottlenecks : 2], rest[1 : 2 * bottlenecks : 2], strict=True))
-    rest = rest[2 * bottlenecks :]
-    middles = [rest.pop(0) for _ in range(bottlenecks)] if stage.keep == "bottleneck" else []
-    features = rest[0] if rest else None if stage.pool else output.movedim(1, -1)
-    return Kept(BatchStatistics(mean, variance, count, pairs), middles, features)
+    output, statistics, count, vectors, *rest = packed
+    middles = [rest.pop(0) for _ in stage.layers] if stage.keep == "bottleneck" and stage.per_layer == 2 else []
+    features = rest[0] if rest else output.movedim(1, -1) if stage.keeps_features else None
+    return Kept(Folded(statistics, count, vectors), middles, features)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -94,24 +91,27 @@ def stage_forward(
 @stage_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     stage = _stage(*arguments)
-    dtype = statistics_dtype(x.dtype)
     width = x.shape[1] + stage.growth
 
     def activation(channels: int, pool: int = 1) -> Tensor:
         return room(x, channels, [n // pool for n in x.shape[2:]])
 
-    def pair(channels: int) -> tuple[Tensor, Tensor]:
-        return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
-
     features = activation(width)
-    output = activation(stage.weights[-1].shape[0], stage.pool) if stage.pool else features
-    middles = [stage.weights[i].shape[0] for i in stage.layers] if stage.per_layer == 2 else []
+    output = x.new_empty(x.shape[0], width) if stage.head else features
+    if stage.pool:
+        output = activation(stage.weights[-1].shape[0], stage.pool)
     kept = Kept(
-        BatchStatistics(*pair(width), x.new_empty((), dtype=dtype), [pair(channels) for channels in middles]),
-        [activation(channels).movedim(1, -1) for channels in middles] if stage.keep == "bottleneck" else [],
-        features.movedim(1, -1) if stage.keep != "inputs" or not stage.pool else None,
+        _fake_folded(x, width + stage.middles, sum(norm.weight.shape[0] for norm in stage.norms)),
+        [activation(stage.weights[i].shape[0]).movedim(1, -1) for i in stage.layers]
+        if stage.keep == "bottleneck" and stage.per_layer == 2
+        else [],
+        features.movedim(1, -1) if stage.keeps_features else None,
     )
     return _pack(output, kept)
+
+
+def _fake_folded(x: Tensor, channels: int, read: int) -> Folded:
+    return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))
 
 
 @torch.library.custom_op("efficient_densenet::stage_backward", mutates_args=())
@@ -158,14 +158,14 @@ def _(
 
 def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, gains, biases, constants, uses_batch, eps, weights, masks, *rest = inputs
-    _, _, pool, keep, _ = rest
+    stage = _stage(*inputs[1:])
     ctx.plain = uses_batch, eps, rest
-    # Behind a transition the output itself is not needed: anything of its kind takes its place.
-    packed = [output[1] if pool else output[0], *output[1:]]
+    # Behind a transition or a head the output itself is not needed: anything takes its place.
+    packed = [output[1] if stage.pool or stage.head else output[0], *output[1:]]
     groups = (gains, biases, constants, weights, masks, packed)
     ctx.lengths = [len(some) for some in groups]
     # The features begin with a copy of x, which takes its place where they stay.
-    ctx.save_for_backward(x if pool and keep == "inputs" else None, *(t for some in groups for t in some))
+    ctx.save_for_backward(None if stage.keeps_features else x, *(t for some in groups for t in some))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -196,16 +196,15 @@ stage_forward.register_autograd(_stage_gradients, setup_context=_save_stage)
 def norm_relu_max_pool_forward(
     x: Tensor, gain: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float, group: str
 ) -> list[Tensor]:
-    """`stem.forward`: the output, and mean, variance and count of the batch."""
-    return list(stem.forward(x, _norm(gain, bias, constants, eps), group))
+    """`stem.forward`: the output, and the folded norm."""
+    output, folded = stem.forward(x, _norm(gain, bias, constants, eps), group)
+    return [output, *folded]
 
 
 @norm_relu_max_pool_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    channels = x.shape[1]
-    output = room(x, channels, [(n + 1) // 2 for n in x.shape[2:]])
-    dtype = statistics_dtype(x.dtype)
-    return [output, *(x.new_empty(shape, dtype=dtype) for shape in ((channels,), (channels,), ()))]
+    output = room(x, x.shape[1], [(n + 1) // 2 for n in x.shape[2:]])
+    return [output, *_fake_folded(x, x.shape[1], x.shape[1])]
 
 
 @torch.library.custom_op("efficient_densenet::norm_relu_max_pool_backward", mutates_args=())
@@ -215,12 +214,12 @@ def norm_relu_max_pool_backward(
     gain: Tensor,
     bias: Tensor,
     constants: Sequence[Tensor],
-    statistics: Sequence[Tensor],
+    folded: Sequence[Tensor],
     eps: float,
     group: str,
 ) -> list[Tensor]:
     """`stem.backward`: the gradients of x, gain and bias."""
-    return list(stem.backward(grad_output, x, _norm(gain, bias, constants, eps), statistics, group))
+    return list(stem.backward(grad_output, x, _norm(gain, bias, constants, eps), Folded(*folded), group))
 
 
 @norm_relu_max_pool_backward.register_fake
@@ -236,11 +235,11 @@ def _save_stem(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _stem_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    x, gain, bias, mean, variance, count, *constants = ctx.saved_tensors
+    x, gain, bias, statistics, count, vectors, *constants = ctx.saved_tensors
     found: Sequence[Tensor | None] = [None] * 3
     if grads[0] is not None:
-        statistics = [mean, variance, count]
-        found = norm_relu_max_pool_backward(grads[0], x, gain, bias, constants, statistics, ctx.eps, ctx.group)
+        folded = [statistics, count, vectors]
+        found = norm_relu_max_pool_backward(grads[0], x, gain, bias, constants, folded, ctx.eps, ctx.group)
     return (*found, [None] * len(constants), None, None)
 
 
@@ -248,8 +247,7 @@ norm_relu_max_pool_forward.register_autograd(_stem_gradients, setup_context=_sav
 
 
 def _norm(gain: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float) -> Norm:
-    mean, variance = constants or (None, None)
-    return Norm(gain, bias, mean, variance, eps)
+    return Norm(gain, bias, Statistics(*constants) if constants else None, eps)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:

@@ -1,92 +1,121 @@
-"""What a batch norm is to the engine: a scale and a shift per channel, and a gradient through the statistics."""
+"""What a batch norm is to the engine: statistics to use, and a scale and a shift per channel made of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.synchronise import all_sums
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.execution.synchronise import all_sums, share_statistics
+from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """What one batch norm does at this call.
 
-    `mean` and `variance` are None where the batch's own statistics are used, else the constants to use instead.
+    `constants` are the statistics to use instead of the batch's own; None where those are used.
     """
 
     weight: Tensor
     bias: Tensor
-    mean: Tensor | None
-    variance: Tensor | None
+    constants: Statistics | None
     eps: float
 
     @property
     def uses_batch(self) -> bool:
-        return self.mean is None
-
-    def affine(self, batch: Statistics) -> Affine:
-        """Scale and shift for a batch of these statistics."""
-        mean, variance = batch if self.mean is None or self.variance is None else (self.mean, self.variance)
-        dtype = batch[0].dtype
-        mean, inverse = _in(dtype, mean), torch.rsqrt(_in(dtype, variance) + self.eps)
-        scale = _in(dtype, self.weight) * inverse
-        return Affine(mean, inverse, scale, torch.addcmul(_in(dtype, self.bias), mean, scale, value=-1))
-
-    def parameter_gradients(self, affine: Affine, g: Tensor, g_centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Of weight and bias, from ``Σ g`` and ``Σ g·(x − μ)``."""
-        return _in(self.weight.dtype, affine.inverse * g_centred), _in(self.bias.dtype, g)
+        return self.constants is None
 
 
-class Affine(NamedTuple):
-    """``norm(x) = scale·x + shift`` per channel, and what it was made of."""
+class Folded(NamedTuple):
+    """The statistics of some channels, and norms that read slices of these channels, folded.
 
-    mean: Tensor
-    inverse: Tensor  # 1/√(σ² + eps)
-    scale: Tensor
-    shift: Tensor
+    Small tensors, kept for backward: nothing in them has to be found twice.
+    """
+
+    statistics: Tensor  # (2, channels): means and variances
+    total: Tensor  # the number of values that they are of, over all processes that share them
+    vectors: Tensor  # (3, ΣC) of all norms one behind the other: inverse, scale and shift
 
 
-class ThroughStatistics:
-    """``A + B·(x − μ)`` per channel: the gradient that reaches x through its batch statistics, over all readers."""
+class Norms:
+    """Some norms, each of which reads a slice of the same channels, of activations like `x`."""
 
-    def __init__(self, mean: Tensor, count: Tensor, group: str) -> None:
-        self.mean, self.count, self.group = mean, count, group
-        self.sums = mean.new_zeros((2, len(mean)))  # A·M and B·M of this process
-        self.empty = True
+    def __init__(self, x: Tensor, norms: Sequence[Norm], sources: Sequence[slice], folded: Folded, group: str) -> None:
+        self.run = ops.backend(x)
+        self.norms, self.sources, self.group, self.total = norms, sources, group, folded.total
+        self.means, self.variances = folded.statistics.unbind()
+        self.vectors = folded.vectors.split([source.stop - source.start for source in sources], 1)
+        self.through: Tensor | None = None
+        self.reached: dict[int, int] = {}  # by their first channel, where those end that have been read
 
-    def add(self, affine: Affine, g: Tensor, g_centred: Tensor) -> None:
-        """Take in a reader of the first channels, with its sums ``Σ g`` and ``Σ g·(x − μ)``."""
-        self.empty = False
-        constant, slope = self.sums.narrow(1, 0, g.shape[0])
-        constant.addcmul_(affine.scale, g)
-        slope.addcmul_(affine.scale * affine.inverse.square(), g_centred)
+    def place(self, channels: slice) -> Statistics:
+        """Where the statistics of these channels are."""
+        return Statistics(_part(self.means, channels), _part(self.variances, channels))
 
-    def subtract(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
-        """``out = grad − A − B·(x − μ)`` for these channels, once all their readers are in."""
-        if self.empty:  # no reader uses the batch's statistics
+    def share(self, channels: slice, count_here: int) -> None:
+        """Merge the statistics of these channels with those of the other processes."""
+        if self.group:
+            share_statistics(self.place(channels), count_here, self.total, self.group)
+
+    def fold(self, i: int) -> Affine:
+        """Norm `i` for the statistics that there are by now."""
+        norm, affine = self.norms[i], self[i]
+        statistics = norm.constants or self.place(self.sources[i])
+        self.run.fold_norm(statistics, norm.weight, norm.bias, norm.eps, affine)
+        return affine
+
+    def __getitem__(self, i: int) -> Affine:
+        """Norm `i`, folded before."""
+        constants, inverse_scale_shift = self.norms[i].constants, self.vectors[i].unbind()
+        if constants is None:
+            return Affine(_part(self.means, self.sources[i]), *inverse_scale_shift)
+        return Affine(constants.mean.to(self.means.dtype), *inverse_scale_shift)
+
+    def gather(self) -> None:
+        """Begin to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
+        if any(norm.uses_batch for norm in self.norms):
+            self.through = self.means.new_zeros((2, len(self.means)))
+
+    def through_of(self, i: int) -> Tensor | None:
+        """Where norm `i` adds its share."""
+        if self.through is None or not self.norms[i].uses_batch:
+            return None
+        first, end = self.sources[i].start, self.sources[i].stop
+        self.reached[first] = max(end, self.reached.get(first, 0))
+        return _part(self.through, self.sources[i])
+
+    def finish(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
+        """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
+        reached = max(self.reached.get(0, 0), self.reached.get(channels.start, 0))
+        if self.through is None or reached < channels.stop:  # no reader uses the batch's statistics
             out.copy_(grad)
-            return
-        constant, slope = all_sums(self.sums[:, channels], self.group) / self.count
-        ops.backend(x).finish(grad, x, self.mean[channels], constant, slope, out)
+        else:
+            through = all_sums(_part(self.through, channels), self.group)
+            self.run.finish(grad, x, _part(self.means, channels), through, self.total, out)
+
+    def parameter_gradients(self, i: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """In the types of the parameters."""
+        norm = self.norms[i]
+        return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
 
 
-def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """As `Tensor.to`, which takes its time even where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
+def _part(x: Tensor, channels: slice) -> Tensor:
+    """``x[..., channels]``, which takes twice as long to say."""
+    return x.narrow(-1, channels.start, channels.stop - channels.start)
+
+
+def blank(x: Tensor, channels: int, read: int) -> Folded:
+    """Room for the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
+    dtype = statistics_dtype(x.dtype)
+    return Folded(
+        x.new_zeros((2, channels), dtype=dtype),
+        x.new_full((), rows(x), dtype=dtype),
+        x.new_empty((3, read), dtype=dtype),
+    )
 
 
 def rows(x: Tensor) -> int:
     """The values of each channel, in this process."""
     return x.numel() // x.shape[-1]
-
-
-def blank(x: Tensor) -> Statistics:
-    """Room for the statistics of each channel of ``x: (N, *spatial, C)``."""
-    mean = x.new_zeros(x.shape[-1], dtype=statistics_dtype(x.dtype))
-    return mean, torch.zeros_like(mean)

@@ -68,6 +68,16 @@ class Tail(NamedTuple):
         return Reader(self.norm, self.relu, self.conv, self.fused)
 
 
+class Head(NamedTuple):
+    """What a network ends with before its classifier: a norm, and behind it relu and the mean over all pixels."""
+
+    norm: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(N, C, *spatial)`` → ``(N, C)``, the ordinary way."""
+        return F.relu(self.norm(x)).mean(tuple(range(2, x.dim())))
+
+
 class Stem(NamedTuple):
     """What the stem of an ImageNet network ends with; `fused` as in `Reader`."""
 
@@ -78,30 +88,39 @@ class Stem(NamedTuple):
     fused: bool = False
 
 
-def all_readers(layers: Sequence[Layer], transition: Tail | None) -> list[Reader]:
+def all_readers(layers: Sequence[Layer], tail: Tail | Head | None) -> list[Reader]:
     """In their order, the transition's last."""
     readers = [reader for layer in layers for reader in layer.readers]
-    return readers if transition is None else [*readers, transition.reader]
+    return [*readers, tail.reader] if isinstance(tail, Tail) else readers
 
 
-def obstacle(layers: Sequence[Layer], transition: Tail | None = None) -> str | None:
+def all_norms(layers: Sequence[Layer], tail: Tail | Head | None) -> list[Any]:
+    """In their order, the transition's or the head's last."""
+    norms = [reader.norm for reader in all_readers(layers, tail)]
+    return [*norms, tail.norm] if isinstance(tail, Head) else norms
+
+
+def obstacle(layers: Sequence[Layer], tail: Tail | Head | None = None) -> str | None:
     """Why these modules, as they are now, cannot run on the shared buffer; None if they can."""
     for layer in layers:
         if not layer.readers:
             return f"{type(layer.module).__name__} is a layer of another kind"
     if any((len(m.readers), m.dropout) != (len(layers[0].readers), layers[0].dropout) for m in layers):
         return "its layers are not all of one form"
-    readers = all_readers(layers, transition)
-    inner = [m for reader in readers for m in reader[:3]] + ([transition.pool] if transition else [])
-    if has_hooks([*(m for layer in layers for m in layer.module.modules()), *inner]):
+    readers = all_readers(layers, tail)
+    inner = [m for reader in readers for m in reader[:3]]
+    if tail:
+        inner.append(tail.pool if isinstance(tail, Tail) else tail.norm)
+    if has_hooks((layer.module for layer in layers), inside=True) or has_hooks(inner):
         return "there are hooks on modules inside it, which must take effect"
-    if transition is not None and (not runs(transition.pool, *AVERAGE_POOLS) or not window(transition.pool)):
-        return f"{_in_words(transition.pool)} is not an average pool whose window is its stride"
+    if isinstance(tail, Tail) and (not runs(tail.pool, *AVERAGE_POOLS) or not window(tail.pool)):
+        return f"{_in_words(tail.pool)} is not an average pool whose window is its stride"
     for reader in readers:
-        reason = _conv_obstacle(reader.conv) or _norm_relu_obstacle(reader.norm, reader.relu, reader.fused)
+        reason = _conv_obstacle(reader.conv) or _norm_obstacle(reader.norm, reader.fused) or _relu_obstacle(reader)
         if reason:
             return reason
-    return _norms_obstacle([reader.norm for reader in readers])
+    reason = _norm_obstacle(tail.norm, False) if isinstance(tail, Head) else None
+    return reason or _norms_obstacle(all_norms(layers, tail))
 
 
 def stem_obstacle(stem: Stem) -> str | None:
@@ -112,7 +131,7 @@ def stem_obstacle(stem: Stem) -> str | None:
     plain = runs(pool, *MAX_POOLS) and not pool.ceil_mode and not pool.return_indices
     if not plain or [_all(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] != [3, 2, 1, 1]:
         return f"{_in_words(pool)} is not the max pool of a DenseNet's stem"
-    return _norm_relu_obstacle(norm, relu, fused) or _norms_obstacle([norm])
+    return _norm_obstacle(norm, fused) or _relu_obstacle(stem) or _norms_obstacle([norm])
 
 
 def window(pool: Any) -> int:
@@ -144,14 +163,16 @@ def _conv_obstacle(conv: Any) -> str | None:
     return None
 
 
-def _norm_relu_obstacle(norm: Any, relu: Any, fused: bool) -> str | None:
+def _norm_obstacle(norm: Any, fused: bool) -> str | None:
     if fused and not only_rectifies(norm):
         return f"{type(norm).__name__} does not do what a batch norm with ReLU does"
     if not fused and not runs(norm, _BatchNorm, nn.SyncBatchNorm):
         return f"{type(norm).__name__} is not a batch norm of PyTorch's own"
-    if not runs(relu, nn.ReLU):
-        return f"{type(relu).__name__} is not ReLU"
     return None
+
+
+def _relu_obstacle(part: Reader | Stem) -> str | None:
+    return None if runs(part.relu, nn.ReLU) else f"{type(part.relu).__name__} is not ReLU"
 
 
 def _norms_obstacle(norms: Sequence[Any]) -> str | None:

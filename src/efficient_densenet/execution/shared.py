@@ -18,38 +18,48 @@ from torch import Tensor, nn
 
 from efficient_densenet.execution.hooks import has_hooks, runs
 from efficient_densenet.execution.library import norm_relu_max_pool_forward, stage_forward
-from efficient_densenet.execution.parts import CONVOLUTIONS, Dropout, Layer, Stem, Tail, all_readers, window
+from efficient_densenet.execution.parts import (
+    CONVOLUTIONS,
+    Dropout,
+    Head,
+    Layer,
+    Stem,
+    Tail,
+    all_norms,
+    all_readers,
+    window,
+)
 from efficient_densenet.execution.recompute import forgotten
-from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.execution.stage import sources
 
 KEEP = ("bottleneck", "features", "inputs")
 
 
-def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, keep: str) -> Tensor:
-    """Run a dense block, and the transition behind it if there is one, on one buffer.
+def dense_block(x: Tensor, layers: Sequence[Layer], tail: Tail | Head | None, keep: str) -> Tensor:
+    """Run a dense block, and the transition or the head behind it if there is one, on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
-    ``(N, C, *(spatial // pool))``. The result is channels-last in memory.
+    ``(N, C, *(spatial // pool))``; or, with a head, ``(N, C_0 + Σk)``. The result is channels-last in memory.
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
     ``"features"`` the features alone, ``"inputs"`` only `x`. Gradients of gradients are refused.
 
     Args:
         x: the block's input.
-        layers: without obstacles, see `parts.obstacle`; there may be none if there is a transition.
-        transition: norm, relu, 1×1 convolution and average pool behind the block.
+        layers: without obstacles, see `parts.obstacle`; there may be none if there is a tail.
+        tail: norm, relu, 1×1 convolution and average pool behind the block; or norm, relu and the mean over all pixels.
         keep: one of `KEEP`.
     """
-    readers = all_readers(layers, transition)
-    norms = [reader.norm for reader in readers]
-    x, weights = _autocast(x, [reader.conv.weight for reader in readers])
+    norms = all_norms(layers, tail)
+    x, weights = _autocast(x, [reader.conv.weight for reader in all_readers(layers, tail)])
     uses_batch = [_uses_batch(norm) for norm in norms]
     group = _sync_group(norms)
     if any(uses_batch):
         _check_values_per_channel(x, group)
     dropout, per_layer = (layers[0].dropout, len(layers[0].readers)) if layers else (Dropout(), 1)
-    last_weights = weights[per_layer - 1 : per_layer * len(layers) : per_layer]
-    output, mean, variance, count, *rest = stage_forward(
+    made = [weight.shape[0] for weight in weights[: per_layer * len(layers)]]
+    last_weights = weights[per_layer - 1 : len(made) : per_layer]
+    output, statistics, count, *_ = stage_forward(
         x,
         [_affine(norm.weight, norm, x, 1.0) for norm in norms],
         [_affine(norm.bias, norm, x, 0.0) for norm in norms],
@@ -60,16 +70,11 @@ def dense_block(x: Tensor, layers: Sequence[Layer], transition: Tail | None, kee
         [_dropout_mask(x, weight, dropout) for weight in last_weights] if dropout.rate else [],
         1 / (1 - dropout.rate),
         per_layer,
-        window(transition.pool) if transition else 0,
+        window(tail.pool) if isinstance(tail, Tail) else 0,
         keep if layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         "" if group is None else group.group_name,
     )
-    middles = list(zip(rest[::2], rest[1::2], strict=False))
-    batches = [
-        middles[i // per_layer] if i % per_layer else (mean[: norm.num_features], variance[: norm.num_features])
-        for i, norm in enumerate(norms)
-    ]
-    _move_running_averages(norms, batches, count)
+    _move_running_averages(norms, sources(x.shape[1], made, per_layer, tail is not None), statistics, count)
     return output
 
 
@@ -96,7 +101,7 @@ def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:
     uses_batch = _uses_batch(norm)
     if uses_batch:
         _check_values_per_channel(x, group)
-    output, mean, variance, count = norm_relu_max_pool_forward(
+    output, statistics, count, _ = norm_relu_max_pool_forward(
         x,
         _affine(norm.weight, norm, x, 1.0),
         _affine(norm.bias, norm, x, 0.0),
@@ -104,7 +109,7 @@ def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:
         norm.eps,
         "" if group is None else group.group_name,
     )
-    _move_running_averages([norm], [(mean, variance)], count)
+    _move_running_averages([norm], [slice(None)], statistics, count)
     return output
 
 
@@ -171,11 +176,14 @@ def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
 
 
 @torch.no_grad()
-def _move_running_averages(norms: Sequence[Any], batches: Sequence[Statistics], count: Tensor) -> None:
-    """As batch norms do it: by the mean and the unbiased variance of the batch, once per call in training."""
+def _move_running_averages(norms: Sequence[Any], read: Sequence[slice], statistics: Tensor, count: Tensor) -> None:
+    """As batch norms do it: by the mean and the unbiased variance of the batch, once per call in training.
+
+    Those with one momentum all at once: one by one, it takes longer to start than to do.
+    """
     moving = [
-        (norm, batch)
-        for norm, batch in zip(norms, batches, strict=True)
+        (norm, source)
+        for norm, source in zip(norms, read, strict=True)
         if norm.training and norm.track_running_stats and norm.running_mean is not None
     ]
     if not moving:
@@ -183,11 +191,20 @@ def _move_running_averages(norms: Sequence[Any], batches: Sequence[Statistics], 
     counts = [norm.num_batches_tracked for norm, _ in moving if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-    unbiased = count / (count - 1)
-    for norm, (mean, variance) in moving:
-        weight = norm.momentum
+    mean, variance = statistics[0], statistics[1] * (count / (count - 1))
+    together: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for i, (norm, source) in enumerate(moving):
+        weight, dtype = norm.momentum, norm.running_mean.dtype
         if weight is None:  # a cumulative average
-            weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-        running_mean, running_var, variance = norm.running_mean, norm.running_var, variance * unbiased
-        running_mean.lerp_(mean.to(running_mean.dtype), weight)
-        running_var.lerp_(variance.to(running_var.dtype), weight)
+            weight = 1.0 / norm.num_batches_tracked.to(dtype)
+        # A norm that reads in several places moves once for each.
+        again = sum(norm is other for other, _ in moving[:i]) if len(norms) != len(set(norms)) else 0
+        averages, batches = together.setdefault((weight, again), ([], []))
+        averages += [norm.running_mean, norm.running_var]
+        batches += [mean[source].to(dtype), variance[source].to(dtype)]
+    for (weight, _), (averages, batches) in together.items():
+        if isinstance(weight, Tensor):
+            for average, batch in zip(averages, batches, strict=True):
+                average.lerp_(batch, weight)
+        else:
+            torch._foreach_lerp_(averages, batches, weight)

@@ -15,22 +15,24 @@ from torch import distributed as dist
 from efficient_densenet.ops.reference import Statistics, merge
 
 
-def all_statistics(local: Statistics, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and number of values per channel over all processes of `group` (its name; "": this one alone)."""
+def share_statistics(local: Statistics, count: int, total: Tensor, group: str) -> None:
+    """Replace statistics of `count` values by those over all processes of `group` (its name), `total` by their number.
+
+    Both are overwritten.
+    """
     mean, variance = local
-    counts = mean.new_full((), float(count))
-    if not group:
-        return mean, variance, counts
-    own = torch.cat([mean, variance, counts.view(1)])
+    own = torch.cat([mean, variance, mean.new_full((1,), float(count))])
     process_group = _resolve(group)
     everyone = own.new_empty(process_group.size() * len(own))
     dist.all_gather_into_tensor(everyone, own, process_group)
-    means, variances, parts = everyone.view(-1, len(own)).split([len(mean), len(mean), 1], 1)
-    return *merge(means, variances, parts.squeeze(1)), parts.sum()
+    means, variances, counts = everyone.view(-1, len(own)).split([len(mean), len(mean), 1], 1)
+    for place, merged in zip(local, merge(means, variances, counts.squeeze(1)), strict=True):
+        place.copy_(merged)
+    total.copy_(counts.sum())
 
 
 def all_sums(local: Tensor, group: str) -> Tensor:
-    """The sum over all processes of `group`."""
+    """The sum over all processes of `group`; "" is this one alone."""
     if not group:
         return local
     total = local.clone()

@@ -8,10 +8,11 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Efficient, Stem, check_efficient, norm_relu_conv, wants_buffer
-from efficient_densenet.execution.hooks import runs
+from efficient_densenet.execution import Efficient, Head, Stem, check_efficient, norm_relu_conv, obstacle, wants_buffer
+from efficient_densenet.execution.hooks import has_hooks, runs
 from efficient_densenet.execution.joining import run_in_order
 from efficient_densenet.models.layers import DenseBlock, Transition
 
@@ -48,8 +49,18 @@ class _Features(nn.Sequential):
             x = module(x)
         return x
 
+    def pooled(self, x: Tensor) -> Tensor | None:
+        """The head's ``(N, C)`` on the buffer of the last block, or None where its parts must run one by one."""
+        *modules, last = self
+        head = Head(last)
+        if not wants_buffer(x, self.efficient) or has_hooks([self]) or obstacle([], head) is not None:
+            return None
+        if not modules or not runs(modules[-1], DenseBlock) or has_hooks(modules[-1:]):
+            return None
+        return run_in_order(x, modules, self._read_stem, _can_join, self.keep, head)
+
     def _read_stem(self, modules: Sequence[nn.Module]) -> tuple[Stem, int] | None:
-        is_stem = list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"] and len(modules) == len(self)
+        is_stem = list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"] and modules[0] is self[0]
         return (Stem(modules[0], modules[1], modules[2], modules[3]), 4) if is_stem else None
 
 
@@ -174,13 +185,25 @@ class DenseNet(nn.Module):
         return classifier
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain() and isinstance(x, Tensor):
+            self._check_input(x)
+            pooled = self.features.pooled(x)
+            if pooled is not None:
+                return self.classifier(pooled)
         return self.forward_head(self.forward_features(x))
+
+    def _is_plain(self) -> bool:
+        """Whether nobody has put something in the place of what `forward` calls."""
+        own = (type(self).forward_features, type(self).forward_head)
+        return own == (DenseNet.forward_features, DenseNet.forward_head) and runs(self.features, _Features)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
         if isinstance(x, Tensor):  # not a proxy of torch.fx, of which nothing is known yet
             self._check_input(x)
-        return F.relu(self.features(x), inplace=True)
+        maps, last = self.features(x), self.features[-1]
+        # In place only what a norm made, which does not need it again, and nobody looks at.
+        return F.relu(maps, inplace=isinstance(last, _BatchNorm) and not has_hooks([self.features, last]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps → logits ``(N, num_classes)``; with `pre_logits` the pooled features ``(N, num_features)``."""

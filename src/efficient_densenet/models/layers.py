@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from efficient_densenet.execution import (
     Dropout,
     Efficient,
+    Head,
     Layer,
     Reader,
     Tail,
@@ -95,20 +96,20 @@ class DenseBlock(nn.ModuleDict):
                 num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, efficient
             )
 
-    def forward(self, x: Tensor, transition: Transition | None = None) -> Tensor:
-        """The features; or what `transition` makes of them, if it is to run on the same buffer."""
+    def forward(self, x: Tensor, following: Transition | Head | None = None) -> Tensor:
+        """The features; or what a transition or a head makes of them, if it is to run on the same buffer."""
         if wants_buffer(x, self.efficient):
             layers = [_as_layer(module) for module in self.values()]
-            behind = None if transition is None else transition.tail()
-            reason = obstacle(layers, behind)
+            tail = following.tail() if isinstance(following, Transition) else following
+            reason = obstacle(layers, tail)
             if reason is None:
-                return shared.dense_block(x, layers, behind, self.keep)
+                return shared.dense_block(x, layers, tail, self.keep)
             warnings.warn(f"a dense block does not run on the shared buffer but layer by layer: {reason}", stacklevel=2)
         features = [x]
         for layer in self.values():
             features.append(layer(features))
         out = concat(features)
-        return out if transition is None else transition(out)
+        return out if following is None else following(out)
 
 
 def _as_layer(module: Any) -> Layer:

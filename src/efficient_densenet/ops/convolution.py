@@ -47,11 +47,12 @@ def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: 
 
 def row_stride(x: Tensor) -> int | None:
     """The distance between the rows of ``x: (N, *spatial, C)``, if it is a slice of the channels of a whole tensor."""
-    return _row_stride(x.shape, x.stride())
+    return stride_of_rows(x.shape, x.stride())
 
 
-@functools.lru_cache(maxsize=1024)  # a network asks for the same few, thousands of times
-def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+@functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
+def stride_of_rows(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """As `row_stride`, for such a shape and strides."""
     if shape[-1] > 1 and strides[-1] != 1:
         return None
     distance, rows = shape[-1], 1

@@ -10,12 +10,14 @@ memory, so they are used for all of them.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from efficient_densenet.ops.convolution import channels_first, channels_last, convolve, convolve_backward, pieces
-from efficient_densenet.ops.reference import AVERAGE_POOL, Statistics, merge, statistics_dtype
+from efficient_densenet.ops.reference import AVERAGE_POOL, Affine, Statistics, merge, norm_gradients, statistics_dtype
 
 _aten = torch.ops.aten
 # As `_cube`, for one dimension as the second of two.
@@ -24,38 +26,46 @@ _LINE = ([1, 3], [1, 2], [0, 1], [1, 1], False)
 _WIDEST_ROW = 4096
 
 
+def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
+    dtype = into.scale.dtype
+    mean, variance, weight, bias = (t if t.dtype == dtype else t.to(dtype) for t in (*statistics, weight, bias))
+    torch.add(variance, eps, out=into.inverse).rsqrt_()
+    torch.mul(weight, into.inverse, out=into.scale)
+    torch.addcmul(bias, mean, into.scale, value=-1, out=into.shift)
+
+
 def norm_relu_conv(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
-) -> Statistics | None:
-    moments = _Moments() if want_statistics else None
+    x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
+) -> None:
+    moments = _Moments()
     for images, scratch in pieces(x):
-        s = _prologue(x[images], scale, shift, scratch)
+        s = _prologue(x[images], norm, scratch)
         if pool > 1:
             s = _average_pool(s, pool)
         y = convolve(channels_last(s), weight)
         out[images].copy_(y)
-        if moments is not None:
+        if into:
             moments.add(y)
-    return moments.merged() if moments is not None else None
+    if into:
+        moments.merge(into)
 
 
 def norm_relu_conv_backward(
     grad_out: Tensor,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    norm: Affine,
     weight: Tensor,
     grad_x: Tensor,
     accumulate: bool,
+    through: Tensor | None,
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if need_weight else None
-    sums = _Sums(mean)
+    grad_weight = torch.zeros_like(weight, dtype=norm.scale.dtype) if need_weight else None
+    sums = _Sums(norm)
     for images, scratch in pieces(x):
         piece = x[images]
-        s = _prologue(piece, scale, shift, scratch)
+        s = _prologue(piece, norm, scratch)
         pooled = _average_pool(s, pool) if pool > 1 else s
         g, gw = convolve_backward(grad_out[images], channels_last(pooled), weight, need_weight)
         g = channels_first(g)
@@ -63,36 +73,55 @@ def norm_relu_conv_backward(
             g = _average_pool_backward(g, s, pool)
         if grad_weight is not None:
             grad_weight += gw
-        sums.add(channels_last(_rectify_backward(g, s)).contiguous(), piece, scale, grad_x[images], accumulate, scratch)
-    return None if grad_weight is None else grad_weight.to(weight.dtype), *sums.result()
+        sums.add(_rectify_backward(g, s), piece, grad_x[images], accumulate, scratch)
+    return None if grad_weight is None else grad_weight.to(weight.dtype), *sums.gradients(through)
 
 
-def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
     for images, scratch in pieces(x):
-        pooled, _ = _max_pool(_prologue(x[images], scale, shift, scratch))
+        pooled, _ = _max_pool(_prologue(x[images], norm, scratch))
         out[images].copy_(channels_last(pooled))
 
 
 def norm_relu_max_pool_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = _Sums(mean)
+    sums = _Sums(norm)
     for images, scratch in pieces(x):
-        s = _prologue(x[images], scale, shift, scratch)
+        s = _prologue(x[images], norm, scratch)
         _, indices = _max_pool(s)
         g = _max_pool_backward(channels_first(grad_out[images]), s, indices)
-        sums.add(channels_last(_rectify_backward(g, s)).contiguous(), x[images], scale, grad_x[images], False, scratch)
-    return sums.result()
+        sums.add(_rectify_backward(g, s), x[images], grad_x[images], False, scratch)
+    return sums.gradients(through)
 
 
-def statistics(x: Tensor) -> Statistics:
+def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
+    for images, scratch in pieces(x):
+        s = channels_last(_prologue(x[images], norm, scratch)).flatten(1, -2)
+        out[images].copy_(s.mean(1, dtype=statistics_dtype(x.dtype)))
+
+
+def norm_relu_mean_backward(
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    sums = _Sums(norm)
+    share = grad_out.view(len(x), *[1] * (x.dim() - 2), -1) / prod(x.shape[1:-1])
+    for images, scratch in pieces(x):
+        s = _prologue(x[images], norm, scratch)
+        g = channels_first(share[images].to(x.dtype).expand_as(scratch).contiguous())
+        sums.add(_rectify_backward(g, s), x[images], grad_x[images], False, scratch)
+    return sums.gradients(through)
+
+
+def statistics(x: Tensor, into: Statistics) -> None:
     moments = _Moments()
     for images, scratch in pieces(x):
         moments.add(scratch.copy_(x[images]))
-    return moments.merged()
+    moments.merge(into)
 
 
-def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
+    constant, slope = through / count
     for images, _ in pieces(x):
         centred = x[images] - mean
         out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
@@ -120,31 +149,32 @@ class _Moments:
         self.counts += [len(rows)] * (rows.shape[1] // channels)
         self.means.append(mean.view(-1, channels).to(_double(piece)) + some)
         self.variances.append(variance.view(-1, channels).to(_double(piece)))
-        self.dtype = piece.dtype
 
-    def merged(self) -> Statistics:
+    def merge(self, into: Statistics) -> None:
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
-        mean, variance = merge(means, torch.cat(self.variances), counts)
-        return mean.to(self.dtype), variance.to(self.dtype)
+        for place, found in zip(into, merge(means, torch.cat(self.variances), counts), strict=True):
+            place.copy_(found)
 
 
 class _Sums:
     """``Σ g`` and ``Σ g·(x − mean)`` per channel, gathered piece by piece while ``grad_x += scale·g``."""
 
-    def __init__(self, mean: Tensor) -> None:
-        self.mean = mean
-        self.total = mean.new_zeros((2, len(mean)), dtype=_double(mean))
+    def __init__(self, norm: Affine) -> None:
+        self.norm = norm
+        self.total = norm.mean.new_zeros((2, len(norm.mean)), dtype=_double(norm.mean))
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        g, g_centred = self.total.to(self.mean.dtype)
-        return g, g_centred
+    def gradients(self, through: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `reference.norm_gradients`."""
+        g, g_centred = self.total.to(self.norm.mean.dtype)
+        return norm_gradients(self.norm, g, g_centred, through)
 
-    def add(self, g: Tensor, x: Tensor, scale: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
-        """Take in ``g: (n, *spatial, C)``, contiguous; `scratch` is overwritten."""
-        channels = g.shape[-1]
+    def add(self, g: Tensor, x: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
+        """Take in ``g: (n, C, *spatial)``; `scratch` is overwritten."""
+        scale, channels = self.norm.scale, x.shape[-1]
+        g = channels_last(g).contiguous()
         g_rows, x_rows = _wide_rows(g), _wide_rows(x if x.is_contiguous() else scratch.copy_(x))
-        mean = self.mean.repeat(g_rows.shape[1] // channels)
+        mean = self.norm.mean.repeat(g_rows.shape[1] // channels)
         # The parameter gradients of a batch norm in evaluation, with variance 1 and eps 0, are just these sums.
         _, g_centred, g_sum = _aten.native_batch_norm_backward(
             g_rows, x_rows, None, mean, torch.ones_like(mean), None, None, False, 0.0, [False, True, True]
@@ -176,8 +206,9 @@ def _double(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _prologue(x: Tensor, scale: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
+def _prologue(x: Tensor, norm: Affine, scratch: Tensor) -> Tensor:
     """``relu(scale·x + shift)`` in the scratch tensor, channels first."""
+    scale, shift = norm.scale, norm.shift
     if x.dtype == scale.dtype:
         torch.addcmul(shift, x, scale, out=scratch)
     else:  # half precision is computed in single precision

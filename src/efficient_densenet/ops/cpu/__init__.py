@@ -22,8 +22,11 @@ from torch import Tensor
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
 from efficient_densenet.ops.cpu.library import TYPES, load
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
 
+fold_norm = eager.fold_norm
+norm_relu_mean = eager.norm_relu_mean
+norm_relu_mean_backward = eager.norm_relu_mean_backward
 norm_relu_max_pool = eager.norm_relu_max_pool
 norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
 
@@ -34,29 +37,28 @@ def supports(x: Tensor) -> bool:
 
 
 def norm_relu_conv(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
-) -> Statistics | None:
-    moments = _no_moments(out) if want_statistics else None
+    x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
+) -> None:
+    moments = _no_moments(out) if into else None
     if not _has_own_product(x, weight, pool) or not load().kernels.convolve(
-        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(scale, shift), *_matrix(out),
-        None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(norm.scale, norm.shift),
+        *_matrix(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     ):  # fmt: skip
         rows = 0
         for images, scratch in pieces(x):
-            y = convolve(_prologue(x[images], scale, shift, pool, scratch), weight)
+            y = convolve(_prologue(x[images], norm, pool, scratch), weight)
             rows = _copy_moments(y, out[images], moments, rows)
-    return _statistics(out, moments) if moments is not None else None
+    _put(moments, into)
 
 
 def norm_relu_conv_backward(
     grad_out: Tensor,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    norm: Affine,
     weight: Tensor,
     grad_x: Tensor,
     accumulate: bool,
+    through: Tensor | None,
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -67,17 +69,17 @@ def norm_relu_conv_backward(
         grad_weight = torch.empty_like(weight) if need_weight else None
         done = load().kernels.convolve_backward(
             TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
-            *_constants(scale, shift, mean), *_matrix(grad_x), accumulate,
+            *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), accumulate,
             None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     if done != _Done.ALL:
         whole = done == _Done.NOTHING
-        into, taken = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
+        target, taken = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
         grad_weight = _backward_in_passes(
-            grad_out, x, scale, shift, mean, weight, into, accumulate and whole, pool, need_weight, taken
+            grad_out, x, norm, weight, target, accumulate and whole, pool, need_weight, taken
         )
-    g_sum, g_centred = sums.to(scale.dtype)
-    return grad_weight, g_sum, g_centred
+    g, g_centred = sums.to(norm.scale.dtype)
+    return grad_weight, *norm_gradients(norm, g, g_centred, through)
 
 
 class _Done(IntEnum):
@@ -91,9 +93,7 @@ class _Done(IntEnum):
 def _backward_in_passes(
     grad_out: Tensor,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    norm: Affine,
     weight: Tensor,
     grad_x: Tensor,
     accumulate: bool,
@@ -107,24 +107,25 @@ def _backward_in_passes(
         grad_x.zero_()  # pixels outside whole windows
     for images, scratch in pieces(x):
         piece = x[images]
-        s = _prologue(piece, scale, shift, pool, scratch)
+        s = _prologue(piece, norm, pool, scratch)
         g, gw = convolve_backward(grad_out[images], s, weight, need_weight)
         if need_weight:
-            gw = gw.to(scale.dtype)
+            gw = gw.to(norm.scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
-        _accumulate(g, piece, scale, shift, mean, grad_x[images], accumulate, pool, sums)
+        _accumulate(g, piece, norm, grad_x[images], accumulate, pool, sums)
     return _like(grad_weight, weight) if need_weight else None
 
 
-def statistics(x: Tensor) -> Statistics:
+def statistics(x: Tensor, into: Statistics) -> None:
     moments = _no_moments(x)
     _copy_moments(x, None, moments)
-    return _statistics(x, moments)
+    _put(moments, into)
 
 
-def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     channels = x.shape[-1]
     rows = x.numel() // channels
+    constant, slope = through / count
     load().kernels.finish(
         TYPES[x.dtype], *_matrix(grad), *_matrix(x), rows, channels, *_constants(mean, constant, slope), *_matrix(out),
         torch.get_num_threads(),
@@ -157,39 +158,26 @@ def _sizes(x: Tensor, weight: Tensor) -> Any:
     )
 
 
-def _prologue(x: Tensor, scale: Tensor, shift: Tensor, pool: int, scratch: Tensor) -> Tensor:
+def _prologue(x: Tensor, norm: Affine, pool: int, scratch: Tensor) -> Tensor:
     """``average_pool(relu(scale·x + shift))`` in the scratch tensor."""
-    kernels = load().kernels
+    kernels, constants = load().kernels, _constants(norm.scale, norm.shift)
     type_, channels, threads = TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
     if pool == 1:
-        constants = _constants(scale, shift)
         kernels.prologue(type_, *_matrix(x), x.numel() // channels, channels, *constants, scratch.data_ptr(), threads)
         return scratch
     pooled = torch.empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
-    kernels.prologue_pool(
-        type_, *_matrix(x), _volume(x, pool), channels, *_constants(scale, shift), pooled.data_ptr(), threads
-    )
+    kernels.prologue_pool(type_, *_matrix(x), _volume(x, pool), channels, *constants, pooled.data_ptr(), threads)
     return pooled
 
 
-def _accumulate(
-    g: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    pool: int,
-    sums: Tensor,
-) -> None:
+def _accumulate(g: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: bool, pool: int, sums: Tensor) -> None:
     kernels = load().kernels
     channels = x.shape[-1]
     run = kernels.accumulate if pool == 1 else kernels.accumulate_pool
     size = x.numel() // channels if pool == 1 else _volume(x, pool)
     run(
-        TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(scale, shift, mean), *_matrix(grad_x),
-        accumulate, sums.data_ptr(), torch.get_num_threads(),
+        TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(norm.scale, norm.shift, norm.mean),
+        *_matrix(grad_x), accumulate, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -208,9 +196,10 @@ def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before:
     return before + rows
 
 
-def _statistics(x: Tensor, moments: Tensor) -> Statistics:
-    mean, variance = (part.to(statistics_dtype(x.dtype), copy=True) for part in moments)  # of their own memory
-    return mean, variance
+def _put(moments: Tensor | None, into: Statistics | None) -> None:
+    if moments is not None and into is not None:
+        for place, found in zip(into, moments, strict=True):
+            place.copy_(found)
 
 
 def _like(grad: Tensor | None, weight: Tensor) -> Tensor:

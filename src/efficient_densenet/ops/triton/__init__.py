@@ -1,8 +1,8 @@
 """The operations of `reference` on a GPU, as Triton kernels: prologue, product, epilogue in one pass each.
 
-What each kernel computes and moves is written beside it: `forward`, `backward`, `max_pool`, `moments`. Products and
-sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged in a fixed order, so
-that results repeat bit for bit. Triton is imported at the first use.
+What each kernel computes and moves is written beside it: `forward`, `backward`, `max_pool`, `mean`, `moments`,
+`norms`. Products and sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged
+in a fixed order, so that results repeat bit for bit. Triton is imported at the first use.
 
 No part is handed to cuDNN so far; `tiles.BY_PYTORCH` is the place to say so, and why not yet.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import row_stride
-from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.convolution import stride_of_rows
+from efficient_densenet.ops.reference import Affine, Statistics
 from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,105 +45,116 @@ def available() -> str:
     return "Triton kernels for float32, bfloat16 and float16; plain PyTorch for other types"
 
 
+def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
+    from efficient_densenet.ops.triton import norms
+
+    norms.fold_norm(statistics, weight, bias, eps, into)
+
+
 def norm_relu_conv(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int = 1, want_statistics: bool = False
-) -> Statistics | None:
-    if _by_pytorch("forward", weight) or not _covered(x, out, weight, pool):
-        return eager.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics)
+    x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
+) -> None:
+    if not _covered(x, out, "forward", weight, pool):
+        return eager.norm_relu_conv(x, norm, weight, out, pool, into)
     from efficient_densenet.ops.triton import forward
 
-    scale, shift = _vectors(scale, shift)
-    return forward.norm_relu_conv(x, scale, shift, weight, out, pool, want_statistics)
+    return forward.norm_relu_conv(x, norm, weight, out, pool, into)
 
 
 def norm_relu_conv_backward(
     grad_out: Tensor,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    norm: Affine,
     weight: Tensor,
     grad_x: Tensor,
     accumulate: bool,
+    through: Tensor | None,
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    if _by_pytorch("backward", weight) or not _covered(x, grad_x, weight, pool):
-        return eager.norm_relu_conv_backward(
-            grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight
-        )
+    if not _covered(x, grad_x, "backward", weight, pool):
+        return eager.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
     from efficient_densenet.ops.triton import backward
 
-    scale, shift, mean = _vectors(scale, shift, mean)
-    return backward.norm_relu_conv_backward(
-        grad_out, x, scale, shift, mean, weight, grad_x, accumulate, pool, need_weight
-    )
+    return backward.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
 
 
-def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
     if not _covered(x, out):
-        return eager.norm_relu_max_pool(x, scale, shift, out)
+        return eager.norm_relu_max_pool(x, norm, out)
     from efficient_densenet.ops.triton import max_pool
 
-    scale, shift = _vectors(scale, shift)
-    return max_pool.norm_relu_max_pool(x, scale, shift, out)
+    return max_pool.norm_relu_max_pool(x, norm, out)
 
 
 def norm_relu_max_pool_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if not _covered(x, grad_x):
-        return eager.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
+        return eager.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
     from efficient_densenet.ops.triton import max_pool
 
-    scale, shift, mean = _vectors(scale, shift, mean)
-    return max_pool.norm_relu_max_pool_backward(grad_out, x, scale, shift, mean, grad_x)
+    return max_pool.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
 
 
-def statistics(x: Tensor) -> Statistics:
-    if not _covered(x, x):
-        return eager.statistics(x)
-    from efficient_densenet.ops.triton import moments
-
-    return moments.statistics(x)
-
-
-def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
     if not _covered(x, out):
-        return eager.finish(grad, x, mean, constant, slope, out)
+        return eager.norm_relu_mean(x, norm, out)
+    from efficient_densenet.ops.triton import mean
+
+    return mean.norm_relu_mean(x, norm, out)
+
+
+def norm_relu_mean_backward(
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not _covered(x, grad_x):
+        return eager.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+    from efficient_densenet.ops.triton import mean
+
+    return mean.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+
+
+def statistics(x: Tensor, into: Statistics) -> None:
+    if not _covered(x, x):
+        return eager.statistics(x, into)
     from efficient_densenet.ops.triton import moments
 
-    mean, constant, slope = _vectors(mean, constant, slope)
-    return moments.finish(grad, x, mean, constant, slope, out)
+    return moments.statistics(x, into)
 
 
-def _by_pytorch(what: str, weight: Tensor) -> bool:
-    return (what, prod(weight.shape[2:])) in BY_PYTORCH
+def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
+    if not _covered(x, out):
+        return eager.finish(grad, x, mean, through, count, out)
+    from efficient_densenet.ops.triton import moments
+
+    return moments.finish(grad, x, mean, through, count, out)
 
 
-def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:
+def _covered(x: Tensor, out: Tensor, what: str = "", weight: Tensor | None = None, pool: int = 1) -> bool:
     """Whether the kernels have this shape; plain PyTorch takes the others, with a warning where that may be slow."""
     if not x.numel() or not out.numel():
         return False
-    reason = ""
-    if row_stride(out) is None:
-        reason = "the output is no slice of the channels of a channels-last tensor"
-    elif max(x.numel() // x.shape[-1], out.numel() // out.shape[-1]) > _MOST:
-        reason = "there are 2³¹ pixels or more"
-    elif weight is not None:
-        kernel = list(weight.shape[2:])
-        if any(k % 2 == 0 for k in kernel):
-            reason = f"the kernel's size {kernel} is not odd"
-        elif pool > 1 and max(kernel) > 1:
-            reason = f"there is a pool of {pool} before a kernel of size {kernel}"
+    kernel = None if weight is None else weight.shape[2:]
+    if kernel is not None and (what, prod(kernel)) in BY_PYTORCH:
+        return False
+    reason = _uncovered(x.shape, out.shape, out.stride(), kernel, pool)
     if reason:
         _warn(reason)
     return not reason
 
 
-def _vectors(*vectors: Tensor) -> Any:
-    """Constants per channel as the kernels read them."""
-    return [v.to(torch.float32).contiguous() for v in vectors]
+@functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
+def _uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: torch.Size | None, pool: int) -> str:
+    if stride_of_rows(out, strides) is None:
+        return "the output is no slice of the channels of a channels-last tensor"
+    if max(prod(x[:-1]), prod(out[:-1])) > _MOST:
+        return "there are 2³¹ pixels or more"
+    if kernel is not None and any(k % 2 == 0 for k in kernel):
+        return f"the kernel's size {list(kernel)} is not odd"
+    if kernel is not None and pool > 1 and max(kernel) > 1:
+        return f"there is a pool of {pool} before a kernel of size {list(kernel)}"
+    return ""
 
 
 @functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efficient_densenet.ops.reference import Affine
 from efficient_densenet.ops.triton import launch, tiles
-from efficient_densenet.ops.triton.moments import moments_of, summed
+from efficient_densenet.ops.triton.moments import moments_of
+from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
     first_of_pool,
     inside,
@@ -186,42 +188,41 @@ def sum_parts_kernel(
 def norm_relu_conv_backward(
     grad_out: Tensor,
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    norm: Affine,
     weight: Tensor,
     grad_x: Tensor,
     accumulate: bool,
+    through: Tensor | None,
     pool: int,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Four kernels: prefix and its sums, the sums' sum, and if wanted the weight's gradient and its sum."""
-    if not accumulate and any(n % pool for n in x.shape[1:-1]):
+    """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum."""
+    if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
-    product = Product(grad_out, x, scale, shift, weight, pool)
-    shape = x, product.outputs, product.taps, pool
-    tile = tiles.grad_x(x, product.outputs, prod(product.taps))
-    tile = tiles.tuned(tile, lambda tile: product.grad_x(mean, torch.empty_like(x), accumulate, tile), "grad_x", *shape)
-    g, g_centred = product.grad_x(mean, grad_x, accumulate, tile)
+    product = Product(grad_out, x, norm, weight, pool)
+    tile = tiles.tuned(
+        tiles.grad_x(product.of),
+        lambda tile: product.grad_x(torch.empty_like(x), accumulate, None, tile),
+        *("grad_x", x, product.of),
+    )
+    of_norm = product.grad_x(grad_x, accumulate, through, tile)
     if not need_weight:
-        return None, g, g_centred
-    tile = tiles.grad_weight(x, product.outputs, prod(product.taps))
-    tile = tiles.tuned(tile, product.grad_weight, "grad_weight", *shape)
-    return product.grad_weight(tile), g, g_centred
+        return None, *of_norm
+    tile = tiles.tuned(tiles.grad_weight(product.of), product.grad_weight, "grad_weight", x, product.of)
+    return product.grad_weight(tile), *of_norm
 
 
 class Product:
     """The operands of both gradients, as the kernels take them."""
 
-    def __init__(self, grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, pool: int) -> None:
+    def __init__(self, grad_out: Tensor, x: Tensor, norm: Affine, weight: Tensor, pool: int) -> None:
         self.grad_out, self.grad_out_stride = launch.matrix(grad_out.to(x.dtype))
         self.x, self.x_stride = launch.matrix(x)
-        self.scale, self.shift, self.weight, self.pool = scale, shift, weight, pool
+        self.norm, self.weight = norm, weight
         self.outputs, self.channels = weight.shape[:2]
-        self.rows = grad_out.numel() // self.outputs
-        self.taps = launch.cube(weight.shape[2:])
-        self.windows = *self.taps, *launch.cube([pool] * (x.dim() - 2))
-        self.volume = launch.cube(x.shape[1:-1])
+        self.rows, self.volume = grad_out.numel() // self.outputs, launch.cube(x.shape[1:-1])
+        self.windows = launch.windows(weight.shape[2:], pool)
+        self.of = tiles.product(x, self.outputs, prod(weight.shape[2:]), pool)
 
     def _divided(self, *further: int) -> tuple[int, list[int]]:
         """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""
@@ -229,38 +230,42 @@ class Product:
         vec = launch.common_divisor(self.x, *sizes)
         return vec, [size // vec for size in sizes]
 
-    def grad_x(self, mean: Tensor, grad_x: Tensor, accumulate: bool, tile: tiles.Tile) -> tuple[Tensor, Tensor]:
-        """Write or add to `grad_x`; return the two sums."""
+    def grad_x(
+        self, grad_x: Tensor, accumulate: bool, through: Tensor | None, tile: tiles.Tile
+    ) -> tuple[Tensor, Tensor]:
+        """Write or add to `grad_x`, add to `through`; return the gradients of the norm's weight and bias."""
         grad_x, grad_x_stride = launch.matrix(grad_x)
         blocks = launch.ceil_div(self.rows, tile.rows)
         sums = moments_of(self.x, blocks)
         vec, (grad_out_stride, x_stride, channels, outputs, grad_x_stride) = self._divided(grad_x_stride)
         launch.run(
             grad_x_kernel, blocks * launch.ceil_div(self.channels, tile.columns), tile,
-            self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, mean,
+            self.grad_out, grad_out_stride, self.x, x_stride, self.norm.scale, self.norm.shift, self.norm.mean,
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
-            self.rows, blocks, *self.volume, channels, outputs,
-            *self.windows, accumulate, tiles.precision(self.x), vec,
+            self.rows, blocks, *self.volume, channels, outputs, *self.windows, accumulate, self.of.precision, vec,
         )  # fmt: skip
-        return summed(sums)
+        return norm_gradients(sums, self.norm, through)
 
     def grad_weight(self, tile: tiles.Tile) -> Tensor:
         """In the weight's own type and layout."""
-        lines = prod(self.taps) * self.outputs
+        lines, weight = self.of.taps * self.outputs, self.weight
         products = launch.ceil_div(lines, tile.rows) * launch.ceil_div(self.channels, tile.columns)
-        rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth)
+        rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth, self.of.device)
         number = launch.ceil_div(self.rows, rows_per_part)
-        parts = self.scale.new_empty((number, lines, self.channels))
+        parts = self.norm.scale.new_empty((number, lines, self.channels))
         vec, (grad_out_stride, x_stride, channels, outputs) = self._divided()
         launch.run(
             grad_weight_kernel, number * products, tile,
-            self.grad_out, grad_out_stride, self.x, x_stride, self.scale, self.shift, parts,
-            self.rows, rows_per_part, *self.volume, channels, outputs,
-            *self.windows, tiles.precision(self.x), vec,
+            self.grad_out, grad_out_stride, self.x, x_stride, self.norm.scale, self.norm.shift, parts,
+            self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision, vec,
         )  # fmt: skip
-        result = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        # The taps of a weight lie at equal distances, if it is contiguous or channels-last.
+        direct = weight.is_contiguous() or launch.is_packed(weight)
+        format_ = torch.preserve_format if direct else torch.contiguous_format
+        result = torch.empty_like(weight, memory_format=format_)
+        by_output, by_channel, *_, by_tap = result.stride()
         launch.run(
             sum_parts_kernel, launch.ceil_div(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
-            parts, result, *result.flatten(2).stride(), number, prod(self.taps), self.outputs, self.channels,
+            parts, result, by_output, by_channel, by_tap, number, self.of.taps, self.outputs, self.channels,
         )  # fmt: skip
-        return result if self.weight.is_contiguous() else torch.empty_like(self.weight).copy_(result)
+        return result if direct else torch.empty_like(weight).copy_(result)

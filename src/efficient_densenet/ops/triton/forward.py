@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.reference import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles
-from efficient_densenet.ops.triton.moments import block_moments, merged, moments_of
+from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
 from efficient_densenet.ops.triton.rows import first_of_pool, inside, place, rectified_rows, window
 
 
@@ -76,26 +78,24 @@ def norm_relu_conv_kernel(
         tl.store(moments + (outputs + output).to(tl.int64) * blocks + block, squares, mask=output_mask)
 
 
-def norm_relu_conv(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, pool: int, want_statistics: bool
-) -> Statistics | None:
+def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int, into: Statistics | None) -> None:
     """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks."""
-    outputs, taps = weight.shape[0], launch.cube(weight.shape[2:])
+    outputs, kernel, channels = weight.shape[0], weight.shape[2:], x.shape[-1]
     (x, x_stride), (out, out_stride) = launch.matrix(x), launch.matrix(out)
-    weight = launch.packed(weight, x.dtype)
+    weight, windows = launch.packed(weight, x.dtype), launch.windows(kernel, pool)
+    rows, vec = out.numel() // outputs, launch.common_divisor(x, x_stride, channels, out_stride, outputs)
+    of = tiles.product(x, outputs, prod(kernel), pool)
 
-    def attempt(tile: tiles.Tile) -> Statistics | None:
-        rows, channels = out.numel() // outputs, x.shape[-1]
+    def attempt(tile: tiles.Tile) -> None:
         blocks = launch.ceil_div(rows, tile.rows)
-        moments = moments_of(out, blocks) if want_statistics else scale
-        vec = launch.common_divisor(x, x_stride, channels, out_stride, outputs)
+        moments = moments_of(out, blocks) if into else norm.scale
         launch.run(
             norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
-            x, x_stride // vec, scale, shift, weight, out, out_stride // vec, moments,
+            x, x_stride // vec, norm.scale, norm.shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
-            *taps, *launch.cube([pool] * (x.dim() - 2)),
-            want_statistics, tiles.precision(x), vec,
+            *windows, into is not None, of.precision, vec,
         )  # fmt: skip
-        return merged(moments, rows, tile.rows) if want_statistics else None
+        if into:
+            merge(moments, rows, tile.rows, into)
 
-    return attempt(tiles.tuned(tiles.forward(x, outputs, pool), attempt, "forward", x, outputs, taps, pool))
+    attempt(tiles.tuned(tiles.forward(of), attempt, "forward", x, of))

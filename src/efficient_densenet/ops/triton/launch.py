@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from math import gcd
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,19 +17,45 @@ from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.triton.tiles import Tile
 
 RUN_TIME = (
-    *("x_stride", "out_stride", "grad_stride", "grad_out_stride", "grad_x_stride"),
-    *("rows", "blocks", "rows_per_block", "rows_per_part", "depth", "height", "width", "channels", "outputs"),
+    *("x_stride", "out_stride", "grad_stride", "grad_out_stride", "grad_x_stride", "through_stride"),
+    *("rows", "blocks", "rows_per_block", "rows_per_part", "rows_per_image"),
+    *("depth", "height", "width", "channels", "outputs", "eps"),
     *("stride_output", "stride_channel", "stride_tap", "number", "taps"),
 )
 """Arguments whose values the compiler must not look at, or it would compile again for some of them."""
 
 
 def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
-    """Start `programs` programs of `kernel` on the device of the first argument, in the current stream."""
+    """Start `programs` programs of `kernel` on the device of the first argument, in the current stream.
+
+    To find the compiled kernel for some arguments takes Triton three times as long as to start it: what is the same
+    for the compiler is looked up here instead.
+    """
     device = arguments[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[(programs,)](*arguments, **tile.sizes(), num_warps=tile.warps, num_stages=tile.stages)
+        pointers, constants = _layout(kernel.fn)
+        seen = [(t.dtype, t.data_ptr() % 16 == 0) for t in pointers(arguments)]
+        key = (kernel.fn, tile, device, arguments[constants:], *seen)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*arguments, *tile.sizes.values())
+            return
+        named = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = kernel[(programs,)](*arguments, **tile.sizes, **named)
+        if compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+@functools.cache
+def _layout(function: Callable[..., Any]) -> tuple[Callable[[Any], Any], int]:
+    """What takes the tensors out of the arguments of a kernel; and the first that is a constant for the compiler."""
+    parameters = list(inspect.signature(function).parameters.values())
+    constants = next(i for i, p in enumerate(parameters) if "constexpr" in str(p.annotation))
+    return itemgetter(*[i for i, p in enumerate(parameters[:constants]) if p.name not in RUN_TIME]), constants
 
 
 def ceil_div(size: int, part: int) -> int:
@@ -42,12 +71,37 @@ def matrix(x: Tensor) -> tuple[Tensor, int]:
 
 def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as ``(O, taps, C)``: a copy of the weights of a window, unless they are channels-last already."""
+    if weight.dtype == dtype and is_packed(weight):
+        return weight
     return weight.to(dtype).movedim(1, -1).contiguous()
 
 
-def cube(size: Sequence[int]) -> list[int]:
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight's channels lie side by side, its taps behind each other, and its outputs last."""
+    return _is_packed(weight.shape, weight.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    distance = 1
+    for size, stride in zip(
+        (shape[1], *shape[:1:-1], shape[0]), (strides[1], *strides[:1:-1], strides[0]), strict=True
+    ):
+        if size > 1 and stride != distance:
+            return False
+        distance *= size
+    return True
+
+
+def cube(size: Sequence[int]) -> tuple[int, ...]:
     """1, 2 or 3 sizes as 3: missing ones are 1."""
-    return [1] * (3 - len(size)) + list(size)
+    return (*[1] * (3 - len(size)), *size)
+
+
+@functools.lru_cache(maxsize=1024)
+def windows(kernel: Sequence[int], pool: int) -> tuple[int, ...]:
+    """The taps of a kernel in three directions, and the pixels of a pool's window."""
+    return *cube(kernel), *cube([pool] * len(kernel))
 
 
 def common_divisor(x: Tensor, *sizes: int) -> int:

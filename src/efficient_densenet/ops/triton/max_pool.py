@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efficient_densenet.ops.reference import Affine
 from efficient_densenet.ops.triton import launch, tiles
-from efficient_densenet.ops.triton.moments import moments_of, summed
+from efficient_densenet.ops.triton.moments import moments_of
+from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import inside, place, rectified, window
 
 
@@ -110,17 +112,17 @@ def max_pool_backward_kernel(
     tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
 
 
-def norm_relu_max_pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
     """One kernel."""
-    _pool(x, scale, shift, out, None)
+    _pool(x, norm, out, None)
 
 
 def norm_relu_max_pool_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, grad_x: Tensor
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Three kernels: where the maxima are (a byte per window), the gathering, the sums' sum."""
+    """Three kernels: where the maxima are (a byte per window), the gathering, the gradients of the norm."""
     taken = torch.empty(grad_out.shape, dtype=torch.uint8, device=x.device)
-    _pool(x, scale, shift, None, taken)
+    _pool(x, norm, None, taken)
     (grad_out, grad_out_stride), (x, x_stride) = launch.matrix(grad_out.to(x.dtype)), launch.matrix(x)
     grad_x, grad_x_stride = launch.matrix(grad_x)
     channels = x.shape[-1]
@@ -129,14 +131,14 @@ def norm_relu_max_pool_backward(
     vec = launch.common_divisor(x, x_stride, grad_x_stride, grad_out_stride, channels)
     launch.run(
         max_pool_backward_kernel, sums.shape[2] * launch.ceil_div(channels, tile.columns), tile,
-        grad_out, grad_out_stride // vec, taken, x, x_stride // vec, scale, shift, mean,
+        grad_out, grad_out_stride // vec, taken, x, x_stride // vec, norm.scale, norm.shift, norm.mean,
         grad_x, grad_x_stride // vec, sums,
         rows, sums.shape[2], *launch.cube(x.shape[1:-1]), channels // vec, *_taps(x), vec,
     )  # fmt: skip
-    return summed(sums)
+    return norm_gradients(sums, norm, through)
 
 
-def _pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None, taken: Tensor | None) -> None:
+def _pool(x: Tensor, norm: Affine, out: Tensor | None, taken: Tensor | None) -> None:
     (x, x_stride), channels = launch.matrix(x), x.shape[-1]
     target, target_stride = (x, channels) if out is None else launch.matrix(out)
     places = out if taken is None else taken
@@ -145,10 +147,10 @@ def _pool(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None, taken: Te
     vec = launch.common_divisor(x, x_stride, target_stride, channels)
     launch.run(
         max_pool_kernel, launch.ceil_div(rows, tile.rows) * launch.ceil_div(channels, tile.columns), tile,
-        x, x_stride // vec, scale, shift, target, target_stride // vec, places,
+        x, x_stride // vec, norm.scale, norm.shift, target, target_stride // vec, places,
         rows, *launch.cube(x.shape[1:-1]), channels // vec, *_taps(x), taken is not None, vec,
     )  # fmt: skip
 
 
-def _taps(x: Tensor) -> list[int]:
+def _taps(x: Tensor) -> tuple[int, ...]:
     return launch.cube([3] * (x.dim() - 2))

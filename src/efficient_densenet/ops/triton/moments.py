@@ -1,4 +1,4 @@
-"""Means, variances and sums per channel: partial results of blocks of rows, merged without atomics, and finishing."""
+"""Means and variances per channel, merged of those of blocks of rows without atomics; and finishing."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # (the compiler of the kernels knows the types of their arguments)
@@ -84,29 +84,11 @@ def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, 
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME)
-def sum_kernel(sums, first, second, blocks, channels, COLUMNS: tl.constexpr):
-    """``Σ_b sums[0, c, b]`` and ``Σ_b sums[1, c, b]``, in an order that depends on the number of blocks alone.
-
-    Shapes: sums ``(2, channels, blocks)``, first and second ``(channels,)``. Bytes: sums once.
-    """
-    channel = tl.program_id(0)
-    at = sums + channel.to(tl.int64) * blocks
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(0, blocks, COLUMNS):
-        block = start + tl.arange(0, COLUMNS)
-        total += tl.load(at + block, mask=block < blocks, other=0.0)
-    if channel < channels:
-        tl.store(first + channel, tl.sum(total, 0))
-    else:
-        tl.store(second + channel - channels, tl.sum(total, 0))
-
-
-@triton.jit(do_not_specialize=launch.RUN_TIME)
 def finish_kernel(
-    grad, grad_stride, x, x_stride, mean, constant, slope, out, out_stride, rows, channels,
+    grad, grad_stride, x, x_stride, mean, through, through_stride, count, out, out_stride, rows, channels,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``out = grad − constant − slope·(x − mean)``. Bytes: grad, x and out once."""
+    """``out = grad − through[0]/count − through[1]/count·(x − mean)``. Bytes: grad, x and out once."""
     grad_stride, x_stride, out_stride, channels = grad_stride * VEC, x_stride * VEC, out_stride * VEC, channels * VEC
     column_blocks = tl.cdiv(channels, COLUMNS)
     row = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)
@@ -117,9 +99,10 @@ def finish_kernel(
     g = tl.load(grad + row * grad_stride + channel, mask=mask, other=0.0).to(tl.float32)
     centred = tl.load(x + row * x_stride + channel, mask=mask, other=0.0).to(tl.float32)
     centred -= tl.load(mean + channel, mask=known, other=0.0)
-    through = tl.load(constant + channel, mask=known, other=0.0)
-    through += tl.load(slope + channel, mask=known, other=0.0) * centred
-    tl.store(out + row * out_stride + channel, (g - through).to(out.dtype.element_ty), mask=mask)
+    number = tl.load(count)
+    constant = tl.load(through + channel, mask=known, other=0.0) / number
+    slope = tl.load(through + through_stride + channel, mask=known, other=0.0) / number
+    tl.store(out + row * out_stride + channel, (g - constant - slope * centred).to(out.dtype.element_ty), mask=mask)
 
 
 def moments_of(x: Tensor, blocks: int) -> Tensor:
@@ -127,24 +110,13 @@ def moments_of(x: Tensor, blocks: int) -> Tensor:
     return torch.empty((2, x.shape[-1], blocks), dtype=torch.float32, device=x.device)
 
 
-def merged(moments: Tensor, rows: int, rows_per_block: int) -> Statistics:
+def merge(moments: Tensor, rows: int, rows_per_block: int, into: Statistics) -> None:
     """Mean and biased variance, of the moments of blocks."""
     _, channels, blocks = moments.shape
-    # Two tensors, for an operator's results must not share memory.
-    mean, variance = moments.new_empty(channels), moments.new_empty(channels)
-    launch.run(merge_kernel, channels, tiles.ALONG, moments, mean, variance, rows, rows_per_block, blocks, channels)
-    return mean, variance
+    launch.run(merge_kernel, channels, tiles.ALONG, moments, *into, rows, rows_per_block, blocks, channels)
 
 
-def summed(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of all blocks."""
-    _, channels, blocks = sums.shape
-    first, second = sums.new_empty(channels), sums.new_empty(channels)
-    launch.run(sum_kernel, 2 * channels, tiles.ALONG, sums, first, second, blocks, channels)
-    return first, second
-
-
-def statistics(x: Tensor) -> Statistics:
+def statistics(x: Tensor, into: Statistics) -> None:
     """Two kernels: moments of blocks, and their merging."""
     x, stride = launch.matrix(x)
     channels = x.shape[-1]
@@ -155,10 +127,10 @@ def statistics(x: Tensor) -> Statistics:
         moments_kernel, moments.shape[2] * launch.ceil_div(channels, tile.columns), tile,
         x, stride // vec, moments, rows, moments.shape[2], channels // vec, vec,
     )  # fmt: skip
-    return merged(moments, rows, tile.rows)
+    merge(moments, rows, tile.rows, into)
 
 
-def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, out: Tensor) -> None:
+def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     """One kernel."""
     in_place = out is grad
     (grad, grad_stride), (x, x_stride), (out, out_stride) = launch.matrix(grad), launch.matrix(x), launch.matrix(out)
@@ -168,6 +140,6 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, constant: Tensor, slope: Tenso
     vec = launch.common_divisor(x, grad_stride, x_stride, out_stride, channels)
     launch.run(
         finish_kernel, launch.ceil_div(rows, tile.rows) * launch.ceil_div(channels, tile.columns), tile,
-        grad, grad_stride // vec, x, x_stride // vec, mean, constant, slope, out, out_stride // vec,
+        grad, grad_stride // vec, x, x_stride // vec, mean, through, through.stride(0), count, out, out_stride // vec,
         rows, channels // vec, vec,
     )  # fmt: skip

@@ -2,25 +2,42 @@
 
 None of these has been timed on a GPU. They follow from the shapes: a tile is as wide as the channels that it makes, so
 that few channels do not waste the tensor cores; it is tall enough to use each weight often; its accumulators fit into
-the registers without spilling, and its stages into the shared memory of the smallest device covered (about 99 kB).
+the registers without spilling, and its stages into the shared memory of the device.
 Set EFFICIENT_DENSENET_AUTOTUNE=1 to have them timed, once per kind of shape and process.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 AUTOTUNE = os.environ.get("EFFICIENT_DENSENET_AUTOTUNE", "0") not in ("", "0")
-# Row blocks of a weight gradient are chosen so that about so many programs run: two for each multiprocessor of the
-# largest devices. A constant, so that the order of the sums depends on shapes alone.
-_PROGRAMS = 264
+
+
+class Device(NamedTuple):
+    """What about a device decides on tiles.
+
+    `stages` of a product's pipeline, in half precision (one less in float32, which is twice as large); and the
+    `programs` that the row blocks of a weight gradient are chosen to make: two for each multiprocessor. Constants for
+    each kind of device, so that the order of the sums depends on it and on shapes alone.
+    """
+
+    stages: int
+    programs: int
+
+
+DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264)}
+"""By compute capability: A100 with 163 kB of shared memory for a program, H100 and H200 with 227 kB."""
+
+OTHER = Device(3, 264)
+"""What fits every device covered: 99 kB."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Tile:
     warps: int
     stages: int
 
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """As the kernels name them; what a kernel does not have is 0."""
         named = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
@@ -60,47 +78,82 @@ def precision(x: Tensor) -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return OTHER
+    return DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
+
+
+class Product(NamedTuple):
+    """What decides on the tile of a product: channels read and made, taps of the window, pool, type and device."""
+
+    channels: int
+    outputs: int
+    taps: int
+    pool: int
+    half: bool
+    precision: str
+    device: Device
+
+    @property
+    def exact(self) -> bool:
+        """Without tensor cores, where a product's operands take registers too."""
+        return not self.half and self.precision == "ieee"
+
+    @property
+    def stages(self) -> int:
+        return self.device.stages - (not self.half)
+
+
+def product(x: Tensor, outputs: int, taps: int, pool: int) -> Product:
+    return Product(x.shape[-1], outputs, taps, pool, x.element_size() == 2, precision(x), device_of(x.device))
+
+
+@functools.cache
 def elementwise(channels: int, values: int = 4096) -> Tile:
     """For passes without a product."""
     columns = _cover(channels, 16, 64)
     return Tile(values // columns, columns, 0, 4, 1)
 
 
-def forward(x: Tensor, outputs: int, pool: int) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def forward(of: Product) -> Tile:
     """Columns are outputs, depth is channels; a pool holds several tiles of x at a time, and so takes flatter ones."""
-    if _exact(x):
-        return Tile(64, _cover(outputs, 16, 64), 16, 8, 2)
-    depth = 32 if pool == 1 or x.element_size() == 2 else 16
-    columns = _cover(outputs, 16, 128)
-    return Tile(128, columns, _cover(x.shape[-1], 16, depth), 8 if columns == 128 else 4, _stages(x))
+    if of.exact:
+        return Tile(64, _cover(of.outputs, 16, 64), 16, 8, 2)
+    depth = 32 if of.pool == 1 or of.half else 16
+    columns = _cover(of.outputs, 16, 128)
+    return Tile(128, columns, _cover(of.channels, 16, depth), 8 if columns == 128 else 4, of.stages)
 
 
-def grad_x(x: Tensor, outputs: int, taps: int) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
-    columns = _cover(x.shape[-1], 16, 64)
-    if _exact(x):
+    columns = _cover(of.channels, 16, 64)
+    if of.exact:
         return Tile(64, columns, 16, 8, 2)
-    rows = 64 if taps > 9 and x.element_size() == 4 else 128
-    return Tile(rows, columns, _cover(outputs, 16, 32), 8 if columns == 64 else 4, _stages(x))
+    rows = 64 if of.taps > 9 and not of.half else 128
+    return Tile(rows, columns, _cover(of.outputs, 16, 32), 8 if columns == 64 else 4, of.stages)
 
 
-def grad_weight(x: Tensor, outputs: int, taps: int) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def grad_weight(of: Product) -> Tile:
     """Rows are taps and outputs together, columns are channels, depth is pixels."""
-    if _exact(x):
-        return Tile(_cover(taps * outputs, 16, 64), _cover(x.shape[-1], 16, 32), 16, 4, 2)
-    rows, columns = _cover(taps * outputs, 16, 128), _cover(x.shape[-1], 16, 128 if x.element_size() == 2 else 64)
-    return Tile(rows, columns, 32, 8 if rows * columns >= 64 * 128 else 4, _stages(x))
+    lines = of.taps * of.outputs
+    if of.exact:
+        return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
+    rows, columns = _cover(lines, 16, 128), _cover(of.channels, 16, 128 if of.half else 64)
+    return Tile(rows, columns, 32, 8 if rows * columns >= 64 * 128 else 4, of.stages)
 
 
-def rows_per_part(rows: int, products: int, depth: int) -> int:
+def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
     """The rows that a program of a weight gradient adds up, where one pass over them makes `products` tiles."""
-    parts = ceil(_PROGRAMS / products)
+    parts = ceil(device.programs / products)
     return max(8, ceil(rows / parts / depth)) * depth
 
 
-def tuned(
-    default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, outputs: int, taps: Sequence[int], pool: int
-) -> Tile:
+def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, of: Product) -> Tile:
     """`default`, or where tuning is on the fastest of the tiles around it for such shapes.
 
     Shapes are told apart by their size and channels in powers of two. While a CUDA graph is captured nothing is timed,
@@ -108,7 +161,8 @@ def tuned(
     """
     if not AUTOTUNE:
         return default
-    key = name, x.device, precision(x), x.dtype, x.numel().bit_length(), x.shape[-1].bit_length(), outputs, *taps, pool
+    size = x.numel().bit_length(), of.channels.bit_length()
+    key = name, x.device, x.dtype, size, of._replace(channels=0)
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():
             return default
@@ -149,13 +203,3 @@ def _cover(size: int, least: int, most: int) -> int:
     """The power of two that covers `size`, or its even share of the fewest tiles of `most`."""
     share = ceil(size / ceil(size / most))
     return max(least, 1 << (share - 1).bit_length())
-
-
-def _exact(x: Tensor) -> bool:
-    """Without tensor cores, where a product's operands take registers too."""
-    return x.dtype == torch.float32 and precision(x) == "ieee"
-
-
-def _stages(x: Tensor) -> int:
-    """More of half precision fit; devices before sm_90 other than sm_80 have 99 kB of shared memory, others more."""
-    return 3 if x.element_size() == 2 else 2
