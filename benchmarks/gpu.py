@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ SECTIONS: dict[str, Record] = {
     "kernels": {"contenders": ("kernels",)},
     "L40": {
         "network": "cifar", "size": 32, "batch": 128, "autocast": False,
-        "contenders": (*EAGER, *OURS, "ordinary, channels_last, graph", *COMPILED),
+        "contenders": (
+            *EAGER, *OURS, "efficient, bottleneck, reduce-overhead", "ordinary, channels_last, graph", *COMPILED,
+        ),
     },
     "DenseNet-121": {
         "network": "densenet121", "size": 224, "batch": 256, "autocast": True,
@@ -65,21 +68,28 @@ SECTIONS: dict[str, Record] = {
 
 
 class Clock:
-    """The seconds that are left, and the end of a contender that takes longer."""
+    """The seconds that are left, and the end of a contender that takes longer.
+
+    A contender needs ten seconds before it can begin, to import what it needs: the next one does that meanwhile.
+    """
 
     MOST = 120  # seconds for one, or a single compilation might leave none to the others
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
+        self._starter = ThreadPoolExecutor(1)
+        self._next: tuple[Job, Future[Team]] | None = None
 
-    def ask(self, job: Job, request: str) -> Record:
-        """The contender's answer, or why there is none."""
+    def ask(self, job: Job, request: str, following: Job | None = None) -> Record:
+        """The contender's answer, or why there is none; the `following` contender may get ready."""
         began = time.monotonic()
         if self.end - began < 5:
             return {"failed": "no time left"}
         end = self.end if job["contender"] == MAX_AUTOTUNE else min(self.end, began + self.MOST)
         try:
-            with Team("gpu_contender", job, "cuda") as team:
+            with self._ready(job).result(end - began) as team:
+                if following is not None and following != job:
+                    self._next = following, self._start(following)
                 timer = threading.Timer(max(0, end - time.monotonic()), team.close)
                 timer.start()
                 try:
@@ -87,9 +97,30 @@ class Clock:
                 finally:
                     timer.cancel()
             return {**answer, "seconds": time.monotonic() - began}
-        except (UserError, ValueError, OSError) as error:
+        except (UserError, ValueError, OSError, TimeoutError) as error:
             out_of_time = "no time left" if end == self.end else f"took more than {self.MOST} s"
             return {"failed": out_of_time if time.monotonic() >= end else str(error)}
+
+    def close(self) -> None:
+        """End whatever has been got ready."""
+        if self._next is not None:
+            self._end(self._next[1])
+        self._starter.shutdown()
+
+    def _start(self, job: Job) -> Future[Team]:
+        return self._starter.submit(Team, "gpu_contender", job, "cuda")
+
+    def _ready(self, job: Job) -> Future[Team]:
+        (prepared, team), self._next = self._next or (None, None), None
+        if prepared == job and team is not None:
+            return team
+        if team is not None:
+            self._end(team)
+        return self._start(job)
+
+    def _end(self, team: Future[Team]) -> None:
+        if team.exception() is None:
+            team.result().close()
 
 
 def measure(
@@ -98,30 +129,38 @@ def measure(
     """The records of each section; `keep` gets those so far of a section each time that there is one more."""
     found: dict[str, list[Record]] = {name: [] for name in names}
     work = [(name, contender) for name in names for contender in SECTIONS[name]["contenders"]]
+    if quick:
+        work = [(name, contender) for name, contender in work if not contender.startswith(("memory", "timm"))]
     work.sort(key=lambda item: item[1] == MAX_AUTOTUNE)
     batches: dict[str, int] = {}
-    for name, contender in work:
-        section = SECTIONS[name]
-        _progress(f"{name}: {contender}")
-        job = {"warmup": 3, "iterations": 20, "limit": 0, **section, "contender": contender, "quick": quick}
+
+    def job_of(name: str, contender: str) -> Job | None:
+        """None while its batch is to be found."""
+        job = {"warmup": 3, "iterations": 20, "limit": 0, **SECTIONS[name], "contender": contender, "quick": quick}
         if quick and "network" in job:
-            job |= {"network": "tiny", "size": 32, "iterations": 3}
-            job |= {"batch": 8} if job["batch"] else {}
-            if contender.startswith(("memory", "timm")):
-                continue
-        if contender == "kernels":
-            answer = clock.ask(job, "speeds")
-        elif section["batch"] == 0:
-            answer = clock.ask(job, "largest")
+            job |= {"network": "tiny", "size": 32, "iterations": 3, "batch": job["batch"] and 8}
+        if "batch" in job and job["batch"] is None:
+            job["batch"] = batches.get(name)
+        return None if "batch" in job and job["batch"] is None else job
+
+    for i, (name, contender) in enumerate(work):
+        _progress(f"{name}: {contender}")
+        job = job_of(name, contender)
+        if job is None:
+            batches[name] = 0
+            search = job_of(name, "ordinary, channels_last")
+            assert search is not None
+            largest = clock.ask(search, "largest")
+            found[name].append({"contender": "largest batch of the ordinary network", **largest})
+            # Not to the last byte: a step after the first may fragment memory.
+            batches[name] = int(0.95 * largest.get("largest_batch", 0))
+            job = job_of(name, contender)
+        request = "speeds" if contender == "kernels" else "times" if SECTIONS[name]["batch"] != 0 else "largest"
+        if request == "times" and not (job and job["batch"]):
+            answer = {"failed": "no batch was found"}
         else:
-            if section["batch"] is None and name not in batches:
-                search = job | {"contender": "ordinary, channels_last", "batch": 0}
-                largest = clock.ask(search, "largest")
-                found[name].append({"contender": "largest batch of the ordinary network", **largest})
-                # Not to the last byte: a step after the first may fragment memory.
-                batches[name] = int(0.95 * largest.get("largest_batch", 0))
-            batch = batches.get(name, job["batch"])
-            answer = clock.ask(job | {"batch": batch}, "times") if batch else {"failed": "no batch was found"}
+            assert job is not None
+            answer = clock.ask(job, request, job_of(*work[i + 1]) if i + 1 < len(work) else None)
         found[name].append({"contender": contender, **answer})
         keep(name, found[name])
     return found
@@ -196,7 +235,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         found[name] = {"quick": arguments.quick, **about, "records": records}
         write_json(file, found)
 
-    measure(arguments.sections, Clock(60 * arguments.minutes), arguments.quick, keep)
+    clock = Clock(60 * arguments.minutes)
+    if not arguments.quick:
+        import gpu_kernels
+
+        _progress("compiling the kernels")
+        gpu_kernels.compile_everything_here()
+    try:
+        measure(arguments.sections, clock, arguments.quick, keep)
+    finally:
+        clock.close()
     print(table(found))
     return 0
 

@@ -6,10 +6,12 @@ and flags that a network of these shapes uses.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +101,28 @@ def records(
 def kernels_of(shape: Shape, kind: str) -> set[str]:
     """What tells the kernels that a shape uses from others: everything that the compiler looks at."""
     return {f"{_source(*launch)[0].hash()} {launch[2]}" for launch in _launched(shape, kind, 90)}
+
+
+def compile_here(shape: Shape, kind: str) -> int:
+    """Compile what a shape uses for the GPU that there is, so that later processes find it in Triton's cache.
+
+    Returns:
+        The number of kernels.
+    """
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    launched = _launched(shape, kind, 10 * capability[0] + capability[1])
+    for kernel, arguments, tile in launched:
+        plain = [a.dtype if isinstance(a, Tensor) else a for a in arguments]
+        kernel.warmup(*plain, grid=(1,), **tile.sizes, num_warps=tile.warps, num_stages=tile.stages)
+    return len(launched)
+
+
+def compile_everything_here() -> None:
+    """As many at a time as there are processors; a kernel that does not compile is for those that want it to tell."""
+    work = [(shape, kind) for kind in ("bf16", "tf32") for shape in SHAPES]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for attempt in [pool.submit(compile_here, *item) for item in work]:
+            attempt.exception()
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -12,16 +12,21 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from operands import EVERY_OPERATION, Operands, double, measured, place, slice_of_channels, weight_for
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet import DenseNet, backends, densenet_cifar, ops
+from efficient_densenet.errors import UserError
+from efficient_densenet.execution import stage
 from efficient_densenet.ops import eager, reference
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.triton import launch
 
 pytest.importorskip("triton")
 
@@ -71,6 +76,63 @@ def test_one_compiled_kernel_for_all_layers(monkeypatch):
         for images, size, channels in [(256, 56, 128), (255, 56, 160), (1, 7, 992), (64, 29, 480)]
     ]
     assert len({frozenset(gpu_kernels.kernels_of(layer, "bf16")) for layer in layers}) == 1
+
+
+class Started(TorchDispatchMode):
+    """The operations of PyTorch that compute something: no views, no room, no conversion to what something is."""
+
+    NOTHING = (
+        "empty",
+        "new_empty",
+        "view",
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "unbind",
+        "movedim",
+        "permute",
+        "to.",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(self.NOTHING):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("bottleneck", "forward", "backward"), [(False, 3, 5), (True, 6, 10)])
+def test_a_layer_starts_its_kernels_and_nothing_else(bottleneck, forward, backward, monkeypatch):
+    """Forward: fold, convolve, merge statistics. Backward: both gradients and what sums them up; finishing."""
+    counts, launched = [], []
+
+    def counting(run):
+        def counted(*arguments):
+            before = len(launched)
+            with Started() as started:
+                result = run(*arguments)
+            counts.append((len(launched) - before, len(started.names)))
+            return result
+
+        return counted
+
+    monkeypatch.setattr(launch, "run", lambda kernel, *arguments: launched.append(kernel))
+    monkeypatch.setattr(ops, "backend", lambda x: kernels)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(stage, name, counting(getattr(stage, name)))
+    for layers in (2, 7):
+        network = DenseNet(block_config=(layers,), bn_size=4 if bottleneck else None, efficient=True)
+        network.to(memory_format=torch.channels_last)(torch.randn(2, 3, 8, 8)).sum().backward()
+    few, many = counts[:2], counts[2:]
+    for (kernels_few, others_few), (kernels_many, others_many), expected in zip(
+        few, many, (forward, backward), strict=True
+    ):
+        assert (kernels_many - kernels_few, others_many - others_few) == (5 * expected, 0)
 
 
 def test_cpu_tensors_go_elsewhere():
@@ -412,16 +474,59 @@ def test_the_product_beside_the_kernels_is_in_tf32_and_nothing_after_it(monkeypa
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+class Contender:
+    """In place of a process."""
+
+    alive: ClassVar[list[str]] = []
+
+    def __init__(self, module, job, device):
+        if job["contender"] == "broken":
+            raise UserError("it does not start")
+        self.name = job["contender"]
+        self.alive.append(self.name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        if self.name in self.alive:
+            self.alive.remove(self.name)
+
+    def ask(self, request):
+        return [{"answered": f"{self.name}: {request}"}]
+
+
+def test_contenders_get_ready_while_others_are_measured_and_none_is_left(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
+    import gpu as benchmark
+
+    monkeypatch.setattr(benchmark, "Team", Contender)
+    clock = benchmark.Clock(60)
+    jobs = [{"contender": name} for name in ("a", "b", "c", "broken", "d")]
+    answers = [clock.ask(job, "times", then) for job, then in zip(jobs, [*jobs[1:], None], strict=True)]
+    assert [answer.get("answered") for answer in answers] == ["a: times", "b: times", "c: times", None, "d: times"]
+    assert answers[3] == {"failed": "it does not start"} and not Contender.alive
+    clock.ask(jobs[0], "times", jobs[1])
+    assert clock.ask(jobs[2], "times", jobs[0])["answered"] == "c: times"  # another than was expected
+    clock.close()
+    assert not Contender.alive
+    assert benchmark.Clock(0).ask(jobs[0], "times") == {"failed": "no time left"}
+
+
 def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
     """With an answer in place of each process: every section, in the order of its worth; kept as it comes."""
     monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
     import gpu as benchmark
 
-    asked, kept = [], {}
+    asked, expected, kept = [], [], {}
 
     class Clock:
-        def ask(self, job, request):
+        def ask(self, job, request, following=None):
             asked.append(job["contender"])
+            expected.append(following)
             if request == "speeds":
                 row = {"operation": "forward", "shape": "s", "dtype": "bf16", "ms": 1.0}
                 return {"rows": [row | {"share_of_copy": 0.5, "share_of_product": 0.1}]}
@@ -435,6 +540,8 @@ def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
     found = benchmark.measure(list(benchmark.SECTIONS), Clock(), False, kept.__setitem__)
     assert kept == found
     assert asked[-1] == "compiled, max-autotune" and asked[0] == "kernels"
+    ready = [(job["contender"], then) for job, then in zip(expected[:-1], asked[1:], strict=True) if job]
+    assert len(ready) > 30 and all(prepared == then for prepared, then in ready)
     assert [r["batch"] for r in found["DenseNet-264"] if "batch" in r] == [95] * 7
     table = benchmark.table({name: {"records": records} for name, records in found.items()})
     assert "at most 100 images in 12.0 GB" in table and "no time left" in table and "50% of a copy" in table
