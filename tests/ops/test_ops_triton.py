@@ -430,6 +430,36 @@ def test_gpu_streams_side_by_side():
 
 
 @gpu
+def test_gpu_two_processes_train_what_the_ordinary_network_does(tmp_path):
+    """Data parallel, and with two GPUs also with synchronised norms: gradients and running averages."""
+    import triton_processes
+
+    results = triton_processes.run(tmp_path)
+    for kind in triton_processes.KINDS:
+        for result in results:
+            # All gradients together: that of the stem's scale is zero, which the norms behind it take out again.
+            for part in ("gradient of", ""):
+                expected, found = (
+                    torch.cat([t.flatten().double() for name, t in result[f"{kind}, {way}"].items() if part in name])
+                    for way in ("ordinary", "efficient")
+                )
+                assert (found - expected).norm() <= 1e-4 * expected.norm()
+        first, second = (result[f"{kind}, efficient"] for result in results)
+        assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("gradient"))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.usefixtures("deterministic")
+def test_gpu_runs_on_another_device_than_the_current():
+    _, efficient, images, labels = networks()
+    expected = gradients(efficient, images, labels)
+    found = gradients(efficient.to("cuda:1"), images.to("cuda:1"), labels.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    close([t.cpu() for t in found], [t.cpu() for t in expected], 1e-4)
+
+
+@gpu
 def test_gpu_float64_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(kernels, "_state", {})
     _, efficient, images, labels = networks(torch.float64)
