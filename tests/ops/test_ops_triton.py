@@ -48,6 +48,13 @@ def test_every_kernel_in_the_interpreter():
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
+def test_kernels_are_started_as_triton_would(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(HERE / "triton_launches.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout == "the same\n", result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("sm", [80, 89, 90])
 def test_kernels_compile_without_spilling(sm, monkeypatch, tmp_path):
     """Some shapes of each kind; ``benchmarks/gpu.py --compile-only`` has all of them."""

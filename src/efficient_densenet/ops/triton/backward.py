@@ -58,10 +58,9 @@ def grad_x_kernel(
     if TAPS > 1:
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    steps = tl.cdiv(outputs, DEPTH)
-    for step in range(TAPS * steps):
-        tap = step // steps if TAPS > 1 else 0
-        output = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
+    for step in range(TAPS * tl.cdiv(outputs, DEPTH)):
+        output = (step // TAPS) * DEPTH + tl.arange(0, DEPTH)
+        tap = step % TAPS
         output_mask = output < outputs
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)

@@ -47,10 +47,10 @@ def norm_relu_conv_kernel(
     if TAPS > 1:
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    steps = tl.cdiv(channels, DEPTH)
-    for step in range(TAPS * steps):
-        tap = step // steps if TAPS > 1 else 0
-        channel = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
+    # All taps of some channels, then the next channels: what the taps share is still in the cache.
+    for step in range(TAPS * tl.cdiv(channels, DEPTH)):
+        channel = (step // TAPS) * DEPTH + tl.arange(0, DEPTH)
+        tap = step % TAPS
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)

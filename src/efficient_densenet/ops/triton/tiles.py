@@ -185,7 +185,7 @@ def _around(tile: Tile) -> list[Tile]:
         for rows, columns in sorted(shapes)
         for depth in sorted(depths)
         for warps in (4, 8)
-        for stages in (2, 3, 4)
+        for stages in (1, 2, 3, 4)
     ]
 
 

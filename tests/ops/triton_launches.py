@@ -1,0 +1,99 @@
+"""That a kernel is started the short way with what Triton itself would start it: run by `test_ops_triton`.
+
+In a process of its own, for a driver that starts nothing takes the place of the real one: compilation is real, and what
+reaches the driver is looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.triton import launch, moments, norms
+
+started: list[tuple] = []
+
+
+class Utils:
+    functions = itertools.count()
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+    def load_binary(self, name, binary, shared, device):
+        return object(), (name, next(self.functions)), 64, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        started.append((x, y, z, stream, function, packed, enter, leave, *arguments))
+
+
+class Driver:
+    utils = Utils()
+    launcher_cls = Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 17
+
+
+def plain(value):
+    """Tensors are the same where they lie in the same place."""
+    return (value.data_ptr(), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def twice(operation):
+    """What an operation starts, which must be the same both times, first Triton's way, then the short one."""
+    started.clear()
+    launch._compiled.clear()
+    operation()
+    first = list(started)
+    started.clear()
+    known = dict(launch._compiled)
+    assert len(known) == len(first)
+    operation()
+    assert launch._compiled == known and len(started) == len(first)
+    for short, long in zip(started, first, strict=True):
+        assert [plain(v) for v in short] == [plain(v) for v in long]
+    return [function for _, _, _, _, function, *_ in first]
+
+
+def main():
+    triton.runtime.driver.set_active(Driver())
+    vectors = torch.randn(7, 37)
+    norm = Affine(*vectors[:4].clone())
+    fold = lambda bias: lambda: norms.fold_norm(Statistics(*vectors[:2]), vectors[4], bias, 1e-5, norm)  # noqa: E731
+    as_they_are, other = twice(fold(vectors[0])), twice(fold(vectors[0].to(torch.bfloat16)))
+    far = torch.randn(38)[1:]  # not at a multiple of 16 bytes
+    assert len({*as_they_are, *other, *twice(fold(far))}) == 3
+    launch._compiled.clear()
+    fold(vectors[0])()
+    fold(far)()
+    assert len(launch._compiled) == 2
+
+    # The moments' room is made anew each time: one that is kept here takes its place.
+    rooms = {}
+    moments.moments_of = lambda x, blocks: rooms.setdefault(blocks, torch.empty(2, x.shape[-1], blocks))
+    x, found = torch.randn(3, 5, 7, 16), Statistics(*torch.empty(2, 16))
+    assert [name for name, _ in twice(lambda: moments.statistics(x, found))] == ["moments_kernel", "merge_kernel"]
+    print("the same")
+
+
+if __name__ == "__main__":
+    main()
