@@ -58,9 +58,9 @@ def grad_x_kernel(
     if TAPS > 1:
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for step in range(TAPS * tl.cdiv(outputs, DEPTH)):
-        output = (step // TAPS) * DEPTH + tl.arange(0, DEPTH)
-        tap = step % TAPS
+    tap, start = 0, 0
+    for _ in range(TAPS * tl.cdiv(outputs, DEPTH)):
+        output = start + tl.arange(0, DEPTH)
         output_mask = output < outputs
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
@@ -76,6 +76,12 @@ def grad_x_kernel(
             other=0.0,
         )
         total = tl.dot(dy, w_tile, total, input_precision=PRECISION)
+        if TAPS > 1:
+            tap += 1
+            start = tl.where(tap == TAPS, start + DEPTH, start)
+            tap = tl.where(tap == TAPS, 0, tap)
+        else:
+            start += DEPTH
     total = total * (1.0 / POOL)
     a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
     b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]

@@ -48,9 +48,9 @@ def norm_relu_conv_kernel(
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     # All taps of some channels, then the next channels: what the taps share is still in the cache.
-    for step in range(TAPS * tl.cdiv(channels, DEPTH)):
-        channel = (step // TAPS) * DEPTH + tl.arange(0, DEPTH)
-        tap = step % TAPS
+    tap, start = 0, 0  # counted, for a division takes registers
+    for _ in range(TAPS * tl.cdiv(channels, DEPTH)):
+        channel = start + tl.arange(0, DEPTH)
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)
@@ -66,6 +66,12 @@ def norm_relu_conv_kernel(
             other=0.0,
         )
         total = tl.dot(s, w_tile, total, input_precision=PRECISION)
+        if TAPS > 1:
+            tap += 1
+            start = tl.where(tap == TAPS, start + DEPTH, start)
+            tap = tl.where(tap == TAPS, 0, tap)
+        else:
+            start += DEPTH
     y = total.to(DTYPE)
     tl.store(
         out + row.to(tl.int64)[:, None] * out_stride + output[None, :],

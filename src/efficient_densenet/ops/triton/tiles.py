@@ -119,10 +119,13 @@ def elementwise(channels: int, values: int = 4096) -> Tile:
 
 @functools.lru_cache(maxsize=4096)
 def forward(of: Product) -> Tile:
-    """Columns are outputs, depth is channels; a pool holds several tiles of x at a time, and so takes flatter ones."""
+    """Columns are outputs, depth is channels.
+
+    A pool holds several tiles of x at a time, and so takes flatter ones; so do channels that are loaded one by one.
+    """
     if of.exact:
-        return Tile(64, _cover(of.outputs, 16, 64), 16, 8, 2)
-    depth = 32 if of.pool == 1 or of.half else 16
+        return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
+    depth = 32 if of.pool == 1 and (of.half or of.channels % 4 == 0) else 16
     columns = _cover(of.outputs, 16, 128)
     return Tile(128, columns, _cover(of.channels, 16, depth), 8 if columns == 128 else 4, of.stages)
 
