@@ -86,8 +86,9 @@ class Clock:
         if self.end - began < 5:
             return {"failed": "no time left"}
         end = self.end if job["contender"] == MAX_AUTOTUNE else min(self.end, began + self.MOST)
+        ready = self._ready(job)
         try:
-            with self._ready(job).result(end - began) as team:
+            with ready.result(end - began) as team:
                 if following is not None and following != job:
                     self._next = following, self._start(following)
                 timer = threading.Timer(max(0, end - time.monotonic()), team.close)
@@ -98,6 +99,8 @@ class Clock:
                     timer.cancel()
             return {**answer, "seconds": time.monotonic() - began}
         except (UserError, ValueError, OSError, TimeoutError) as error:
+            if not ready.done():
+                ready.add_done_callback(self._end)  # should it get ready after all
             out_of_time = "no time left" if end == self.end else f"took more than {self.MOST} s"
             return {"failed": out_of_time if time.monotonic() >= end else str(error)}
 
@@ -118,7 +121,8 @@ class Clock:
             self._end(team)
         return self._start(job)
 
-    def _end(self, team: Future[Team]) -> None:
+    @staticmethod
+    def _end(team: Future[Team]) -> None:
         if team.exception() is None:
             team.result().close()
 

@@ -226,7 +226,7 @@ class Step:
 
 
 def start(job: Job, place: Place) -> dict[str, Any]:
-    """Imports what takes time; the GPU is left to others until the first request."""
+    """Imports what takes time; on the GPU there is no more than a context before the first request."""
     if job["contender"] == "kernels":
         from gpu_kernels import speeds
 

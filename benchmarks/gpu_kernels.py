@@ -281,7 +281,8 @@ def _source(kernel: Any, arguments: tuple, tile: tiles.Tile) -> tuple[ASTSource,
             signature[parameter.name] = "constexpr"
         elif isinstance(value, Tensor):
             signature[parameter.name] = f"*{_TYPES[value.dtype]}"
-            aligned[(i,)] = [["tt.divisibility", 16]]
+            if parameter.name not in launch.VECTORS:
+                aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     return ASTSource(kernel, signature, constants, aligned), constants

@@ -228,11 +228,29 @@ def other_head(network):
     network.__class__ = Doubled
 
 
+def features_of_this_network(network):
+    network.forward_features = lambda x: type(network).forward_features(network, x).square()
+
+
+def head_of_this_network(network):
+    network.forward_head = lambda x: 2 * type(network).forward_head(network, x)
+
+
+class SquashedNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+def a_norm_with_its_own_forward(network):
+    network.features.norm3.__class__ = SquashedNorm
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(other_head_norm, a_module_behind_the_head_norm, no_head_norm, a_hook_on_the_head_norm),
-        *(a_hook_on_the_last_block, other_features, other_head),
+        *(a_hook_on_the_last_block, other_features, other_head, features_of_this_network, head_of_this_network),
+        a_norm_with_its_own_forward,
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -242,6 +260,38 @@ def test_changes_of_the_head_take_effect(change, monkeypatch):
     monkeypatch.setattr(cpu, "norm_relu_mean", None)
     monkeypatch.setattr(eager, "norm_relu_mean", None)
     assert_close(training_step(efficient, images()), training_step(ordinary, images()))
+
+
+def a_synchronised_head_norm(network):
+    network.features.norm3 = nn.SyncBatchNorm.convert_sync_batchnorm(network.features.norm3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_does_not_fit_leaves_the_block_on_its_buffer():
+    """A synchronised norm behind others, as which it runs where there is but one process."""
+    ordinary, efficient = pair(BOTTLENECK, change=a_synchronised_head_norm)
+    assert_close(training_step(efficient, images()), training_step(ordinary, images()))
+
+
+def one_norm_for_all_layers(network):
+    first = network.features.denseblock1.denselayer1.norm2
+    for layer in network.features.denseblock1.values():
+        layer.norm2 = first
+
+
+def one_cumulative_norm_for_all_layers(network):
+    one_norm_for_all_layers(network)
+    network.features.denseblock1.denselayer1.norm2.momentum = None
+
+
+@pytest.mark.parametrize("change", [one_norm_for_all_layers, one_cumulative_norm_for_all_layers])
+def test_a_norm_in_several_places_moves_once_for_each(change):
+    ordinary, efficient = pair(BOTTLENECK, change=change)
+    for _ in range(2):
+        assert_close(training_step(efficient, images()), training_step(ordinary, images()))
+    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
+    found = {k.replace("_orig_mod.", ""): v for k, v in training_step(compiled, images()).items()}
+    assert_close(found, training_step(ordinary, images()))
 
 
 @pytest.mark.parametrize("where", ["features.denseblock1", "features.transition1", "features.norm3", "features"])

@@ -243,8 +243,21 @@ def test_column_sums_of_wide_rows_are_those_of_the_channels(channels, pixels):
     torch.testing.assert_close(rows.sum(0).view(-1, channels).sum(0), x.sum((0, 1)))
 
 
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_fold_norm_of_vectors_in_other_layouts(ops, layout):
+    """Parametrizations and functional calls make such weights."""
+    into, expected = (reference.Affine(*torch.zeros(4, 6).double()) for _ in range(2))
+    gain, bias = torch.rand(6, 2).double().unbind(1) if layout == "strided" else torch.rand(2, 1).double().expand(2, 6)
+    statistics = reference.Statistics(*torch.rand(6, 2).double().T)
+    ops.fold_norm(statistics, gain, bias, 1e-5, into)
+    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    assert_close(into, expected, torch.float64)
+
+
 def test_no_images(ops):
     """An empty batch in evaluation is empty all the way, as it is in PyTorch."""
     x, norm = Operands.random((0, (5, 7), 13))
     ops.norm_relu_conv(x, norm, weight_for(x, 4, 3), x.new_empty((0, 5, 7, 4)))
     ops.norm_relu_mean(x, norm, x.new_empty((0, 13)))
+    found = ops.norm_relu_mean_backward(x.new_empty((0, 13)), x, norm, torch.empty_like(x), None)
+    assert all(torch.equal(t, torch.zeros(13).double()) for t in found)

@@ -10,6 +10,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -519,6 +520,8 @@ class Contender:
     def __init__(self, module, job, device):
         if job["contender"] == "broken":
             raise UserError("it does not start")
+        if job["contender"] == "slow":
+            time.sleep(0.5)
         self.name = job["contender"]
         self.alive.append(self.name)
 
@@ -548,6 +551,8 @@ def test_contenders_get_ready_while_others_are_measured_and_none_is_left(monkeyp
     assert answers[3] == {"failed": "it does not start"} and not Contender.alive
     clock.ask(jobs[0], "times", jobs[1])
     assert clock.ask(jobs[2], "times", jobs[0])["answered"] == "c: times"  # another than was expected
+    monkeypatch.setattr(clock, "MOST", 0.1)
+    assert clock.ask({"contender": "slow"}, "times") == {"failed": "took more than 0.1 s"}
     clock.close()
     assert not Contender.alive
     assert benchmark.Clock(0).ask(jobs[0], "times") == {"failed": "no time left"}

@@ -182,6 +182,15 @@ def test_fold_norm(channels, parameters):
     assert_close(into[1:], expected[1:], torch.float32)
 
 
+def test_fold_norm_of_vectors_in_other_layouts():
+    into, expected = (reference.Affine(*torch.zeros(4, 6)) for _ in range(2))
+    (gain, _), bias = torch.rand(6, 2).unbind(1), torch.rand(1).expand(6)
+    statistics = reference.Statistics(*torch.rand(6, 2).T)
+    ops.fold_norm(statistics, gain, bias, 1e-5, into)
+    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    assert_close(into, expected, torch.float32)
+
+
 @every_dtype
 @pytest.mark.parametrize("shape", [*SHAPES, (7, (20, 31), 70)], ids=str)
 def test_statistics_and_finish(shape, dtype):

@@ -43,7 +43,7 @@ class Norms:
     """Some norms, each of which reads a slice of the same channels, of activations like `x`."""
 
     def __init__(self, x: Tensor, norms: Sequence[Norm], sources: Sequence[slice], folded: Folded, group: str) -> None:
-        self.run = ops.backend(x)
+        self.run, self.rows = ops.backend(x), rows(x)
         self.norms, self.sources, self.group, self.total = norms, sources, group, folded.total
         self.means, self.variances = folded.statistics.unbind()
         self.vectors = folded.vectors.split([source.stop - source.start for source in sources], 1)
@@ -54,10 +54,10 @@ class Norms:
         """Where the statistics of these channels are."""
         return Statistics(_part(self.means, channels), _part(self.variances, channels))
 
-    def share(self, channels: slice, count_here: int) -> None:
+    def share(self, channels: slice) -> None:
         """Merge the statistics of these channels with those of the other processes."""
         if self.group:
-            share_statistics(self.place(channels), count_here, self.total, self.group)
+            share_statistics(self.place(channels), self.rows, self.total, self.group)
 
     def fold(self, i: int) -> Affine:
         """Norm `i` for the statistics that there are by now."""
@@ -73,13 +73,13 @@ class Norms:
             return Affine(_part(self.means, self.sources[i]), *inverse_scale_shift)
         return Affine(constants.mean.to(self.means.dtype), *inverse_scale_shift)
 
-    def gather(self) -> None:
-        """Begin to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
+    def begin_backward(self) -> None:
+        """Make room to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
         if any(norm.uses_batch for norm in self.norms):
             self.through = self.means.new_zeros((2, len(self.means)))
 
-    def through_of(self, i: int) -> Tensor | None:
-        """Where norm `i` adds its share."""
+    def take_part(self, i: int) -> Tensor | None:
+        """Note that backward goes through norm `i`; where it adds what flows through its statistics, if they count."""
         if self.through is None or not self.norms[i].uses_batch:
             return None
         first, end = self.sources[i].start, self.sources[i].stop

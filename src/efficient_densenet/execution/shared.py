@@ -42,11 +42,12 @@ def dense_block(x: Tensor, layers: Sequence[Layer], tail: Tail | Head | None, ke
     ``(N, C, *(spatial // pool))``; or, with a head, ``(N, C_0 + Σk)``. The result is channels-last in memory.
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
-    ``"features"`` the features alone, ``"inputs"`` only `x`. Gradients of gradients are refused.
+    ``"features"`` the features alone, ``"inputs"`` only `x`; but the features too where no transition follows, which
+    somebody else or the head needs. Gradients of gradients are refused.
 
     Args:
         x: the block's input.
-        layers: without obstacles, see `parts.obstacle`; there may be none if there is a tail.
+        layers: without obstacles, see `parts.obstacle`; there may be none if there is a transition.
         tail: norm, relu, 1×1 convolution and average pool behind the block; or norm, relu and the mean over all pixels.
         keep: one of `KEEP`.
     """
@@ -188,23 +189,33 @@ def _move_running_averages(norms: Sequence[Any], read: Sequence[slice], statisti
     ]
     if not moving:
         return
-    counts = [norm.num_batches_tracked for norm, _ in moving if norm.num_batches_tracked is not None]
+    mean, variance = statistics[0], statistics[1] * (count / (count - 1))
+    # A norm that reads in several places moves once for each, one after the other.
+    rounds: list[dict[Any, slice]] = []
+    for norm, source in moving:
+        free = next((some for some in rounds if norm not in some), None)
+        if free is None:
+            rounds.append(free := {})
+        free[norm] = source
+    for some in rounds:
+        _move_once(some, mean, variance)
+
+
+def _move_once(norms: dict[Any, slice], mean: Tensor, variance: Tensor) -> None:
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-    mean, variance = statistics[0], statistics[1] * (count / (count - 1))
-    together: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for i, (norm, source) in enumerate(moving):
-        weight, dtype = norm.momentum, norm.running_mean.dtype
-        if weight is None:  # a cumulative average
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm, source in norms.items():
+        dtype = norm.running_mean.dtype
+        averages, batches = (norm.running_mean, norm.running_var), (mean[source].to(dtype), variance[source].to(dtype))
+        if norm.momentum is None:  # a cumulative average
             weight = 1.0 / norm.num_batches_tracked.to(dtype)
-        # A norm that reads in several places moves once for each.
-        again = sum(norm is other for other, _ in moving[:i]) if len(norms) != len(set(norms)) else 0
-        averages, batches = together.setdefault((weight, again), ([], []))
-        averages += [norm.running_mean, norm.running_var]
-        batches += [mean[source].to(dtype), variance[source].to(dtype)]
-    for (weight, _), (averages, batches) in together.items():
-        if isinstance(weight, Tensor):
             for average, batch in zip(averages, batches, strict=True):
                 average.lerp_(batch, weight)
         else:
-            torch._foreach_lerp_(averages, batches, weight)
+            of_momentum = together.setdefault(norm.momentum, ([], []))
+            of_momentum[0].extend(averages)
+            of_momentum[1].extend(batches)
+    for momentum, (averages_, batches_) in together.items():
+        torch._foreach_lerp_(averages_, batches_, momentum)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import beside, room
-from efficient_densenet.execution.norms import Folded, Norm, Norms, blank, rows
+from efficient_densenet.execution.norms import Folded, Norm, Norms, blank
 from efficient_densenet.ops.reference import Affine, Statistics
 
 
@@ -34,7 +34,8 @@ class Stage:
     A head is one norm more than there are convolutions. `per_layer` is 1 without and 2 with a bottleneck; `pool` is the
     transition's pool, 0 where there is no transition; `masks` are the layers' dropout masks, false or true, with their
     scale, or nothing: ``(N, k, *spatial)``, or ``(N, k, 1, …)`` where whole channels are dropped; `keep` is what stays
-    for backward: "bottleneck" (features and bottleneck outputs), "features", or "inputs" (only the input);
+    for backward: "bottleneck" (features and bottleneck outputs), "features", or "inputs" (only the input, where a
+    transition follows);
     `group` names the processes that share their statistics, "" if none do.
     """
 
@@ -149,12 +150,12 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
     Returns:
         The bottleneck outputs to keep.
     """
-    run, count_here = norms.run, rows(features)
+    run = norms.run
     measure = first and stage.uses_batch
     width = features.shape[-1] - stage.growth
     if measure:
         run.statistics(features.narrow(-1, 0, width), norms.place(slice(0, width)))
-        norms.share(slice(0, width), count_here)
+        norms.share(slice(0, width))
     middles: list[Tensor] = []
     middle: Tensor | None = None  # where nobody keeps them, the next layer's takes the place of this one's
     for layer, i in enumerate(stage.layers):
@@ -165,7 +166,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
             place = norms.place(channels) if measure else None
             middle = _middle(run, source, affine, stage.weights[i], None if middles else middle, place)
             if measure:
-                norms.share(channels, count_here)
+                norms.share(channels)
             if stage.keep == "bottleneck":
                 middles.append(middle)
             source, affine = middle, norms.fold(i + 1) if first else norms[i + 1]
@@ -179,7 +180,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
             if place:  # of the values after dropout
                 run.statistics(new, place)
         if measure:
-            norms.share(made, count_here)
+            norms.share(made)
         width = made.stop
     return middles
 
@@ -209,13 +210,13 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     norms = Norms(features, stage.norms, stage.sources(first), folded, stage.group)
     if not stage.keeps_features:
         middles = _run_layers(features, stage, norms, first=False)
-    norms.gather()
+    norms.begin_backward()
     readers = _Readers(stage, norms, need_weights)
     grad = beside(features)
     if stage.pool:
         readers.backward(len(stage.norms) - 1, grad_out.movedim(1, -1), features, grad, False, stage.pool)
     elif stage.head:
-        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms[-1], grad, norms.through_of(-1))
+        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms[-1], grad, norms.take_part(-1))
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
     else:
         grad.copy_(grad_out.movedim(1, -1))
@@ -261,7 +262,7 @@ class _Readers:
             self.stage.weights[i],
             grad_source,
             accumulate,
-            self.folded.through_of(i),
+            self.folded.take_part(i),
             pool,
             self.need_weights[i],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import beside, room
-from efficient_densenet.execution.norms import Folded, Norm, Norms, blank, rows
+from efficient_densenet.execution.norms import Folded, Norm, Norms, blank
 
 
 def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Folded]:
@@ -15,7 +15,7 @@ def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Folded]:
     norms = Norms(source, [norm], [channels], folded, group)
     if norm.uses_batch:
         norms.run.statistics(source, norms.place(channels))
-        norms.share(channels, rows(source))
+        norms.share(channels)
     output = room(x, x.shape[1], [(n + 1) // 2 for n in x.shape[2:]])
     norms.run.norm_relu_max_pool(source, norms.fold(0), output.movedim(1, -1))
     return output, folded
@@ -25,11 +25,9 @@ def backward(grad_out: Tensor, x: Tensor, norm: Norm, folded: Folded, group: str
     """The gradients of x, and of the norm's weight and bias, from the output's and what `forward` returned."""
     source, channels = _channels_last(x), slice(0, x.shape[1])
     norms = Norms(source, [norm], [channels], folded, group)
-    norms.gather()
+    norms.begin_backward()
     grad = beside(source)
-    of_norm = norms.run.norm_relu_max_pool_backward(
-        grad_out.movedim(1, -1), source, norms[0], grad, norms.through_of(0)
-    )
+    of_norm = norms.run.norm_relu_max_pool_backward(grad_out.movedim(1, -1), source, norms[0], grad, norms.take_part(0))
     norms.finish(grad, source, channels, grad)
     return grad.movedim(-1, 1), *norms.parameter_gradients(0, *of_norm)
 

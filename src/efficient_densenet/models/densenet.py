@@ -92,8 +92,9 @@ class DenseNet(nn.Module):
             with False up to rounding, and there are no gradients of gradients.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
-            ``"inputs"`` only the inputs of the blocks and of the stem (smallest: runs them forward again; the
-            peak of a step is then in the backward of the first block, which needs its features anyway).
+            ``"inputs"`` only the inputs of the blocks and of the stem, and the last block's features (smallest: runs
+            the others forward again; the peak of a step is then in the backward of the first block, which needs its
+            features anyway).
 
     Raises:
         UserError: an argument is out of range, or (at the first call) an input does not fit the network.
@@ -195,7 +196,10 @@ class DenseNet(nn.Module):
     def _is_plain(self) -> bool:
         """Whether nobody has put something in the place of what `forward` calls."""
         own = (type(self).forward_features, type(self).forward_head)
-        return own == (DenseNet.forward_features, DenseNet.forward_head) and runs(self.features, _Features)
+        if own != (DenseNet.forward_features, DenseNet.forward_head) or not runs(self.features, _Features):
+            return False
+        here = {"forward_features", "forward_head"} & self.__dict__.keys()
+        return not here and self.features._compiled_call_impl is None
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
@@ -203,7 +207,7 @@ class DenseNet(nn.Module):
             self._check_input(x)
         maps, last = self.features(x), self.features[-1]
         # In place only what a norm made, which does not need it again, and nobody looks at.
-        return F.relu(maps, inplace=isinstance(last, _BatchNorm) and not has_hooks([self.features, last]))
+        return F.relu(maps, inplace=runs(last, _BatchNorm, nn.SyncBatchNorm) and not has_hooks([self.features, last]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps → logits ``(N, num_classes)``; with `pre_logits` the pooled features ``(N, num_features)``."""

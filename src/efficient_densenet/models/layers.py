@@ -104,6 +104,8 @@ class DenseBlock(nn.ModuleDict):
             reason = obstacle(layers, tail)
             if reason is None:
                 return shared.dense_block(x, layers, tail, self.keep)
+            if isinstance(tail, Head) and obstacle(layers) is None:
+                return tail(shared.dense_block(x, layers, None, self.keep))
             warnings.warn(f"a dense block does not run on the shared buffer but layer by layer: {reason}", stacklevel=2)
         features = [x]
         for layer in self.values():

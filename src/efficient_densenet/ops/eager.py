@@ -105,7 +105,7 @@ def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     sums = _Sums(norm)
-    share = grad_out.view(len(x), *[1] * (x.dim() - 2), -1) / prod(x.shape[1:-1])
+    share = grad_out.view(len(x), *[1] * (x.dim() - 2), x.shape[-1]) / prod(x.shape[1:-1])
     for images, scratch in pieces(x):
         s = _prologue(x[images], norm, scratch)
         g = channels_first(share[images].to(x.dtype).expand_as(scratch).contiguous())

@@ -142,7 +142,7 @@ def norm_relu_mean_backward(
 ) -> tuple[Tensor, Tensor]:
     """The backward pass of `norm_relu_mean`, as `norm_relu_conv_backward` is: ``grad_x = scale·g``."""
     s = _last(_prologue(x, norm))
-    grad = grad_out.view(len(x), *[1] * (x.dim() - 2), -1) / prod(x.shape[1:-1])
+    grad = grad_out.view(len(x), *[1] * (x.dim() - 2), x.shape[-1]) / prod(x.shape[1:-1])
     return _norm_backward(grad * (s > 0), x, norm, grad_x, False, through)
 
 

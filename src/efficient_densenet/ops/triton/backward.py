@@ -27,7 +27,7 @@ from efficient_densenet.ops.triton.rows import (
 )
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def grad_x_kernel(
     grad_out, grad_out_stride, x, x_stride, scale, shift, mean, weight, grad_x, grad_x_stride, sums,
     rows, blocks, depth, height, width, channels, outputs,
@@ -103,7 +103,7 @@ def grad_x_kernel(
     tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def grad_weight_kernel(
     grad_out, grad_out_stride, x, x_stride, scale, shift, parts,
     rows, rows_per_part, depth, height, width, channels, outputs,
@@ -164,7 +164,7 @@ def grad_weight_kernel(
     )
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def sum_parts_kernel(
     parts, grad_weight, stride_output, stride_channel, stride_tap, number, taps, outputs, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

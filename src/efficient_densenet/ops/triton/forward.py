@@ -17,7 +17,7 @@ from efficient_densenet.ops.triton.moments import block_moments, merge, moments_
 from efficient_densenet.ops.triton.rows import first_of_pool, inside, place, rectified_rows, window
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def norm_relu_conv_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, moments,
     rows, blocks, depth, height, width, channels, outputs,

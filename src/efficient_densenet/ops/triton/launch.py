@@ -24,6 +24,12 @@ RUN_TIME = (
 )
 """Arguments whose values the compiler must not look at, or it would compile again for some of them."""
 
+VECTORS = (
+    *("mean", "variance", "inverse", "scale", "shift", "bias", "mean_out", "variance_out"),
+    *("through", "count", "grad_bias"),
+)
+"""Numbers per channel, which begin anywhere in a longer vector: the compiler must not look at where."""
+
 
 def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
     """Start `programs` programs of `kernel` on the device of the first argument, in the current stream.
@@ -43,7 +49,8 @@ def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
             return
         named = {"num_warps": tile.warps, "num_stages": tile.stages}
         compiled = kernel[(programs,)](*arguments, **tile.sizes, **named)
-        if compiled is not None:  # the interpreter compiles nothing
+        # The interpreter compiles nothing; for ROCm the compiler looks at the sizes of memory too.
+        if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled
 
 

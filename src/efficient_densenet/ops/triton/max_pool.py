@@ -17,7 +17,7 @@ from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import inside, place, rectified, window
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def max_pool_kernel(
     x, x_stride, scale, shift, out, out_stride, taken, rows, depth, height, width, channels,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, WHERE: tl.constexpr,
@@ -60,7 +60,7 @@ def max_pool_kernel(
         tl.store(target, best.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def max_pool_backward_kernel(
     grad_out, grad_out_stride, taken, x, x_stride, scale, shift, mean, grad_x, grad_x_stride, sums,
     rows, blocks, depth, height, width, channels,

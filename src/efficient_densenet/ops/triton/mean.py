@@ -16,7 +16,7 @@ from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import rectified
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def mean_kernel(
     x, x_stride, scale, shift, out, rows_per_image, channels,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -43,7 +43,7 @@ def mean_kernel(
     tl.store(out + image * channels + channel, mean.to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def mean_backward_kernel(
     grad_out, x, x_stride, scale, shift, mean, grad_x, grad_x_stride, sums, rows, blocks, rows_per_image, channels,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

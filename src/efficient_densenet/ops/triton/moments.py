@@ -27,7 +27,7 @@ def block_moments(y, row_mask, count):
     return mean + missed, tl.sum(deviation * deviation, 0) - count * missed * missed
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def moments_kernel(
     x, x_stride, moments, rows, blocks, channels,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -52,7 +52,7 @@ def moments_kernel(
     tl.store(moments + (channels + channel).to(tl.int64) * blocks + block, squares, mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, channels, COLUMNS: tl.constexpr):
     """The moments of all blocks taken together (Chan, Golub, LeVeque, 1979), a channel per program.
 
@@ -83,7 +83,7 @@ def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, 
     tl.store(variance_out + channel, tl.sum(total, 0) / rows)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def finish_kernel(
     grad, grad_stride, x, x_stride, mean, through, through_stride, count, out, out_stride, rows, channels,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

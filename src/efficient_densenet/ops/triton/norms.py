@@ -13,7 +13,7 @@ from efficient_densenet.ops.reference import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def fold_kernel(mean, variance, weight, bias, eps, inverse, scale, shift, channels, COLUMNS: tl.constexpr):
     """``inverse = 1/√(σ² + eps)``, ``scale = weight·inverse``, ``shift = bias − μ·scale``: vectors ``(channels,)``."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -27,7 +27,7 @@ def fold_kernel(mean, variance, weight, bias, eps, inverse, scale, shift, channe
     tl.store(shift + channel, tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32) - mean_ * scale_, mask=mask)
 
 
-@triton.jit(do_not_specialize=launch.RUN_TIME)
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def norm_gradients_kernel(
     sums, inverse, scale, grad_weight, grad_bias, through, through_stride, blocks, channels,
     THROUGH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -63,9 +63,13 @@ def norm_gradients_kernel(
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
     """One kernel."""
     channels, tile = len(into.scale), tiles.ALONG
+    vectors = (
+        v if v.is_contiguous() and len(v) == channels else v.expand(channels).contiguous()
+        for v in (*statistics, weight, bias)
+    )
     launch.run(
         fold_kernel, launch.ceil_div(channels, tile.columns), tile,
-        *statistics, weight, bias, eps, into.inverse, into.scale, into.shift, channels,
+        *vectors, eps, into.inverse, into.scale, into.shift, channels,
     )  # fmt: skip
 
 

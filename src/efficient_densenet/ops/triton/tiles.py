@@ -125,7 +125,7 @@ def forward(of: Product) -> Tile:
     """
     if of.exact:
         return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
-    depth = 32 if of.pool == 1 and (of.half or of.channels % 4 == 0) else 16
+    depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
     columns = _cover(of.outputs, 16, 128)
     return Tile(128, columns, _cover(of.channels, 16, depth), 8 if columns == 128 else 4, of.stages)
 
