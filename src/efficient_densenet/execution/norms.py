@@ -62,7 +62,7 @@ class Norms:
     def fold(self, i: int) -> Affine:
         """Norm `i` for the statistics that there are by now."""
         norm, affine = self.norms[i], self[i]
-        statistics = norm.constants or self.place(self.sources[i])
+        statistics = norm.constants or Statistics(affine.mean, _part(self.variances, self.sources[i]))
         self.run.fold_norm(statistics, norm.weight, norm.bias, norm.eps, affine)
         return affine
 

@@ -62,11 +62,12 @@ def norm_gradients_kernel(
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
     """One kernel."""
-    channels, tile = len(into.scale), tiles.ALONG
-    vectors = (
-        v if v.is_contiguous() and len(v) == channels else v.expand(channels).contiguous()
+    shape, tile = into.scale.shape, tiles.ALONG
+    (channels,) = shape
+    vectors = [
+        v if v.is_contiguous() and v.shape == shape else v.expand(shape).contiguous()
         for v in (*statistics, weight, bias)
-    )
+    ]
     launch.run(
         fold_kernel, launch.ceil_div(channels, tile.columns), tile,
         *vectors, eps, into.inverse, into.scale, into.shift, channels,
