@@ -154,9 +154,23 @@ def close(actual, expected, tolerance):
 
 
 @pytest.fixture
-def precise(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+def multiply():
+    """Sets how float32 is multiplied, until the end of the test. (`monkeypatch` cannot set it back.)"""
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [kind.fp32_precision for kind in kinds]
+
+    def by(precision):
+        for kind in kinds:
+            kind.fp32_precision = precision
+
+    yield by
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
+
+
+@pytest.fixture
+def precise(multiply):
+    multiply("ieee")
 
 
 @pytest.fixture
@@ -190,9 +204,9 @@ SIZES = [
 @gpu
 @pytest.mark.parametrize(("shape", "outputs", "kernel", "pool"), SIZES, ids=str)
 @pytest.mark.parametrize("kind", TOLERANCE)
-def test_gpu_reference(shape, outputs, kernel, pool, kind, monkeypatch):
+def test_gpu_reference(shape, outputs, kernel, pool, kind, multiply):
     """Against float64; outputs poisoned before, slices with NaN around them."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", kind if kind == "tf32" else "ieee")
+    multiply("tf32" if kind == "tf32" else "ieee")
     dtype = torch.float32 if kind in ("ieee", "tf32") else getattr(torch, kind)
     cpu = Operands.random(shape, dtype)
     x, norm = cuda(cpu)
