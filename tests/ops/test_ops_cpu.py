@@ -28,7 +28,11 @@ def everything(x, norm, weight, pool=1):
     sums = cpu.norm_relu_conv_backward(out, x, norm, weight, grad_x, True, through, pool)
     finished = torch.empty_like(x)
     cpu.finish(grad_x, x, norm.mean, through, norm.mean.new_full((), x[..., 0].numel()), finished)
-    return [out, *found, grad_x, *sums, through, finished, *measured(cpu, x)]
+    pooled = torch.empty((len(x), *((n + 1) // 2 for n in x.shape[1:-1]), x.shape[-1]), dtype=x.dtype)
+    cpu.norm_relu_max_pool(x, norm, pooled)
+    grad_pooled = torch.empty_like(x)
+    of_pool = cpu.norm_relu_max_pool_backward(pooled, x, norm, grad_pooled, through)
+    return [out, *found, grad_x, *sums, through, finished, *measured(cpu, x), pooled, grad_pooled, *of_pool]
 
 
 @kernels
@@ -119,6 +123,20 @@ def test_what_is_no_number_is_passed_on(dtype, value, where):
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
         assert torch.equal(a.isnan(), b.isnan())
+
+
+@kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_passes_through_the_max_pool(value):
+    x, norm = Operands.random((2, (6, 5), 13), torch.float32)
+    x[1, 2, 4, 2] = value
+    grad_out, results = torch.randn(2, 3, 3, 13), []
+    for ops in (cpu, eager):
+        out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
+        ops.norm_relu_max_pool(x, norm, out)
+        results.append([out, grad_x, *ops.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @kernels

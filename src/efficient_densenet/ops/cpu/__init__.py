@@ -27,8 +27,6 @@ from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
 fold_norm = eager.fold_norm
 norm_relu_mean = eager.norm_relu_mean
 norm_relu_mean_backward = eager.norm_relu_mean_backward
-norm_relu_max_pool = eager.norm_relu_max_pool
-norm_relu_max_pool_backward = eager.norm_relu_max_pool_backward
 
 
 def supports(x: Tensor) -> bool:
@@ -114,6 +112,33 @@ def _backward_in_passes(
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, norm, grad_x[images], accumulate, pool, sums)
     return _like(grad_weight, weight) if need_weight else None
+
+
+def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
+    load().kernels.max_pool(
+        TYPES[x.dtype], *_matrix(x), _volume(x, 3), x.shape[-1], *_constants(norm.scale, norm.shift), *_matrix(out),
+        None, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def norm_relu_max_pool_backward(
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    volume, channels, threads = _volume(x, 3), x.shape[-1], torch.get_num_threads()
+    if row_stride(grad_out) is None:
+        grad_out = grad_out.contiguous()
+    taken = torch.empty(grad_out.shape, dtype=torch.uint8)  # by each window, of each channel
+    sums = torch.zeros((2, channels), dtype=torch.float64)
+    load().kernels.max_pool(
+        TYPES[x.dtype], *_matrix(x), volume, channels, *_constants(norm.scale, norm.shift), None, 0, taken.data_ptr(),
+        threads,
+    )  # fmt: skip
+    load().kernels.max_pool_backward(
+        TYPES[x.dtype], *_matrix(grad_out), taken.data_ptr(), *_matrix(x), volume, channels,
+        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), threads,
+    )  # fmt: skip
+    g, g_centred = sums.to(norm.scale.dtype)
+    return norm_gradients(norm, g, g_centred, through)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:

@@ -134,6 +134,7 @@ constexpr Index kTile = 8;
 namespace baseline {
 constexpr int kVectorBytes = 16;
 #include "loops.h"
+#include "max_pool.h"
 #if !X86
 #include "convolve.h"
 #endif
@@ -144,12 +145,14 @@ BEGIN("avx2,fma")
 namespace avx2 {
 constexpr int kVectorBytes = 32;
 #include "loops.h"
+#include "max_pool.h"
 } // namespace avx2
 END
 BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
+#include "max_pool.h"
 #include "convolve.h"
 } // namespace avx512
 END
@@ -162,6 +165,7 @@ BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512_bf16 {
 constexpr int kVectorBytes = 64;
 #include "loops.h"
+#include "max_pool.h"
 #include "convolve.h"
 } // namespace avx512_bf16
 END
@@ -345,6 +349,23 @@ EXPORT void ed_accumulate_pool(int type, const void *g, void *x, Index ldx, cons
   Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
   DISPATCH(type, accumulate_pool, static_cast<const E *>(g), matrix<E>(x, ldx), v, channels, constants<E>(scale),
            constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), add != 0, sums, threads);
+}
+
+// out = max_pool(relu(scale·x + shift)), window 3, stride 2, padding 1; or, if `out` is null, which tap it was, in `taken`.
+EXPORT void ed_max_pool(int type, void *x, Index ldx, const Index *volume, Index channels, const void *scale,
+                        const void *shift, void *out, Index ldo, std::uint8_t *taken, int threads) {
+  Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
+  DISPATCH(type, max_pool, matrix<E>(x, ldx), v, channels, constants<E>(scale), constants<E>(shift),
+           matrix<E>(out, ldo), taken, threads);
+}
+
+// Its backward pass, from what it put in `taken`: grad_x = scale·g; sums as in `ed_accumulate`.
+EXPORT void ed_max_pool_backward(int type, void *grad, Index ldgrad, const std::uint8_t *taken, void *x, Index ldx,
+                                 const Index *volume, Index channels, const void *scale, const void *shift,
+                                 const void *mean, void *grad_x, Index ldg, double *sums, int threads) {
+  Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
+  DISPATCH(type, max_pool_backward, matrix<E>(grad, ldgrad), taken, matrix<E>(x, ldx), v, channels,
+           constants<E>(scale), constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), sums, threads);
 }
 
 // out = grad − constant − slope·(x − mean).

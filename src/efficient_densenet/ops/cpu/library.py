@@ -26,6 +26,8 @@ _SIGNATURES = {
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
     "accumulate": [_int, _pointer, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
     "accumulate_pool": [_int, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
+    "max_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, *_rows, _pointer, _int],
+    "max_pool_backward": [_int, *_rows, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _pointer, _int],
     "finish": [_int, *_rows, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int],
 }  # fmt: skip
 _TELLING = ("suits", "convolve", "convolve_backward")
