@@ -228,6 +228,19 @@ def other_head(network):
     network.__class__ = Doubled
 
 
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def wrapped_features(network):
+    network.features = Wrapped(network.features)
+
+
 def features_of_this_network(network):
     network.forward_features = lambda x: type(network).forward_features(network, x).square()
 
@@ -250,7 +263,7 @@ def a_norm_with_its_own_forward(network):
     [
         *(other_head_norm, a_module_behind_the_head_norm, no_head_norm, a_hook_on_the_head_norm),
         *(a_hook_on_the_last_block, other_features, other_head, features_of_this_network, head_of_this_network),
-        a_norm_with_its_own_forward,
+        *(a_norm_with_its_own_forward, wrapped_features),
     ],
 )
 @pytest.mark.filterwarnings("error")

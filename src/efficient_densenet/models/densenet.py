@@ -205,9 +205,10 @@ class DenseNet(nn.Module):
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
         if isinstance(x, Tensor):  # not a proxy of torch.fx, of which nothing is known yet
             self._check_input(x)
-        maps, last = self.features(x), self.features[-1]
         # In place only what a norm made, which does not need it again, and nobody looks at.
-        return F.relu(maps, inplace=runs(last, _BatchNorm, nn.SyncBatchNorm) and not has_hooks([self.features, last]))
+        last = [self.features, *self.features.children()][-1]
+        own = runs(self.features, _Features) and runs(last, _BatchNorm, nn.SyncBatchNorm)
+        return F.relu(self.features(x), inplace=own and not has_hooks([self.features, last]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps → logits ``(N, num_classes)``; with `pre_logits` the pooled features ``(N, num_features)``."""
