@@ -259,5 +259,11 @@ def test_no_images(ops):
     x, norm = Operands.random((0, (5, 7), 13))
     ops.norm_relu_conv(x, norm, weight_for(x, 4, 3), x.new_empty((0, 5, 7, 4)))
     ops.norm_relu_mean(x, norm, x.new_empty((0, 13)))
-    found = ops.norm_relu_mean_backward(x.new_empty((0, 13)), x, norm, torch.empty_like(x), None)
-    assert all(torch.equal(t, torch.zeros(13).double()) for t in found)
+    pooled = x.new_empty((0, 3, 4, 13))
+    for images in (x, x.movedim(-1, 1).contiguous().movedim(1, -1)):  # empty ones are contiguous in any order
+        ops.norm_relu_max_pool(images, norm, pooled)
+        for found in (
+            ops.norm_relu_mean_backward(x.new_empty((0, 13)), images, norm, torch.empty_like(x), None),
+            ops.norm_relu_max_pool_backward(pooled, images, norm, torch.empty_like(x), None),
+        ):
+            assert all(torch.equal(t, torch.zeros(13).double()) for t in found)

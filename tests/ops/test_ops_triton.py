@@ -1,7 +1,7 @@
 """The Triton kernels: in the interpreter, compiled for devices that are not here, and on a GPU where there is one.
 
-compute-sanitizer --tool memcheck  python -m pytest -m gpu -k "reference or max_pool or head" tests/ops/test_ops_triton.py
-compute-sanitizer --tool racecheck python -m pytest -m gpu -k "reference or max_pool or head" tests/ops/test_ops_triton.py
+For `compute-sanitizer --tool memcheck` and `--tool racecheck` these are enough:
+python -m pytest -m gpu -k "reference or max_pool or head" tests/ops/test_ops_triton.py
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def _backward_in_passes(
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
+    if not len(x):
+        return
     load().kernels.max_pool(
         TYPES[x.dtype], *_matrix(x), _volume(x, 3), x.shape[-1], *_constants(norm.scale, norm.shift), *_matrix(out),
         None, torch.get_num_threads(),
@@ -124,6 +126,8 @@ def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if not len(x):
+        return eager.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
     volume, channels, threads = _volume(x, 3), x.shape[-1], torch.get_num_threads()
     if row_stride(grad_out) is None:
         grad_out = grad_out.contiguous()
