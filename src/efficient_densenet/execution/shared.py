@@ -202,20 +202,21 @@ def _move_running_averages(norms: Sequence[Any], read: Sequence[slice], statisti
 
 
 def _move_once(norms: dict[Any, slice], mean: Tensor, variance: Tensor) -> None:
+    """The running averages of norms that are all different, each by the statistics of the channels that it reads."""
     counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for norm, source in norms.items():
-        dtype = norm.running_mean.dtype
-        averages, batches = (norm.running_mean, norm.running_var), (mean[source].to(dtype), variance[source].to(dtype))
+        averages, dtype = [norm.running_mean, norm.running_var], norm.running_mean.dtype
+        batch = [mean[source].to(dtype), variance[source].to(dtype)]
         if norm.momentum is None:  # a cumulative average
             weight = 1.0 / norm.num_batches_tracked.to(dtype)
-            for average, batch in zip(averages, batches, strict=True):
-                average.lerp_(batch, weight)
+            for average, value in zip(averages, batch, strict=True):
+                average.lerp_(value, weight)
         else:
-            of_momentum = together.setdefault(norm.momentum, ([], []))
-            of_momentum[0].extend(averages)
-            of_momentum[1].extend(batches)
-    for momentum, (averages_, batches_) in together.items():
-        torch._foreach_lerp_(averages_, batches_, momentum)
+            all_averages, all_values = together.setdefault(norm.momentum, ([], []))
+            all_averages += averages
+            all_values += batch
+    for momentum, (all_averages, all_values) in together.items():
+        torch._foreach_lerp_(all_averages, all_values, momentum)

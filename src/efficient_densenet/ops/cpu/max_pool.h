@@ -1,7 +1,7 @@
 // The stem's norm, relu and max pool: window 3, stride 2, padding 1 in every direction of `Volume` whose window is 3.
 // Included there once for each instruction set.
 
-// Of one direction: which input pixels an output pixel looks at, and which outputs look at an input pixel, by which tap.
+// Of one direction: the input pixel that an output looks at by each tap.
 struct Direction {
   Index size, window;
   Index outputs() const { return window == 1 ? size : (size + 1) / 2; }
@@ -15,9 +15,9 @@ struct Directions {
   explicit Directions(const Volume &v)
       : z{v.planes, v.plane_window}, y{v.lines, v.line_window}, x{v.pixels, v.pixel_window} {}
   Index lines_out() const { return z.outputs() * y.outputs(); }
-  Index outputs() const { return lines_out() * x.outputs(); }
 };
 
+// A row of a matrix, and by which tap of a window it is looked at.
 struct Tap {
   Index row;
   int number;
