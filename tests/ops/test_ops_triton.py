@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import triton_processes
 from operands import EVERY_OPERATION, Operands, double, measured, place, slice_of_channels, weight_for
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +49,17 @@ def test_every_kernel_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
     result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+def test_tests_for_a_gpu_are_sound():
+    """Some of those below, in the interpreter, the CPU in the GPU's place: or they would rot where there is none."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    chosen = "(reference or head) and 13 or max_pool and 9 or falls_back"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-m", "gpu", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "test_ops_triton.py")]
+    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert result.returncode == 0 and passed and int(passed[1]) >= 14, result.stdout + result.stderr
 
 
 def test_kernels_are_started_as_triton_would(tmp_path):
@@ -454,8 +467,6 @@ def test_gpu_streams_side_by_side():
 @gpu
 def test_gpu_two_processes_train_what_the_ordinary_network_does(tmp_path):
     """Data parallel, and with two GPUs also with synchronised norms: gradients and running averages."""
-    import triton_processes
-
     results = triton_processes.run(tmp_path)
     for kind in triton_processes.KINDS:
         for result in results:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from operands import EVERY_OPERATION, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
+from triton_interpreter import correct_bfloat16
 
 from efficient_densenet import DenseNet
 from efficient_densenet.ops import eager, reference
@@ -29,32 +30,11 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(
 
 @pytest.fixture(autouse=True)
 def nothing_else_runs(monkeypatch):
-    """What plain PyTorch would compute instead proves nothing.
-
-    Two things that every device does and the interpreter does not: it takes the bits of bfloat16 for numbers in a
-    product, and cuts them off instead of rounding to the nearest.
-    """
+    """What plain PyTorch would compute instead proves nothing."""
     for name in EVERY_OPERATION:
         monkeypatch.setattr(eager, name, None)
     monkeypatch.setattr(ops, "_state", {})
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def create_dot(self, a, b, *rest):
-        single = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-        return dot(self, *single, *rest)
-
-    def cast_impl(self, source, to):
-        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
-            bits = torch.tensor(source.data).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
-            return interpreter.TensorHandle(bits, tl.bfloat16)
-        return cast(self, source, to)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    correct_bfloat16(monkeypatch.setattr)
 
 
 def assert_close(actual, expected, dtype):
