@@ -58,7 +58,7 @@ def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
 
 def _unpack(packed: Sequence[Tensor], stage: Stage) -> Kept:
     output, statistics, count, vectors, *rest = packed
-    middles = [rest.pop(0) for _ in stage.layers] if stage.keep == "bottleneck" and stage.per_layer == 2 else []
+    middles = [rest.pop(0) for _ in stage.layers] if stage.keeps_middles else []
     features = rest[0] if rest else output.movedim(1, -1) if stage.keeps_features else None
     return Kept(Folded(statistics, count, vectors), middles, features)
 
@@ -100,14 +100,10 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     output = x.new_empty(x.shape[0], width) if stage.head else features
     if stage.pool:
         output = activation(stage.weights[-1].shape[0], stage.pool)
-    kept = Kept(
-        _fake_folded(x, width + stage.middles, sum(norm.weight.shape[0] for norm in stage.norms)),
-        [activation(stage.weights[i].shape[0]).movedim(1, -1) for i in stage.layers]
-        if stage.keep == "bottleneck" and stage.per_layer == 2
-        else [],
-        features.movedim(1, -1) if stage.keeps_features else None,
-    )
-    return _pack(output, kept)
+    folded = _fake_folded(x, width + stage.middles, sum(norm.weight.shape[0] for norm in stage.norms))
+    kept = [stage.weights[i].shape[0] for i in stage.layers] if stage.keeps_middles else []
+    middles = [activation(channels).movedim(1, -1) for channels in kept]
+    return _pack(output, Kept(folded, middles, features.movedim(1, -1) if stage.keeps_features else None))
 
 
 def _fake_folded(x: Tensor, channels: int, read: int) -> Folded:

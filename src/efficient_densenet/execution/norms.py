@@ -48,7 +48,11 @@ class Norms:
         self.means, self.variances = folded.statistics.unbind()
         self.vectors = folded.vectors.split([source.stop - source.start for source in sources], 1)
         self.through: Tensor | None = None
-        self.reached: dict[int, int] = {}  # by their first channel, where those end that have been read
+        # By their first channel, where those channels end whose statistics a norm uses.
+        self.used: dict[int, int] = {}
+        for norm, source in zip(norms, sources, strict=True):
+            if norm.uses_batch:
+                self.used[source.start] = max(source.stop, self.used.get(source.start, 0))
 
     def place(self, channels: slice) -> Statistics:
         """Where the statistics of these channels are."""
@@ -75,21 +79,19 @@ class Norms:
 
     def begin_backward(self) -> None:
         """Make room to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
-        if any(norm.uses_batch for norm in self.norms):
+        if self.used:
             self.through = self.means.new_zeros((2, len(self.means)))
 
-    def take_part(self, i: int) -> Tensor | None:
-        """Note that backward goes through norm `i`; where it adds what flows through its statistics, if they count."""
+    def through_of(self, i: int) -> Tensor | None:
+        """Where norm `i` adds what flows through its statistics, if it uses the batch's."""
         if self.through is None or not self.norms[i].uses_batch:
             return None
-        first, end = self.sources[i].start, self.sources[i].stop
-        self.reached[first] = max(end, self.reached.get(first, 0))
         return _part(self.through, self.sources[i])
 
     def finish(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
         """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
-        reached = max(self.reached.get(0, 0), self.reached.get(channels.start, 0))
-        if self.through is None or reached < channels.stop:  # no reader uses the batch's statistics
+        used = max(self.used.get(0, 0), self.used.get(channels.start, 0))
+        if self.through is None or used < channels.stop:
             out.copy_(grad)
         else:
             through = all_sums(_part(self.through, channels), self.group)

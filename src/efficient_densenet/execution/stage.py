@@ -69,6 +69,11 @@ class Stage:
         return len(self.norms) > len(self.weights)
 
     @property
+    def keeps_middles(self) -> bool:
+        """Whether the bottleneck outputs, if there are any, stay for backward."""
+        return self.keep == "bottleneck" and self.per_layer == 2
+
+    @property
     def keeps_features(self) -> bool:
         """Not where a transition comes between them and the rest; a head needs them at once when backward begins."""
         return self.keep != "inputs" or not self.pool
@@ -167,7 +172,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
             middle = _middle(run, source, affine, stage.weights[i], None if middles else middle, place)
             if measure:
                 norms.share(channels)
-            if stage.keep == "bottleneck":
+            if stage.keeps_middles:
                 middles.append(middle)
             source, affine = middle, norms.fold(i + 1) if first else norms[i + 1]
         weight = stage.weights[i + stage.per_layer - 1]
@@ -216,7 +221,7 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     if stage.pool:
         readers.backward(len(stage.norms) - 1, grad_out.movedim(1, -1), features, grad, False, stage.pool)
     elif stage.head:
-        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms[-1], grad, norms.take_part(-1))
+        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms[-1], grad, norms.through_of(-1))
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
     else:
         grad.copy_(grad_out.movedim(1, -1))
@@ -262,7 +267,7 @@ class _Readers:
             self.stage.weights[i],
             grad_source,
             accumulate,
-            self.folded.take_part(i),
+            self.folded.through_of(i),
             pool,
             self.need_weights[i],
         )

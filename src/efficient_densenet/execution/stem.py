@@ -27,7 +27,9 @@ def backward(grad_out: Tensor, x: Tensor, norm: Norm, folded: Folded, group: str
     norms = Norms(source, [norm], [channels], folded, group)
     norms.begin_backward()
     grad = beside(source)
-    of_norm = norms.run.norm_relu_max_pool_backward(grad_out.movedim(1, -1), source, norms[0], grad, norms.take_part(0))
+    of_norm = norms.run.norm_relu_max_pool_backward(
+        grad_out.movedim(1, -1), source, norms[0], grad, norms.through_of(0)
+    )
     norms.finish(grad, source, channels, grad)
     return grad.movedim(-1, 1), *norms.parameter_gradients(0, *of_norm)
 

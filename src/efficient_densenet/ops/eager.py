@@ -166,8 +166,7 @@ class _Sums:
 
     def gradients(self, through: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `reference.norm_gradients`."""
-        g, g_centred = self.total.to(self.norm.mean.dtype)
-        return norm_gradients(self.norm, g, g_centred, through)
+        return norm_gradients(self.norm, self.total, through)
 
     def add(self, g: Tensor, x: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
         """Take in ``g: (n, C, *spatial)``; `scratch` is overwritten."""

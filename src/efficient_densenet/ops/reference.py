@@ -189,8 +189,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def norm_gradients(norm: Affine, g: Tensor, g_centred: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
-    """From ``Σ g`` and ``Σ g·(x − mean)``: add to `through`; the gradients of the norm's weight and bias."""
+def norm_gradients(norm: Affine, sums: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From ``Σ g`` and ``Σ g·(x − mean)``, ``(2, C)``: add to `through`; the gradients of weight and bias."""
+    g, g_centred = sums.to(norm.scale.dtype)
     if through is not None:
         through[0].addcmul_(norm.scale, g)
         through[1].addcmul_(norm.scale * norm.inverse.square(), g_centred)
@@ -216,7 +217,7 @@ def _norm_backward(
         grad_x.zero_()
     grad_x.copy_(grad_x + norm.scale * g)
     rows = tuple(range(x.dim() - 1))
-    return norm_gradients(norm, g.sum(rows), (g * (x - norm.mean)).sum(rows), through)
+    return norm_gradients(norm, torch.stack([g.sum(rows), (g * (x - norm.mean)).sum(rows)]), through)
 
 
 def _first(x: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ def norm_relu_conv_backward(
         grad_weight = _backward_in_passes(
             grad_out, x, norm, weight, target, accumulate and whole, pool, need_weight, taken
         )
-    g, g_centred = sums.to(norm.scale.dtype)
-    return grad_weight, *norm_gradients(norm, g, g_centred, through)
+    return grad_weight, *norm_gradients(norm, sums, through)
 
 
 class _Done(IntEnum):
@@ -141,8 +140,7 @@ def norm_relu_max_pool_backward(
         TYPES[x.dtype], *_matrix(grad_out), taken.data_ptr(), *_matrix(x), volume, channels,
         *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), threads,
     )  # fmt: skip
-    g, g_centred = sums.to(norm.scale.dtype)
-    return norm_gradients(norm, g, g_centred, through)
+    return norm_gradients(norm, sums, through)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:

@@ -10,10 +10,12 @@ No part is handed to cuDNN so far; `tiles.BY_PYTORCH` is the place to say so, an
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,19 +48,14 @@ def available() -> str:
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
-    from efficient_densenet.ops.triton import norms
-
-    norms.fold_norm(statistics, weight, bias, eps, into)
+    _kernels("norms").fold_norm(statistics, weight, bias, eps, into)
 
 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    if not _covered(x, out, "forward", weight, pool):
-        return eager.norm_relu_conv(x, norm, weight, out, pool, into)
-    from efficient_densenet.ops.triton import forward
-
-    return forward.norm_relu_conv(x, norm, weight, out, pool, into)
+    run = _kernels("forward", _covered(x, out, "forward", weight, pool))
+    run.norm_relu_conv(x, norm, weight, out, pool, into)
 
 
 def norm_relu_conv_backward(
@@ -72,63 +69,47 @@ def norm_relu_conv_backward(
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    if not _covered(x, grad_x, "backward", weight, pool):
-        return eager.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
-    from efficient_densenet.ops.triton import backward
-
-    return backward.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
+    run = _kernels("backward", _covered(x, grad_x, "backward", weight, pool))
+    return run.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
-    if not _covered(x, out):
-        return eager.norm_relu_max_pool(x, norm, out)
-    from efficient_densenet.ops.triton import max_pool
-
-    return max_pool.norm_relu_max_pool(x, norm, out)
+    _kernels("max_pool", _covered(x, out)).norm_relu_max_pool(x, norm, out)
 
 
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if not _covered(x, grad_x):
-        return eager.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
-    from efficient_densenet.ops.triton import max_pool
-
-    return max_pool.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
+    run = _kernels("max_pool", _covered(x, grad_x))
+    return run.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
-    if not _covered(x, out):
-        return eager.norm_relu_mean(x, norm, out)
-    from efficient_densenet.ops.triton import mean
-
-    return mean.norm_relu_mean(x, norm, out)
+    _kernels("mean", _covered(x, out)).norm_relu_mean(x, norm, out)
 
 
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if not _covered(x, grad_x):
-        return eager.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
-    from efficient_densenet.ops.triton import mean
-
-    return mean.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+    return _kernels("mean", _covered(x, grad_x)).norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:
-    if not _covered(x, x):
-        return eager.statistics(x, into)
-    from efficient_densenet.ops.triton import moments
-
-    return moments.statistics(x, into)
+    _kernels("moments", _covered(x, x)).statistics(x, into)
 
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
-    if not _covered(x, out):
-        return eager.finish(grad, x, mean, through, count, out)
-    from efficient_densenet.ops.triton import moments
+    _kernels("moments", _covered(x, out)).finish(grad, x, mean, through, count, out)
 
-    return moments.finish(grad, x, mean, through, count, out)
+
+def _kernels(name: str, covered: bool = True) -> Any:
+    """The module of the kernels, which imports Triton; or plain PyTorch, with functions of the same names."""
+    return _module(name) if covered else eager
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def _covered(x: Tensor, out: Tensor, what: str = "", weight: Tensor | None = None, pool: int = 1) -> bool:

@@ -19,6 +19,7 @@ from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
     first_of_pool,
     inside,
+    next_tap,
     place,
     rectified,
     rectified_rows,
@@ -76,12 +77,7 @@ def grad_x_kernel(
             other=0.0,
         )
         total = tl.dot(dy, w_tile, total, input_precision=PRECISION)
-        if TAPS > 1:
-            tap += 1
-            start = tl.where(tap == TAPS, start + DEPTH, start)
-            tap = tl.where(tap == TAPS, 0, tap)
-        else:
-            start += DEPTH
+        tap, start = next_tap(tap, start, TAPS, DEPTH)
     total = total * (1.0 / POOL)
     a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
     b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]

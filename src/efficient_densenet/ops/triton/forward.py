@@ -14,7 +14,7 @@ from torch import Tensor
 from efficient_densenet.ops.reference import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles
 from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
-from efficient_densenet.ops.triton.rows import first_of_pool, inside, place, rectified_rows, window
+from efficient_densenet.ops.triton.rows import first_of_pool, inside, next_tap, place, rectified_rows, window
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
@@ -47,8 +47,7 @@ def norm_relu_conv_kernel(
     if TAPS > 1:
         _, d, h, w = place(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    # All taps of some channels, then the next channels: what the taps share is still in the cache.
-    tap, start = 0, 0  # counted, for a division takes registers
+    tap, start = 0, 0
     for _ in range(TAPS * tl.cdiv(channels, DEPTH)):
         channel = start + tl.arange(0, DEPTH)
         if TAPS > 1:
@@ -66,12 +65,7 @@ def norm_relu_conv_kernel(
             other=0.0,
         )
         total = tl.dot(s, w_tile, total, input_precision=PRECISION)
-        if TAPS > 1:
-            tap += 1
-            start = tl.where(tap == TAPS, start + DEPTH, start)
-            tap = tl.where(tap == TAPS, 0, tap)
-        else:
-            start += DEPTH
+        tap, start = next_tap(tap, start, TAPS, DEPTH)
     y = total.to(DTYPE)
     tl.store(
         out + row.to(tl.int64)[:, None] * out_stride + output[None, :],

@@ -41,6 +41,20 @@ def window(tap, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
 
 
 @triton.jit
+def next_tap(tap, start, TAPS: tl.constexpr, DEPTH: tl.constexpr):
+    """The next tap for the channels from `start` on; behind the last one the first, for the next `DEPTH` channels.
+
+    What the taps share is then still in the cache. Counted, for a division takes registers.
+    """
+    if TAPS == 1:
+        return tap, start + DEPTH
+    else:
+        tap += 1
+        start = tl.where(tap == TAPS, start + DEPTH, start)
+        return tl.where(tap == TAPS, 0, tap), start
+
+
+@triton.jit
 def inside(d, h, w, depth, height, width, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
     """Whether a pixel lies in its image: only the directions in which a window reaches out are looked at."""
     valid = (w >= 0) & (w < width)
