@@ -37,10 +37,8 @@ def plain_pytorch() -> Iterator[None]:
 
 def backends() -> dict[str, str]:
     """What runs on each kind of device, and why: words for people."""
-    loaded = cpu.library.load()
-    kept = "float32, float64 and bfloat16" if loaded.kernels else "nothing"
     return {
-        "cpu": f"native kernels for {kept}: {loaded.description}",
+        "cpu": cpu.describe(),
         "cuda": triton.available(),
         "everything else": "plain PyTorch",
     }

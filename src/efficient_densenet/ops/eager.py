@@ -104,13 +104,18 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = _Sums(norm)
-    share = grad_out.view(len(x), *[1] * (x.dim() - 2), x.shape[-1]) / prod(x.shape[1:-1])
+    # All pixels of an image get the same gradient, so that its sum in single precision would round in the same direction
+    # again and again: pixels are counted instead, and multiplied by the gradient in double precision.
+    total = norm.mean.new_zeros((2, len(norm.mean)), dtype=_double(norm.mean))
+    share = grad_out.to(norm.scale.dtype) / prod(x.shape[1:-1])
     for images, scratch in pieces(x):
-        s = _prologue(x[images], norm, scratch)
-        g = channels_first(share[images].to(x.dtype).expand_as(scratch).contiguous())
-        sums.add(_rectify_backward(g, s), x[images], grad_x[images], False, scratch)
-    return sums.gradients(through)
+        passes = (channels_last(_prologue(x[images], norm, scratch)) <= 0).logical_not_()
+        moved = (norm.scale * share[images]).view(len(passes), *[1] * (x.dim() - 2), -1)
+        grad_x[images].copy_(torch.where(passes, moved, 0))
+        centred = torch.where(passes, x[images] - norm.mean, 0).flatten(1, -2)
+        sums = torch.stack([passes.flatten(1, -2).sum(1), centred.sum(1, dtype=total.dtype)])
+        total += torch.where(sums[0] > 0, sums * share[images], 0).sum(1)
+    return norm_gradients(norm, total, through)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:

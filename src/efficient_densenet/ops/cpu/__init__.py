@@ -1,9 +1,9 @@
 """The operations of `reference` on a CPU: each is one kernel, or PyTorch's convolution between passes of one loop each.
 
-With AVX-512, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is made a few lines at a time
-in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the convolution is PyTorch's,
-and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before and behind it (`loops.h`)
-read and write what they must, once. Sums are added up in double precision, in an order that depends on the shapes and
+Where the rule in `instructions` says so, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is
+made a few lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the
+convolution is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before
+and behind it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that depends on the shapes and
 the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
@@ -21,17 +21,28 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
+from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import TYPES, load
 from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
 
 fold_norm = eager.fold_norm
-norm_relu_mean = eager.norm_relu_mean
-norm_relu_mean_backward = eager.norm_relu_mean_backward
 
 
 def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here."""
     return x.device.type == "cpu" and x.dtype in TYPES and load().kernels is not None
+
+
+def describe() -> str:
+    """What is in use, and who runs the convolutions of each type, in words."""
+    loaded = load()
+    if loaded.kernels is None:
+        return loaded.description
+    parts = [loaded.description]
+    for dtype in TYPES:
+        ours, reason = convolutions(loaded.instructions, dtype)
+        parts.append(f"convolutions in {str(dtype).removeprefix('torch.')} are {'ours' if ours else 'PyTorch'}: {reason}")
+    return "; ".join(parts)
 
 
 def norm_relu_conv(
@@ -143,6 +154,24 @@ def norm_relu_max_pool_backward(
     return norm_gradients(norm, sums, through)
 
 
+def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
+    load().kernels.mean(
+        TYPES[x.dtype], *_matrix(x), *_images(x), *_constants(norm.scale, norm.shift), *_matrix(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def norm_relu_mean_backward(
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    load().kernels.mean_backward(
+        TYPES[x.dtype], *_matrix(grad_out.contiguous()), *_matrix(x), *_images(x),
+        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return norm_gradients(norm, sums, through)
+
+
 def statistics(x: Tensor, into: Statistics) -> None:
     moments = _no_moments(x)
     _copy_moments(x, None, moments)
@@ -162,8 +191,7 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
 def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
     """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
 
-    Measured on two cores (`benchmarks/cpu.py`), it takes half to nine tenths of the time of oneDNN and the passes
-    around it.
+    Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.
     """
     if pool != 1 or x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
         return False
@@ -248,6 +276,11 @@ def _matrix(x: Tensor) -> tuple[int, int]:
 def _constants(*vectors: Tensor) -> list[int]:
     assert all(v.is_contiguous() for v in vectors)
     return [v.data_ptr() for v in vectors]
+
+
+def _images(x: Tensor) -> tuple[int, int, int]:
+    """Images, pixels of each, and channels."""
+    return x.shape[0], prod(x.shape[1:-1]), x.shape[-1]
 
 
 def _volume(x: Tensor, pool: int) -> Any:

@@ -1,7 +1,7 @@
 // The passes between the convolutions, on a CPU: each reads what it needs once and writes what it must once.
 //
-// The mathematics is in ../reference.py; `loops.h` holds the loops, compiled here for several instruction sets, of which
-// `choose` takes the best that the processor has. There is no Python and no PyTorch in this file: a plain shared
+// The mathematics is in ../reference.py; the headers hold the loops, compiled here for several instruction sets, of which
+// `ed_start` takes the best that the processor has. There is no Python and no PyTorch in this file: a plain shared
 // library, called through ctypes, which runs on the OpenMP runtime that PyTorch has already started.
 
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <vector>
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define X86 0
@@ -132,9 +133,10 @@ constexpr Index kTile = 8;
 #define PAIRS 0 // whether there are instructions for pairs of bfloat16
 
 namespace baseline {
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kRegisters = X86 ? 16 : 32;
 #include "loops.h"
 #include "max_pool.h"
+#include "mean.h"
 #if !X86
 #include "convolve.h"
 #endif
@@ -143,16 +145,19 @@ constexpr int kVectorBytes = 16;
 #if X86
 BEGIN("avx2,fma")
 namespace avx2 {
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #include "loops.h"
 #include "max_pool.h"
+#include "mean.h"
+#include "convolve.h"
 } // namespace avx2
 END
 BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #include "loops.h"
 #include "max_pool.h"
+#include "mean.h"
 #include "convolve.h"
 } // namespace avx512
 END
@@ -163,9 +168,10 @@ END
 #define PAIRS 1
 BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512_bf16 {
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #include "loops.h"
 #include "max_pool.h"
+#include "mean.h"
 #include "convolve.h"
 } // namespace avx512_bf16
 END
@@ -175,17 +181,31 @@ END
 
 namespace {
 
-enum Instructions { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Instructions { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 enum Type { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2 };
 
 int instructions = kBaseline;
+
+#if X86_PAIRS
+// Whether processor and system have AMX tiles for bfloat16. No kernel here uses them; PyTorch's convolutions do.
+bool has_amx() {
+  unsigned a, b, c, d, saved_low, saved_high;
+  constexpr unsigned kOsXsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileState = 3u << 17;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave))
+    return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile))
+    return false;
+  __asm__("xgetbv" : "=a"(saved_low), "=d"(saved_high) : "c"(0));
+  return (saved_low & kTileState) == kTileState;
+}
+#endif
 
 int best_instructions() {
 #if X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
 #if X86_PAIRS
-    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    return !__builtin_cpu_supports("avx512bf16") ? kAvx512 : has_amx() ? kAmx : kAvx512Bf16;
 #else
     return kAvx512;
 #endif
@@ -207,7 +227,7 @@ int best_instructions() {
 #endif
 #if X86_PAIRS
 #define FOR_BF16(E, function, ...)                                                                                     \
-  (instructions == kAvx512Bf16 ? avx512_bf16::function<E>(__VA_ARGS__) : FOR_TYPE(E, function, __VA_ARGS__))
+  (instructions >= kAvx512Bf16 ? avx512_bf16::function<E>(__VA_ARGS__) : FOR_TYPE(E, function, __VA_ARGS__))
 #else
 #define FOR_BF16 FOR_TYPE
 #endif
@@ -252,39 +272,36 @@ EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
   return instructions;
 }
 
-// Whether `ed_convolve` and `ed_convolve_backward` are for this processor and type, where they were measured to win.
-EXPORT int ed_convolves(int type) {
-  return X86 && ((type == kFloat32 && instructions >= kAvx512) || (type == kBfloat16 && instructions >= kAvx512Bf16));
-}
-
-#if X86
-namespace products = avx512;
-#else
-namespace products = baseline;
-#endif
-#if X86_PAIRS
-namespace bf16_products = avx512_bf16;
-#else
-namespace bf16_products = products;
-#endif
+// Whether there are kernels for whole convolutions, `ed_convolve` and `ed_convolve_backward`, at this level.
+EXPORT int ed_convolves() { return !X86 || instructions >= kAvx2; }
 
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
 template <class E> static Weight<E> weight_of(const void *data, const Index *sizes) {
   return {static_cast<const E *>(data), sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
 }
 
-#define DISPATCH_PRODUCT(type, function)                                                                               \
+#if X86
+#define FLOAT_PRODUCT(call) (instructions >= kAvx512 ? avx512::call : avx2::call)
+#else
+#define FLOAT_PRODUCT(call) baseline::call
+#endif
+#if X86_PAIRS
+#define BF16_PRODUCT(call) (instructions >= kAvx512Bf16 ? avx512_bf16::call : FLOAT_PRODUCT(call))
+#else
+#define BF16_PRODUCT FLOAT_PRODUCT
+#endif
+#define DISPATCH_PRODUCT(type, call)                                                                                   \
   if (type == kFloat32) {                                                                                              \
     using E = float;                                                                                                   \
-    return products::function;                                                                                         \
+    return FLOAT_PRODUCT(call);                                                                                        \
   } else {                                                                                                             \
     using E = bf16;                                                                                                    \
-    return bf16_products::function;                                                                                    \
+    return BF16_PRODUCT(call);                                                                                         \
   }
 
-// Whether a 3×3 convolution over images of this size gains anything here.
+// Whether the kernel for a 3×3 window gains anything over images of this size.
 EXPORT int ed_suits(int type, Index height, Index width) {
-  return type == kBfloat16 || products::suits_winograd(height, width);
+  return (type == kBfloat16 && instructions >= kAvx512Bf16) || FLOAT_PRODUCT(suits_winograd(height, width));
 }
 
 // out = convolution(relu(scale·x + shift)); with `moments` also the mean and the biased variance of `out`. Returns 0, and
@@ -365,6 +382,21 @@ EXPORT void ed_max_pool_backward(int type, void *grad, Index ldgrad, const std::
                                  const void *mean, void *grad_x, Index ldg, double *sums, int threads) {
   Volume v{volume[0], volume[1], volume[2], volume[3], volume[4], volume[5], volume[6]};
   DISPATCH(type, max_pool_backward, matrix<E>(grad, ldgrad), taken, matrix<E>(x, ldx), v, channels,
+           constants<E>(scale), constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), sums, threads);
+}
+
+// out (images, channels) = the mean over all pixels of relu(scale·x + shift).
+EXPORT void ed_mean(int type, void *x, Index ldx, Index images, Index pixels, Index channels, const void *scale,
+                    const void *shift, void *out, Index ldo, int threads) {
+  DISPATCH(type, mean, matrix<E>(x, ldx), images, pixels, channels, constants<E>(scale), constants<E>(shift),
+           matrix<E>(out, ldo), threads);
+}
+
+// Its backward pass, from the gradient (images, channels): grad_x = scale·g; sums as in `ed_accumulate`.
+EXPORT void ed_mean_backward(int type, void *grad, Index ldgrad, void *x, Index ldx, Index images, Index pixels,
+                             Index channels, const void *scale, const void *shift, const void *mean, void *grad_x,
+                             Index ldg, double *sums, int threads) {
+  DISPATCH(type, mean_backward, matrix<E>(grad, ldgrad), matrix<E>(x, ldx), images, pixels, channels,
            constants<E>(scale), constants<E>(shift), constants<E>(mean), matrix<E>(grad_x, ldg), sums, threads);
 }
 

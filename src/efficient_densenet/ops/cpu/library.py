@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-INSTRUCTIONS = {0: "baseline (SSE2 or NEON)", 1: "AVX2", 2: "AVX-512", 3: "AVX-512 with bfloat16"}
+from efficient_densenet.ops.cpu.instructions import Instructions, convolutions, limit
+
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _int, _index, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -28,6 +30,8 @@ _SIGNATURES = {
     "accumulate_pool": [_int, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
     "max_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, *_rows, _pointer, _int],
     "max_pool_backward": [_int, *_rows, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _pointer, _int],
+    "mean": [_int, *_rows, _index, _index, _index, _pointer, _pointer, *_rows, _int],
+    "mean_backward": [_int, *_rows, *_rows, _index, _index, _index, *[_pointer] * 3, *_rows, _pointer, _int],
     "finish": [_int, *_rows, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int],
 }  # fmt: skip
 _TELLING = ("suits", "convolve", "convolve_backward")
@@ -38,32 +42,59 @@ class Loaded(NamedTuple):
 
     kernels: Any  # a ctypes.CDLL with the functions of `_SIGNATURES`
     description: str
-    convolves: frozenset[torch.dtype] = frozenset()  # for which types there are products on this processor
+    path: Path | None = None
+    instructions: Instructions = Instructions.BASELINE
+    convolves: frozenset[torch.dtype] = frozenset()  # the types for which whole convolutions are kernels of ours
 
 
-@functools.cache
+_loaded: Loaded | None = None
+
+
 def load() -> Loaded:
-    """The kernels that were built when the package was installed; warns once where there are none."""
+    """The kernels that were built when the package was installed; warns once where there are none.
+
+    Raises:
+        UserError: the environment variable for the instructions names no level.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _find()
+        if _loaded.kernels is None:
+            warnings.warn(
+                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs in their place, with the same "
+                "results, but slower: install a C++ compiler and the package again",
+                stacklevel=2,
+            )
+    return _loaded
+
+
+def _find() -> Loaded:
     found = sorted(Path(__file__).parent.glob("_kernels*"))
-    library = next((path for path in found if path.suffix in (".so", ".pyd", ".dylib")), None)
-    if library is None:
-        loaded = Loaded(None, "not built: there was no C++ compiler when the package was installed")
-    else:
-        try:
-            loaded = open_library(library)
-        except OSError as error:
-            loaded = Loaded(None, f"{library.name} cannot be loaded: {error}")
-    if loaded.kernels is None:
-        warnings.warn(
-            f"the native CPU kernels are {loaded.description}; plain PyTorch runs in their place, with the same "
-            "results, but slower: install a C++ compiler and the package again",
-            stacklevel=2,
-        )
-    return loaded
+    path = next((path for path in found if path.suffix in (".so", ".pyd", ".dylib")), None)
+    if path is None:
+        return Loaded(None, "not built: there was no C++ compiler when the package was installed")
+    try:
+        return open_library(path, limit())
+    except OSError as error:
+        return Loaded(None, f"{path.name} cannot be loaded: {error}")
 
 
-def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
-    """Load kernels from a file, to use instructions up to these.
+@contextmanager
+def held_to(level: Instructions) -> Iterator[Loaded]:
+    """While this is open, the kernels use no better instructions than these: to test them, and to compare."""
+    global _loaded
+    before = load()
+    assert before.path is not None, before.description
+    _loaded = open_library(before.path, level)
+    try:
+        yield _loaded
+    finally:
+        # The level is a setting of the library itself, which is loaded once.
+        _loaded = open_library(before.path, before.instructions)
+
+
+def open_library(path: Path, level: Instructions = max(Instructions)) -> Loaded:
+    """Load kernels from a file, to use instructions up to this level.
 
     Raises:
         OSError: the file is no library for this machine.
@@ -79,10 +110,10 @@ def open_library(path: Path, instructions: int = max(INSTRUCTIONS)) -> Loaded:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
     kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
-    chosen = INSTRUCTIONS[kernels.ed_start(*functions, instructions)]
-    convolves = frozenset(dtype for dtype, number in TYPES.items() if kernels.ed_convolves(number))
+    level = Instructions(kernels.ed_start(*functions, level))
+    convolves = [dtype for dtype in TYPES if kernels.ed_convolves() and convolutions(level, dtype).ours]
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
-    return Loaded(kernels, f"{path.name}, {chosen}, {threads}", convolves)
+    return Loaded(kernels, f"{path.name}, {level.option}, {threads}", path, level, frozenset(convolves))
 
 
 def _running_openmp() -> ctypes.CDLL | None:

@@ -1,19 +1,29 @@
 // 1×1 convolutions, included beside `products.h`: a few rows of the whole matrix at a time, whose rectified prefix is made
 // in a scratch of the thread and consumed from there.
 
-// Rows that are worked on at a time, so that a scratch of so many elements a row stays in the cache beside the weights.
-inline Index rows_at_a_time(Index row) {
-  constexpr Index kScratch = 192 << 10; // bytes
-  Index wanted = kScratch / 4 / row / 24 * 24;
-  return wanted < 24 ? 24 : wanted > 240 ? 240 : wanted;
-}
+// Rows that are worked on at a time, so that a scratch of so many elements a row stays in the cache beside the weights, and
+// every thread gets as many of these steps.
+struct Steps {
+  Index rows, count;
+  Steps(Index all, Index row, int threads) {
+    constexpr Index kScratch = 192 << 10; // bytes
+    Index most = kScratch / 4 / row / 24 * 24;
+    most = most < 24 ? 24 : most > 240 ? 240 : most;
+    count = (all + most - 1) / most;
+    if (all >= 24 * threads)
+      count = (count + threads - 1) / threads * threads;
+    rows = (all + count - 1) / count;
+    count = (all + rows - 1) / rows;
+  }
+};
 
 // `convolve` for a window of 1, with operands of type T.
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
                double *moments, int threads) {
   Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW, all = vectors_of(weight.out);
-  Index step = rows_at_a_time(depth), count = (rows + step - 1) / step;
+  Steps steps(rows, depth, threads);
+  Index step = steps.rows, count = steps.count;
   std::vector<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
@@ -53,7 +63,8 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
                         const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                         int threads) {
   Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.in), depth = elements<T>(weight.out);
-  Index step = rows_at_a_time(elements<T>(weight.in)), count = (rows + step - 1) / step;
+  Steps steps(rows, elements<T>(weight.in), threads);
+  Index step = steps.rows, count = steps.count;
   std::vector<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
   // Where it consists of elements, the gradient of the output is used where it lies.
   bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 && grad.ld % kScalars<T> == 0;

@@ -77,24 +77,30 @@ template <int MR, int NV, class Body> inline void with_rows(int rows, const Body
     with_rows<MR - 1, NV>(rows, body);
 }
 
-// Rows of a tile for its number of vectors, so that all of it stays in registers.
-constexpr int tile_rows(int vectors) { return vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6; }
+// A tile stays in registers beside the vectors of one row of `b` and a value of `a`: its largest number of vectors, and
+// its largest number of rows for a number of vectors.
+constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
+constexpr int tile_rows(int vectors) {
+  return kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6)
+                          : (vectors == 1 ? 12 : vectors == 2 ? 6 : 4);
+}
+// The most vectors of a tile with so many rows.
+constexpr int tile_vectors(int rows) {
+  int vectors = kMostVectors;
+  while (vectors > 1 && tile_rows(vectors) < rows)
+    --vectors;
+  return vectors;
+}
 
-template <class Body> inline void with_tile(int rows, int vectors, const Body &body) {
-  switch (vectors) {
-  case 1:
-    return with_rows<tile_rows(1), 1>(rows, body);
-  case 2:
-    return with_rows<tile_rows(2), 2>(rows, body);
-  case 3:
-    return with_rows<tile_rows(3), 3>(rows, body);
-  default:
-    return with_rows<tile_rows(4), 4>(rows, body);
-  }
+template <int NV = kMostVectors, class Body> inline void with_tile(int rows, int vectors, const Body &body) {
+  if (vectors == NV)
+    with_rows<tile_rows(NV), NV>(rows, body);
+  else if constexpr (NV > 1)
+    with_tile<NV - 1>(rows, vectors, body);
 }
 
 // Vectors in the group that begins at vector `j` of `all`: at most so many, in groups of nearly one size.
-inline int group_of(Index j, Index all, Index most = 4) {
+inline int group_of(Index j, Index all, Index most = kMostVectors) {
   Index left = all - j, groups = (left + most - 1) / most;
   return static_cast<int>((left + groups - 1) / groups);
 }
@@ -103,7 +109,7 @@ inline int group_of(Index j, Index all, Index most = 4) {
 // data[place·place_stride + k·k_stride + i·n_stride]. In small squares, for one side or the other is far apart in memory.
 template <class T, class E>
 std::vector<T> packed(const E *data, Index places, Index place_stride, Index depth, Index k_stride, Index n, Index n_stride,
-                      int threads, Index most = 4) {
+                      int threads, Index most = kMostVectors) {
   constexpr Index kSquare = 16, kPer = kScalars<T>;
   Index all = vectors_of(n), tall = elements<T>(depth);
   std::vector<T> result(places * tall * all * kW);
@@ -175,13 +181,14 @@ template <class T> struct OuterTile {
   }
 };
 
-// The same for all outputs and channels, in tiles of at most eight outputs, of nearly one size.
+// The same for all outputs and channels, in tiles of a few outputs, of nearly one size.
 template <class T>
 void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index lines, Index rows, float *into,
                Index stride) {
-  Index tiles = (outputs + 7) / 8, all = vectors_of(channels);
+  constexpr Index kOutputs = kRegisters / 4;
+  Index tiles = (outputs + kOutputs - 1) / kOutputs, all = vectors_of(channels);
   for (Index i = 0; i < tiles; ++i) {
-    Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from, most = n <= 6 ? 4 : 3;
+    Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from, most = tile_vectors(n);
     for (Index j = 0; j < all; j += most)
       with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
                 OuterTile<T>{{a.data + from, a.ld, a.line},
