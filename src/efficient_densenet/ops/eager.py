@@ -10,6 +10,7 @@ memory, so they are used for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -24,6 +25,9 @@ _aten = torch.ops.aten
 _LINE = ([1, 3], [1, 2], [0, 1], [1, 1], False)
 # Values: two such rows of sums fit into the first-level cache beside what is added to them.
 _WIDEST_ROW = 4096
+# Rows that a CPU adds up one by one in single precision, before their sums are added up in double precision; other
+# devices add them up in a tree, which loses little, and want few and large operations.
+_ROWS_PER_SUM = 64
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
@@ -146,14 +150,14 @@ class _Moments:
         piece = piece.to(statistics_dtype(piece.dtype))
         # Beside any pixel of its own, a channel's values are no larger than its deviations: the mean is not rounded.
         some = piece.flatten(0, -2)[0].clone()
-        rows = _wide_rows(piece - some)
-        if piece.device.type in ("cpu", "cuda"):
-            mean, variance = torch.batch_norm_update_stats(rows, None, None, 0.0)
-        else:
-            variance, mean = torch.var_mean(rows, 0, correction=0)
-        self.counts += [len(rows)] * (rows.shape[1] // channels)
-        self.means.append(mean.view(-1, channels).to(_double(piece)) + some)
-        self.variances.append(variance.view(-1, channels).to(_double(piece)))
+        for rows in _runs(_wide_rows(piece - some)):
+            if piece.device.type in ("cpu", "cuda"):
+                mean, variance = torch.batch_norm_update_stats(rows, None, None, 0.0)
+            else:
+                variance, mean = torch.var_mean(rows, 0, correction=0)
+            self.counts += [len(rows)] * (rows.shape[1] // channels)
+            self.means.append(mean.view(-1, channels).to(_double(piece)) + some)
+            self.variances.append(variance.view(-1, channels).to(_double(piece)))
 
     def merge(self, into: Statistics) -> None:
         means = torch.cat(self.means)
@@ -179,11 +183,13 @@ class _Sums:
         g = channels_last(g).contiguous()
         g_rows, x_rows = _wide_rows(g), _wide_rows(x if x.is_contiguous() else scratch.copy_(x))
         mean = self.norm.mean.repeat(g_rows.shape[1] // channels)
-        # The parameter gradients of a batch norm in evaluation, with variance 1 and eps 0, are just these sums.
-        _, g_centred, g_sum = _aten.native_batch_norm_backward(
-            g_rows, x_rows, None, mean, torch.ones_like(mean), None, None, False, 0.0, [False, True, True]
-        )
-        self.total += torch.stack([g_sum, g_centred]).view(2, -1, channels).sum(1, dtype=self.total.dtype)
+        one = torch.ones_like(mean)
+        for g_some, x_some in zip(_runs(g_rows), _runs(x_rows), strict=True):
+            # The parameter gradients of a batch norm in evaluation, with variance 1 and eps 0, are just these sums.
+            _, g_centred, g_sum = _aten.native_batch_norm_backward(
+                g_some, x_some, None, mean, one, None, None, False, 0.0, [False, True, True]
+            )
+            self.total += torch.stack([g_sum, g_centred]).view(2, -1, channels).sum(1, dtype=self.total.dtype)
         if accumulate:
             grad_x.addcmul_(g, scale)
         else:
@@ -195,7 +201,7 @@ def _wide_rows(x: Tensor) -> Tensor:
 
     The column sums of the batch-norm kernels add up rows one by one, in single precision, and lose most of their
     speed in a remainder of a row that does not fill a vector. Wide rows make r sums of fewer terms, which are then
-    added up in double precision, and whole vectors.
+    added up in double precision, and whole vectors; see also `_runs`.
     """
     channels = x.shape[-1]
     pixels = x.numel() // channels
@@ -203,6 +209,11 @@ def _wide_rows(x: Tensor) -> Tensor:
     while pixels % (2 * r) == 0 and 2 * r * channels <= _WIDEST_ROW:
         r *= 2
     return x.view(-1, channels * r)
+
+
+def _runs(rows: Tensor) -> Sequence[Tensor]:
+    """The rows, in runs that are summed up in single precision."""
+    return rows.split(_ROWS_PER_SUM) if rows.device.type == "cpu" else (rows,)
 
 
 def _double(x: Tensor) -> torch.dtype:
