@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet.ops.cpu import library
+from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
 
 # Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels and pixels.
@@ -21,6 +23,10 @@ SHAPES = [
     (3, (3, 4, 3), 1),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+# Every level of instructions that the kernels can be held to on this processor; none where they are not built.
+_loaded = library.load()
+LEVELS = [level for level in Instructions if _loaded.kernels is not None and level <= _loaded.instructions]
 
 
 EVERY_OPERATION = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import DTYPES, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
+from operands import DTYPES, LEVELS, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
 
 from efficient_densenet.ops import convolution, cpu, eager, reference
+from efficient_densenet.ops.cpu import library
 
 # Relative to the largest value: sums in another order; half precision is rounded once per value and accumulation.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -17,11 +18,14 @@ every_spare = pytest.mark.parametrize("spare", [0, 3], ids=["whole", "slice"])
 every_size_of_piece = pytest.mark.parametrize("pieces", [False, True], ids=["one piece", "one image a piece"])
 
 
-@pytest.fixture(params=[eager, cpu], ids=["eager", "cpu"])
+@pytest.fixture(params=[None, *LEVELS], ids=["eager", *(f"cpu-{level.option}" for level in LEVELS)])
 def ops(request):
-    if request.param is cpu and cpu.library.load().kernels is None:
-        pytest.skip("the native kernels are not built")
-    return request.param
+    """Plain PyTorch, and the native kernels at every level that this processor has."""
+    if request.param is None:
+        yield eager
+        return
+    with library.held_to(request.param):
+        yield cpu
 
 
 @pytest.fixture

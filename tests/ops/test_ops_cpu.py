@@ -1,20 +1,23 @@
-"""What is particular to the native kernels: instruction sets, threads, what is no number, and their absence."""
+"""What is particular to the native kernels: instruction sets, threads, non-finite values, and their absence."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
-from operands import Operands, double, measured, place, slice_of_channels, weight_for
+from operands import LEVELS, Operands, double, measured, place, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 import efficient_densenet
 from efficient_densenet import densenet_cifar
 from efficient_densenet.ops import cpu, eager, reference
 from efficient_densenet.ops.cpu import library
+from efficient_densenet.ops.cpu.instructions import Instructions, convolutions
 
 kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native kernels are not built")
 LARGE = (5, (33, 31), 37)  # enough for several threads
@@ -32,30 +35,69 @@ def everything(x, norm, weight, pool=1):
     cpu.norm_relu_max_pool(x, norm, pooled)
     grad_pooled = torch.empty_like(x)
     of_pool = cpu.norm_relu_max_pool_backward(pooled, x, norm, grad_pooled, through)
-    return [out, *found, grad_x, *sums, through, finished, *measured(cpu, x), pooled, grad_pooled, *of_pool]
+    mean, grad_mean = x.new_empty(len(x), x.shape[-1]), torch.empty_like(x)
+    cpu.norm_relu_mean(x, norm, mean)
+    of_mean = cpu.norm_relu_mean_backward(mean, x, norm, grad_mean, through)
+    found = [*found, grad_x, *sums, through, finished, *measured(cpu, x)]
+    return [out, *found, pooled, grad_pooled, *of_pool, mean, grad_mean, *of_mean]
+
+
+every_level = pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.option)
 
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("instructions", [0, 1, 2])
-def test_every_instruction_set_computes_the_same(dtype, pool, kernel, instructions, monkeypatch):
+@every_level
+def test_every_level_computes_the_same(dtype, pool, kernel, level):
     operands = Operands.random(LARGE, dtype, 3)
     weight = weight_for(operands.x, 8, kernel)
     best = everything(*operands, weight, pool)
-    path = next(library.Path(library.__file__).parent.glob("_kernels*.so"))
-    other = library.open_library(path, instructions)
-    monkeypatch.setattr(cpu, "load", lambda: other)
-    if f"{library.INSTRUCTIONS[instructions]}, on" not in other.description:
-        pytest.skip("this processor has less")
-    try:
+    with library.held_to(level) as loaded:
+        assert loaded.instructions == level and f" {level.option}," in loaded.description
         found = everything(*operands, weight, pool)
-    finally:
-        library.open_library(path)  # the instructions are a setting of the library itself
+    assert library.load().instructions == max(LEVELS)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(found, best, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@pytest.mark.parametrize("level", Instructions, ids=lambda level: level.option)
+def test_the_rule_leaves_to_pytorch_what_it_does_faster(level):
+    ours = {dtype for dtype in (torch.float64, torch.float32, torch.bfloat16) if convolutions(level, dtype).ours}
+    everything, nothing = {torch.float32, torch.bfloat16}, set()
+    expected = {Instructions.BASELINE: nothing, Instructions.AMX: {torch.float32}}.get(level, everything)
+    assert ours == expected
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rule_decides_who_convolves(dtype, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "convolve", lambda *a, run=cpu.convolve: (calls.append(1), run(*a))[1])
+    operands = Operands.random(LARGE, dtype)
+    for ours in (True, False):
+        calls.clear()
+        with library.held_to(library.load().instructions, ours) as loaded:
+            everything(*operands, weight_for(operands.x, 8, 1))
+            assert bool(calls) == (dtype not in loaded.convolves)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("avx2", ""), ("AVX2", ""), ("baseline", ""), ("fast", "no instruction level")]
+)
+def test_a_level_can_be_forced_by_the_environment(name, said):
+    code = "from efficient_densenet import backends; print(backends()['cpu'])"
+    environment = os.environ | {"EFFICIENT_DENSENET_INSTRUCTIONS": name}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    if said:
+        assert result.returncode != 0 and said in result.stderr and "avx512_bf16" in result.stderr
+    elif LEVELS:
+        assert (
+            f" {name.lower() if 'avx2' not in name.lower() else min(Instructions.AVX2, max(LEVELS)).option},"
+            in result.stdout
+        )
 
 
 @kernels
@@ -64,8 +106,14 @@ def test_every_instruction_set_computes_the_same(dtype, pool, kernel, instructio
 @pytest.mark.parametrize("made", [1, 12, 40, 128])
 @pytest.mark.parametrize(("size", "channels"), [((41, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format, dtype):
+@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)
+def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format, dtype, level):
     """More lines than one unit has, channels and outputs that are no whole vectors: against the exact reference."""
+    with library.held_to(level):
+        _many_units(size, channels, made, kernel, memory_format, dtype)
+
+
+def _many_units(size, channels, made, kernel, memory_format, dtype):
     x, norm = Operands.random((3, size, channels), dtype, 5)
     weight = torch.randn(made, channels, kernel, kernel).to(dtype).contiguous(memory_format=memory_format)
     grad_out = slice_of_channels(torch.randn(3, *size, made).to(dtype), 3)
@@ -109,25 +157,65 @@ def test_threads_change_rounding_alone_and_repeat(threads=(1, 2, 3)):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["x", "weight", "gradient"])
-def test_what_is_no_number_is_passed_on(dtype, value, where):
-    """As plain PyTorch passes it on, in exactly the same places."""
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("ours", [True, False], ids=["kernels of ours", "PyTorch's"])
+@every_level
+def test_non_finite_values_are_passed_on(level, ours, kernel, dtype, value, where):
+    """To where they are in float64, and from kernels of ours to nowhere else.
+
+    PyTorch's convolution may spread them: by products with the padding, and in bfloat16 with the tiles of AMX to
+    neighbouring columns. Kernels of ours with a window of 3 leave it results that are not finite.
+    """
     x, norm = Operands.random((2, (5, 5), 13), dtype)
-    weight, grad_out = weight_for(x, 4, 3), torch.randn(2, 5, 5, 4).to(dtype)
-    {"x": x[1, 2, 4], "weight": weight[1, :, 0, 2], "gradient": grad_out[1, 2, 3]}[where][2] = value
-    results = []
-    for ops in (cpu, eager):
-        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), place(grad_out)
-        ops.norm_relu_conv(x, norm, weight, out, into=found)
-        sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
-        results.append([out, *found, grad_x, *sums, *measured(ops, x)])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite())
-        assert torch.equal(a.isnan(), b.isnan())
+    weight, grad_out = weight_for(x, 4, kernel), torch.randn(2, 5, 5, 4).to(dtype)
+    {"x": x[1, 2, 4], "weight": weight[1, :, 0, kernel - 1], "gradient": grad_out[1, 2, 3]}[where][2] = value
+    with library.held_to(level, ours) as loaded:
+        found = _both_passes(cpu, x, norm, weight, grad_out)
+        exact = dtype in loaded.convolves and (kernel == 1 or not _spreads(dtype))
+    expected = _in_float64(x.double(), double(norm), weight.double(), grad_out.double())
+    for name, e in expected.items():
+        assert not found[name].isfinite()[~e.isfinite()].any(), name
+        if exact and (kernel == 1 or name != "gradient of weight"):
+            assert torch.equal(found[name].isfinite(), e.isfinite()), name
+
+
+def _both_passes(ops, x, norm, weight, grad_out):
+    out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
+    ops.norm_relu_conv(x, norm, weight, out)
+    gradients = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
+    return _named(out, grad_x, *gradients, *measured(ops, x))
+
+
+def _named(*results):
+    names = ("output", "gradient of x", "gradient of weight", "of the norm's weight", "of its bias", "mean", "variance")
+    return dict(zip(names, results, strict=True))
+
+
+def _in_float64(x, norm, weight, grad_out):
+    """The same, tap by tap, without the products of a weight and the padding's zeros, which would be NaN."""
+    normed, weight = (x * norm.scale + norm.shift).requires_grad_(), weight.requires_grad_()
+    s, out, (height, width) = F.relu(normed), torch.zeros_like(grad_out), x.shape[1:3]
+    for i, j in product(range(weight.shape[2]), range(weight.shape[3])):
+        y, x_ = i - weight.shape[2] // 2, j - weight.shape[3] // 2
+        lines, pixels = slice(max(0, -y), height - max(0, y)), slice(max(0, -x_), width - max(0, x_))
+        moved = s[:, max(0, y) : height + min(0, y), max(0, x_) : width + min(0, x_)]
+        part = torch.zeros_like(out)
+        part[:, lines, pixels] = moved @ weight[:, :, i, j].T
+        out = out + part
+    g, grad_weight = torch.autograd.grad(out, [normed, weight], grad_out)
+    rows = (0, 1, 2)
+    sums = norm.inverse * (g * (x - norm.mean)).sum(rows), g.sum(rows)
+    return _named(out, norm.scale * g, grad_weight, *sums, *measured(reference, x))
+
+
+def _spreads(dtype):
+    """Whether PyTorch's convolution in this type may use the tiles of AMX."""
+    return dtype == torch.bfloat16 and Instructions.AMX in LEVELS
 
 
 @kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_passes_through_the_max_pool(value):
+def test_non_finite_values_pass_through_the_max_pool(value):
     x, norm = Operands.random((2, (6, 5), 13), torch.float32)
     x[1, 2, 4, 2] = value
     grad_out, results = torch.randn(2, 3, 3, 13), []

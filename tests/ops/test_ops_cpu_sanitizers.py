@@ -20,10 +20,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BEGIN = """
 import sys
 from pathlib import Path
-from efficient_densenet.ops import cpu
 from efficient_densenet.ops.cpu import library
-loaded = library.open_library(Path(sys.argv[1]))
-library.load = cpu.load = lambda: loaded
+loaded = library._loaded = library.open_library(Path(sys.argv[1]))
 """
 RUN_TESTS = "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
 ONE_ROW_TOO_MANY = """

@@ -31,11 +31,13 @@ _ROWS_PER_SUM = 64
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
-    dtype = into.scale.dtype
-    mean, variance, weight, bias = (t if t.dtype == dtype else t.to(dtype) for t in (*statistics, weight, bias))
-    torch.add(variance, eps, out=into.inverse).rsqrt_()
-    torch.mul(weight, into.inverse, out=into.scale)
-    torch.addcmul(bias, mean, into.scale, value=-1, out=into.shift)
+    # In double precision, for an error in these is one of a whole channel, which no sum makes smaller.
+    dtype = _double(weight)
+    mean, variance, weight, bias = (t.to(dtype) for t in (*statistics, weight, bias))
+    inverse = torch.rsqrt(variance + eps)
+    into.inverse.copy_(inverse)
+    into.scale.copy_(weight * inverse)
+    into.shift.copy_(bias - mean * into.scale)
 
 
 def norm_relu_conv(
@@ -108,8 +110,8 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    # All pixels of an image get the same gradient, so that its sum in single precision would round in the same direction
-    # again and again: pixels are counted instead, and multiplied by the gradient in double precision.
+    # All pixels of an image get the same gradient, so that its sum in single precision would round in the same
+    # direction again and again: pixels are counted instead, and multiplied by the gradient in double precision.
     total = norm.mean.new_zeros((2, len(norm.mean)), dtype=_double(norm.mean))
     share = grad_out.to(norm.scale.dtype) / prod(x.shape[1:-1])
     for images, scratch in pieces(x):

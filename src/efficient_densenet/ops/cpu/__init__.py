@@ -3,8 +3,8 @@
 Where the rule in `instructions` says so, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is
 made a few lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the
 convolution is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before
-and behind it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that depends on the shapes and
-the number of threads alone.
+and behind it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
+depends on the shapes and the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
 """
@@ -25,8 +25,6 @@ from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import TYPES, load
 from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
 
-fold_norm = eager.fold_norm
-
 
 def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here."""
@@ -41,22 +39,35 @@ def describe() -> str:
     parts = [loaded.description]
     for dtype in TYPES:
         ours, reason = convolutions(loaded.instructions, dtype)
-        parts.append(f"convolutions in {str(dtype).removeprefix('torch.')} are {'ours' if ours else 'PyTorch'}: {reason}")
+        parts.append(
+            f"convolutions in {str(dtype).removeprefix('torch.')} are {'ours' if ours else 'PyTorch'}: {reason}"
+        )
     return "; ".join(parts)
+
+
+def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
+    dtype = into.scale.dtype
+    constants = [t.to(dtype).contiguous() for t in (*statistics, weight, bias)]
+    load().kernels.fold_norm(
+        TYPES[dtype], *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
+    )
 
 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
     moments = _no_moments(out) if into else None
-    if not _has_own_product(x, weight, pool) or not load().kernels.convolve(
-        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(norm.scale, norm.shift),
-        *_matrix(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
-    ):  # fmt: skip
+    if pool > 1 or not _convolve(x, norm, weight, out, moments):
         rows = 0
         for images, scratch in pieces(x):
-            y = convolve(_prologue(x[images], norm, pool, scratch), weight)
-            rows = _copy_moments(y, out[images], moments, rows)
+            s, here = _prologue(x[images], norm, pool, scratch), out[images]
+            # What a pool has made is not negative: another rectifier changes nothing.
+            done = pool > 1 and _convolve(s, _identity(norm), weight, here, None)
+            rows = (
+                _copy_moments(here, None, moments, rows)
+                if done
+                else _copy_moments(convolve(s, weight), here, moments, rows)
+            )
     _put(moments, into)
 
 
@@ -72,30 +83,54 @@ def norm_relu_conv_backward(
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
-    grad_weight = None
-    done = _Done.NOTHING
-    if _has_own_product(x, weight, pool):
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        done = load().kernels.convolve_backward(
-            TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
-            *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), accumulate,
-            None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    grad_weight, done = None, _Done.NOTHING
+    if pool == 1:
+        done, grad_weight = _convolve_backward(grad_out, x, norm, weight, grad_x, accumulate, need_weight, sums)
     if done != _Done.ALL:
         whole = done == _Done.NOTHING
-        target, taken = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
+        target, to = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
         grad_weight = _backward_in_passes(
-            grad_out, x, norm, weight, target, accumulate and whole, pool, need_weight, taken
+            grad_out, x, norm, weight, target, accumulate and whole, pool, need_weight, to
         )
     return grad_weight, *norm_gradients(norm, sums, through)
 
 
 class _Done(IntEnum):
-    """What the kernel for a whole backward pass has done: infinite and undefined values it leaves to PyTorch."""
+    """What the kernel for a whole backward pass has done: non-finite values it leaves to PyTorch."""
 
     NOTHING = 0
     ALL_BUT_WEIGHT = 1
     ALL = 2
+
+
+def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Tensor | None) -> bool:
+    """The whole operation without a pool in one kernel; False where there is none, or it leaves this to PyTorch."""
+    return _has_own_product(x, weight) and load().kernels.convolve(
+        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(norm.scale, norm.shift),
+        *_matrix(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _convolve_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    norm: Affine,
+    weight: Tensor,
+    grad_x: Tensor,
+    accumulate: bool,
+    need_weight: bool,
+    sums: Tensor,
+) -> tuple[_Done, Tensor | None]:
+    """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
+    if not _has_own_product(x, weight):
+        return _Done.NOTHING, None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    done = load().kernels.convolve_backward(
+        TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
+        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), accumulate,
+        None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return _Done(done), grad_weight
 
 
 def _backward_in_passes(
@@ -109,19 +144,32 @@ def _backward_in_passes(
     need_weight: bool,
     sums: Tensor,
 ) -> Tensor | None:
-    """PyTorch's convolution between the passes; the sums go to `sums`."""
+    """The product between the passes, by PyTorch unless a pool comes before it; the sums go to `sums`."""
     grad_weight = None
     if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     for images, scratch in pieces(x):
-        piece = x[images]
+        piece, grad = x[images], grad_out[images]
         s = _prologue(piece, norm, pool, scratch)
-        g, gw = convolve_backward(grad_out[images], s, weight, need_weight)
+        g, done = torch.empty_like(s) if pool > 1 else s, _Done.NOTHING
+        if pool > 1:
+            done, gw = _convolve_backward(
+                grad, s, _identity(norm), weight, g, False, need_weight, torch.empty_like(sums)
+            )
+        if done != _Done.ALL:
+            g, gw = convolve_backward(grad, s, weight, need_weight)
         if need_weight:
+            assert gw is not None
             gw = gw.to(norm.scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, norm, grad_x[images], accumulate, pool, sums)
     return _like(grad_weight, weight) if need_weight else None
+
+
+def _identity(norm: Affine) -> Affine:
+    """A norm that changes nothing, of as many channels."""
+    zero, one = torch.zeros_like(norm.mean), torch.ones_like(norm.mean)
+    return Affine(zero, one, one, zero)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -188,12 +236,12 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     )  # fmt: skip
 
 
-def _has_own_product(x: Tensor, weight: Tensor, pool: int) -> bool:
+def _has_own_product(x: Tensor, weight: Tensor) -> bool:
     """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
 
     Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.
     """
-    if pool != 1 or x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
+    if x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
         return False
     kernel = tuple(weight.shape[2:])
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last

@@ -1,8 +1,8 @@
 """Which instructions the kernels use, and what runs a convolution with them: a kernel of ours, or PyTorch.
 
-The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md). A kernel of ours gains by making the rectified prefix,
-and by using the result, without a way through memory. That pays unless PyTorch's convolution has instructions that ours
-has not: the tiles of AMX, which multiply bfloat16 several times faster than anything else on the processor.
+The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md). A kernel of ours gains by making the rectified
+prefix, and by using the result, without a way through memory. That pays unless PyTorch's convolution has instructions
+that ours has not: the tiles of AMX, which multiply bfloat16 several times faster than anything else on the processor.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def convolutions(level: Instructions, dtype: torch.dtype) -> Convolutions:
     return Convolutions(True, "they are faster than PyTorch's with these instructions")
 
 
+BEST = max(Instructions)
+
+
 def named(name: str) -> Instructions:
     """The level of this name, such as ``"avx2"``.
 
@@ -72,6 +75,6 @@ def limit() -> Instructions:
     """
     name = os.environ.get(VARIABLE)
     try:
-        return named(name) if name else max(Instructions)
+        return named(name) if name else BEST
     except UserError as error:
         raise UserError(f"{VARIABLE}: {error}") from None

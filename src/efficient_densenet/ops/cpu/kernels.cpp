@@ -329,6 +329,15 @@ EXPORT int ed_convolve_backward(int type, void *grad, Index ldgrad, void *x, Ind
 #undef BACKWARD
 }
 
+// inverse = 1/sqrt(variance + eps), scale = weight·inverse, shift = bias − mean·scale; all in float32, or for
+// activations in float64 in that.
+EXPORT void ed_fold_norm(int type, const void *mean, const void *variance, const void *weight, const void *bias,
+                         double eps, Index channels, void *inverse, void *scale, void *shift) {
+  DISPATCH(type, fold_norm, constants<E>(mean), constants<E>(variance), constants<E>(weight), constants<E>(bias), eps,
+           channels, static_cast<Compute<E> *>(inverse), static_cast<Compute<E> *>(scale),
+           static_cast<Compute<E> *>(shift));
+}
+
 // out = relu(scale·x + shift); `out` has no gaps.
 EXPORT void ed_prologue(int type, void *x, Index ldx, Index rows, Index channels, const void *scale, const void *shift,
                         void *out, int threads) {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from efficient_densenet.ops.cpu.instructions import Instructions, convolutions, limit
+from efficient_densenet.ops.cpu.instructions import BEST, Instructions, convolutions, limit
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -23,6 +23,7 @@ _SIGNATURES = {
     "convolve": [_int, *_rows, *[_pointer] * 4, *_rows, _pointer, _int],
     "convolve_backward": [_int, *_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
     "suits": [_int, _index, _index],
+    "fold_norm": [_int, *[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3],
     "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
     "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
     "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
@@ -80,12 +81,19 @@ def _find() -> Loaded:
 
 
 @contextmanager
-def held_to(level: Instructions) -> Iterator[Loaded]:
-    """While this is open, the kernels use no better instructions than these: to test them, and to compare."""
+def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
+    """While this is open, the kernels use no better instructions than these: to test them, and to compare.
+
+    Args:
+        level: the best level to use.
+        ours: False: PyTorch runs all convolutions, whatever the rule says.
+    """
     global _loaded
     before = load()
     assert before.path is not None, before.description
     _loaded = open_library(before.path, level)
+    if not ours:
+        _loaded = _loaded._replace(convolves=frozenset())
     try:
         yield _loaded
     finally:
@@ -93,7 +101,7 @@ def held_to(level: Instructions) -> Iterator[Loaded]:
         _loaded = open_library(before.path, before.instructions)
 
 
-def open_library(path: Path, level: Instructions = max(Instructions)) -> Loaded:
+def open_library(path: Path, level: Instructions = BEST) -> Loaded:
     """Load kernels from a file, to use instructions up to this level.
 
     Raises:

@@ -391,3 +391,18 @@ void finish(Matrix<E> grad, Matrix<E> x, Index rows, Index channels, const Compu
     }
   });
 }
+
+// ---- folding a norm ---------------------------------------------------------------------------------------------
+
+// In double precision, for an error in these is one of a whole channel, which no sum makes smaller. The shift belongs to
+// the scale as it was rounded.
+template <class E, class S = Compute<E>>
+void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels, S *inverse,
+               S *scale, S *shift) {
+  for (Index c = 0; c < channels; ++c) {
+    double exact = 1 / std::sqrt(variance[c] + eps);
+    inverse[c] = static_cast<S>(exact);
+    scale[c] = static_cast<S>(weight[c] * exact);
+    shift[c] = static_cast<S>(bias[c] - static_cast<double>(mean[c]) * scale[c]);
+  }
+}
