@@ -140,11 +140,12 @@ def test_a_missing_gradient_does_not_pass(way, monkeypatch, capsys):
     assert "denselayer2.conv1.weight: off by inf" in capsys.readouterr().out
 
 
-def test_twice_the_ordinary_error_is_allowed():
+def test_the_ordinary_error_is_allowed_and_twice_that_for_a_single_tensor():
     def strain_of(error, ordinary_error, size=1.0, kind="buffer", dtype="float32"):
         return strain(Difference(kind, "x", size, error, ordinary_error, False), dtype)
 
     assert strain_of(1.9, 1.0) < 1 < strain_of(2.1, 1.0)
+    assert strain_of(0.99, 1.0, kind=WHOLE) < 1 < strain_of(1.01, 1.0, kind=WHOLE)
     assert strain_of(1e-5, 0.0) < 1 < strain_of(1e-3, 0.0), "a floor for what rounding does by chance"
     assert strain_of(1e-5, 0.0, kind=WHOLE) > 1 and strain_of(1e-9, 0.0, dtype="float64") > 1
     assert strain_of(0.0, 0.0, size=0.0) == 0 and strain_of(1e-30, 0.0, size=0.0) > 1
@@ -187,6 +188,25 @@ def test_rounding_is_judged_in_float64():
     case = gradients.Case(network, True, "bottleneck", True, "float32", 3, seed=0)
     (whole,) = whole_gradient(gradients.compare(case, Place("cpu")))
     assert 1e-8 < whole.share(whole.ordinary_error) < 1e-5
+
+
+@pytest.mark.parametrize("spoilt", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_better_of_the_ordinary_forms_is_the_measure(spoilt, monkeypatch):
+    step, formats = gradients._step, []
+
+    def spoil(case, place, network, memory_format=torch.contiguous_format):
+        results = step(case, place, network, memory_format)
+        ordinary = network.efficient is False and next(network.parameters()).dtype == torch.float32
+        if ordinary and memory_format == spoilt:
+            formats.append(memory_format)
+            results = {key: value * 1.01 for key, value in results.items()}
+        return results
+
+    monkeypatch.setattr(gradients, "_step", spoil)
+    network = gradients.Network(None, {"num_init_features": 4, "block_config": [2]}, 8, 100)
+    case = gradients.Case(network, True, "bottleneck", True, "float32", 3, seed=0)
+    (whole,) = whole_gradient(gradients.compare(case, Place("cpu")))
+    assert formats == [spoilt] and whole.share(whole.ordinary_error) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def run(library, code, *arguments):
 
 def test_no_kernel_goes_beyond_its_memory(sanitized):
     files = [str(TESTS / "test_ops_backends.py"), str(TESTS / "test_ops_cpu.py")]
-    chosen = "cpu and not (eager or without_kernels or instruction_set or backends_tell)"
+    # Vectors of 32 and of 64 bytes, and the shapes and layouts in which something lies behind a row.
+    left_out = "eager or whole or image or channels_last or without_kernels or environment or backends_tell"
+    chosen = f"cpu and not ({left_out} or non_finite or bit_for_bit or baseline or avx512- or avx512])"
     result = run(sanitized, RUN_TESTS, *files, "-k", chosen)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "passed" in result.stdout

@@ -16,6 +16,7 @@ _aten = torch.ops.aten
 # Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
 SCRATCH = {"cpu": 4 << 20}
 _SCRATCH_ELSEWHERE = 64 << 20
+_CHANNELS_PER_SUM = 64
 
 
 def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -35,6 +36,16 @@ def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def convolve(s: Tensor, weight: Tensor) -> Tensor:
     """``(n, *spatial, C)`` → ``(n, *spatial, O)``, contiguous; stride 1, padded so that the resolution stays."""
     return channels_last(_aten.convolution(channels_first(s), weight, None, *_geometry(weight))).contiguous()
+
+
+def convolve_pooled(s: Tensor, weight: Tensor) -> Tensor:
+    """`convolve` for a 1×1 window behind an average pool, as a sum over groups of channels.
+
+    In the ordinary network the pool comes behind the convolution and takes the mean of rounding errors too. Where it
+    comes first, shorter sums make up for that.
+    """
+    groups = zip(s.split(_CHANNELS_PER_SUM, -1), weight.split(_CHANNELS_PER_SUM, 1), strict=True)
+    return functools.reduce(torch.Tensor.add_, (convolve(*group) for group in groups))
 
 
 def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_densenet.ops.convolution import channels_first, channels_last, convolve, convolve_backward, pieces
+from efficient_densenet.ops.convolution import (
+    channels_first,
+    channels_last,
+    convolve,
+    convolve_backward,
+    convolve_pooled,
+    pieces,
+)
 from efficient_densenet.ops.reference import AVERAGE_POOL, Affine, Statistics, merge, norm_gradients, statistics_dtype
 
 _aten = torch.ops.aten
@@ -46,9 +53,11 @@ def norm_relu_conv(
     moments = _Moments()
     for images, scratch in pieces(x):
         s = _prologue(x[images], norm, scratch)
-        if pool > 1:
-            s = _average_pool(s, pool)
-        y = convolve(channels_last(s), weight)
+        y = (
+            convolve_pooled(channels_last(_average_pool(s, pool)), weight)
+            if pool > 1
+            else convolve(channels_last(s), weight)
+        )
         out[images].copy_(y)
         if into:
             moments.add(y)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces, row_stride
+from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled, pieces, row_stride
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import TYPES, load
 from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
@@ -62,12 +62,11 @@ def norm_relu_conv(
         for images, scratch in pieces(x):
             s, here = _prologue(x[images], norm, pool, scratch), out[images]
             # What a pool has made is not negative: another rectifier changes nothing.
-            done = pool > 1 and _convolve(s, _identity(norm), weight, here, None)
-            rows = (
-                _copy_moments(here, None, moments, rows)
-                if done
-                else _copy_moments(convolve(s, weight), here, moments, rows)
-            )
+            if pool > 1 and _convolve(s, _identity(norm), weight, here, None):
+                rows = _copy_moments(here, None, moments, rows)
+            else:
+                y = convolve_pooled(s, weight) if pool > 1 else convolve(s, weight)
+                rows = _copy_moments(y, here, moments, rows)
     _put(moments, into)
 
 
