@@ -9,7 +9,9 @@ from typing import Any
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.measure import contest, devices, machine, max_batch, networks, report
+from efficient_densenet.measure.contender import DTYPES
 from efficient_densenet.measure.contenders import CONTENDERS, contender_list
+from efficient_densenet.measure.machine import HELD
 from efficient_densenet.measure.memory import parse_bytes
 from efficient_densenet.measure.networks import Network, int_list, positive_int
 from efficient_densenet.measure.processes import Job
@@ -28,6 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=contender_list,
         default="ordinary,ordinary-channels-last,bottleneck,features,inputs",
         help="; ".join(f"{name}: {made.description}" for name, made in CONTENDERS.items()),
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of weights and images; amp-bf16: float32 under autocast to bfloat16",
+    )
+    parser.add_argument(
+        "--evaluation", action="store_true", help="time forward alone, in evaluation mode, under inference_mode"
+    )
+    parser.add_argument(
+        "--instructions",
+        choices=tuple(HELD),
+        help="hold the kernels of this library, PyTorch's and oneDNN's to this level (None: the best there is)",
     )
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images over all devices")
     parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each contender")
@@ -58,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         "warmup": arguments.warmup,
         "iterations": arguments.iterations,
         "memory_limit": None,
+        "dtype": arguments.dtype,
+        "training": not arguments.evaluation,
     }
     measure = _times if arguments.max_batch is None else _largest_batches
     content, table = measure(arguments, network, job)
@@ -72,11 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
     for num_devices in arguments.num_devices:
         devices.check(arguments.device, num_devices, arguments.batch_size)
-        network.check_images(arguments.batch_size // num_devices)
+        network.check_images(arguments.batch_size // num_devices, training=not arguments.evaluation)
     results: list[contest.Result] = []
     for num_devices in arguments.num_devices:
         results += contest.run(
-            arguments.contenders, job, arguments.rounds, arguments.device, num_devices, arguments.threads
+            arguments.contenders,
+            job,
+            arguments.rounds,
+            arguments.device,
+            num_devices,
+            arguments.threads,
+            HELD[arguments.instructions] if arguments.instructions else None,
         )
     rows = contest.summarize(results)
     return {"results": results, "summary": rows}, report.times_table(rows)
@@ -85,6 +109,8 @@ def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[d
 def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
     if arguments.num_devices != [1]:
         raise UserError("--max-batch measures one device: leave --num-devices away")
+    if arguments.instructions:
+        raise UserError("--max-batch measures memory, which no instructions change: leave --instructions away")
     devices.check(arguments.device, num_devices=1, batch_size=1)
     network.check_images(1)
     results = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)

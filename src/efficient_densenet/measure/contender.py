@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import serve
 from efficient_densenet.ops import plain_pytorch
 
+DTYPES = ("float32", "bfloat16", "float16", "amp-bf16")
+
 
 class TrainingStep:
     """Forward (to the loss) and backward on one batch, again and again, without a step of an optimiser.
@@ -26,7 +29,7 @@ class TrainingStep:
         network: which network.
         batch_size: images over all devices.
         place: where; its share of the batch is used.
-        dtype: of the network and the images.
+        dtype: of the network and the images, one of `DTYPES`; ``"amp-bf16"`` is float32 under autocast to bfloat16.
         training: False: evaluation, forward alone, under `torch.inference_mode`.
     """
 
@@ -41,12 +44,18 @@ class TrainingStep:
     ) -> None:
         self.place, self.training = place, training
         made = CONTENDERS[contender]
+        if made.evaluates_only and (training or dtype != "float32"):
+            raise UserError(
+                f"{contender} takes part with --evaluation and in float32 alone: leave it out of --contenders"
+            )
+        self.autocast = partial(torch.autocast, place.device_type, torch.bfloat16, enabled=dtype == "amp-bf16")
+        type_ = torch.float32 if dtype == "amp-bf16" else getattr(torch, dtype)
         self.backends = plain_pytorch if made.plain else nullcontext
         torch.manual_seed(0)
         module = made.build(network).to(place.device, memory_format=made.memory_format)  # type: ignore[call-overload]
-        self.network = place.wrap(module.to(getattr(torch, dtype)).train(training))
+        self.network = place.wrap(module.to(type_).train(training))
         images, self.labels = (place.share(x) for x in network.batch(batch_size))
-        self.images = images.to(getattr(torch, dtype)).contiguous(memory_format=made.memory_format)
+        self.images = images.to(type_).contiguous(memory_format=made.memory_format)
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)  # there before the first step, so that it is not counted
 
@@ -59,7 +68,8 @@ class TrainingStep:
         self.network.zero_grad(set_to_none=False)
         self.place.meet()
         start = time.perf_counter()
-        loss = F.cross_entropy(self.network(self.images), self.labels)
+        with self.autocast():
+            loss = F.cross_entropy(self.network(self.images), self.labels)
         self.place.synchronize()
         middle = time.perf_counter()
         loss.backward()
@@ -70,7 +80,8 @@ class TrainingStep:
     def _evaluate(self) -> float:
         self.place.meet()
         start = time.perf_counter()
-        self.network(self.images)
+        with self.autocast():
+            self.network(self.images)
         self.place.synchronize()
         return (time.perf_counter() - start) * 1e3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
@@ -18,7 +18,13 @@ Result = dict[str, Any]
 
 
 def run(
-    names: Sequence[str], job: Job, rounds: int, device_type: str, num_devices: int, threads: int | None
+    names: Sequence[str],
+    job: Job,
+    rounds: int,
+    device_type: str,
+    num_devices: int,
+    threads: int | None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Let each contender measure its memory, then time it in `rounds` turns of each.
 
@@ -26,7 +32,9 @@ def run(
     """
     with ExitStack() as stack:
         teams = [
-            stack.enter_context(Team(contender.__name__, job | {"contender": n}, device_type, num_devices, threads))
+            stack.enter_context(
+                Team(contender.__name__, job | {"contender": n}, device_type, num_devices, threads, environment)
+            )
             for n in names
         ]
         results: list[Result] = []

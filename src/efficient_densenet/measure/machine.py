@@ -14,6 +14,24 @@ from typing import Any
 import torch
 
 import efficient_densenet
+from efficient_densenet.ops.cpu.instructions import VARIABLE, Instructions
+
+HELD = {
+    level.option: {
+        VARIABLE: level.option,
+        "ATEN_CPU_CAPABILITY": pytorch,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "MKL_ENABLE_INSTRUCTIONS": mkl,
+    }
+    for level, pytorch, onednn, mkl in (
+        (Instructions.BASELINE, "default", "SSE41", "SSE4_2"),
+        (Instructions.AVX2, "avx2", "AVX2", "AVX2"),
+        (Instructions.AVX512, "avx512", "AVX512_CORE", "AVX512"),
+        (Instructions.AVX512_BF16, "avx512", "AVX512_CORE_BF16", "AVX512"),
+        (Instructions.AMX, "avx512", "AVX512_CORE_AMX", "AVX512"),
+    )
+}
+"""Environment variables that hold this library, PyTorch, oneDNN and MKL to a level; read when a process starts."""
 
 
 def describe(device_type: str) -> dict[str, Any]:

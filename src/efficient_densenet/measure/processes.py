@@ -42,6 +42,7 @@ class Team:
         device_type: ``"cpu"`` or ``"cuda"``.
         num_devices: how many share the work, as one distributed group.
         threads: CPU threads of each; None: those of this process are shared out.
+        environment: variables that the workers have besides those of this process.
 
     Raises (here and in `ask`):
         UserError: a worker raised it, or died; then with the last lines that it printed.
@@ -49,7 +50,13 @@ class Team:
     """
 
     def __init__(
-        self, module: str, job: Job, device_type: str = "cpu", num_devices: int = 1, threads: int | None = None
+        self,
+        module: str,
+        job: Job,
+        device_type: str = "cpu",
+        num_devices: int = 1,
+        threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.threads = threads or max(1, torch.get_num_threads() // num_devices)
         self._folder = tempfile.TemporaryDirectory(prefix="efficient-densenet-")
@@ -58,7 +65,7 @@ class Team:
         places = [Place(device_type, i, num_devices, str(folder / "store"), self.threads) for i in range(num_devices)]
         try:
             for place in places:
-                self._workers.append(_Worker(module, place.rank, folder / f"printed-{place.rank}"))
+                self._workers.append(_Worker(module, place.rank, folder / f"printed-{place.rank}", environment or {}))
             self._exchange([{"job": job, "place": asdict(place)} for place in places])
         except BaseException:
             self.close()
@@ -103,7 +110,7 @@ class _Worker:
     C, does not come between them; `printed` is the file that it goes to.
     """
 
-    def __init__(self, module: str, rank: int, printed: Path) -> None:
+    def __init__(self, module: str, rank: int, printed: Path, environment: Mapping[str, str]) -> None:
         self.rank = rank
         self._printed = printed
         ours, theirs = os.pipe()
@@ -114,6 +121,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
                 pass_fds=(theirs,),
                 text=True,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the workers
