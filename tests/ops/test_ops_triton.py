@@ -69,36 +69,6 @@ def test_kernels_are_started_as_triton_would(tmp_path):
     assert result.stdout == "the same\n", result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90])
-def test_kernels_compile_without_spilling(sm, monkeypatch, tmp_path):
-    """Some shapes of each kind; ``benchmarks/gpu.py --compile-only`` has all of them."""
-    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import gpu_kernels
-
-    names = ("bottleneck, DenseNet-121", "3×3, k=12", "3×3, k=32", "transition, DenseNet-121")
-    shapes = tuple(shape for shape in gpu_kernels.SHAPES if shape.name in names)
-    assert len(shapes) == len(names)
-    found = gpu_kernels.records(shapes, ("bf16", "tf32"), (sm,))
-    assert {r["kernel"] for r in found} == set(gpu_kernels.KERNELS)
-    assert not [r for r in found if r["spilled_bytes"]], gpu_kernels.table(found)
-    assert all(r["shared_bytes"] <= gpu_kernels.SHARED_BYTES[sm] for r in found), gpu_kernels.table(found)
-    products = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel")
-    assert all(r["tensor_cores"] for r in found if r["kernel"] in products)
-
-
-def test_one_compiled_kernel_for_all_layers(monkeypatch):
-    """Channel counts, strides, sizes and batches are run-time arguments; layers differ in nothing else."""
-    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
-    import gpu_kernels
-
-    layers = [
-        gpu_kernels.Shape("", images, (size, size), channels, 32, 3)
-        for images, size, channels in [(256, 56, 128), (255, 56, 160), (1, 7, 992), (64, 29, 480)]
-    ]
-    assert len({frozenset(gpu_kernels.kernels_of(layer, "bf16")) for layer in layers}) == 1
-
-
 class Started(TorchDispatchMode):
     """The operations of PyTorch that compute something: no views, no room, no conversion to what something is."""
 

@@ -104,7 +104,7 @@ def grad_weight_kernel(
     grad_out, grad_out_stride, x, x_stride, scale, shift, parts,
     rows, rows_per_part, depth, height, width, channels, outputs,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    PRECISION: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``parts[part, tap, o, c] = Σ_{r in part} grad_out[r − tap, o] · pool(relu(scale·x + shift))[r, c]``.
@@ -150,7 +150,8 @@ def grad_weight_kernel(
         # Where dy is zero, x is that of some row.
         first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
         s = rectified_rows(
-            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width, PD, PH, PW, False, DTYPE
+            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
+            PD, PH, PW, False, ALIGNED, DTYPE,
         )  # fmt: skip
         total = tl.dot(tl.trans(dy), s, total, input_precision=PRECISION)
     tl.store(
@@ -258,7 +259,8 @@ class Product:
         launch.run(
             grad_weight_kernel, number * products, tile,
             self.grad_out, grad_out_stride, self.x, x_stride, self.norm.scale, self.norm.shift, parts,
-            self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision, vec,
+            self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision,
+            launch.aligned(self.norm.scale, self.norm.shift), vec,
         )  # fmt: skip
         # The taps of a weight lie at equal distances, if it is contiguous or channels-last.
         direct = weight.is_contiguous() or launch.is_packed(weight)

@@ -47,14 +47,19 @@ def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
         if compiled is not None:
             compiled[(programs, 1, 1)](*arguments, *tile.sizes.values())
             return
-        named = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = kernel[(programs,)](*arguments, **tile.sizes, **named)
+        compiled = kernel[(programs,)](*arguments, **tile.sizes, **options(tile))
         # The interpreter compiles nothing; for ROCm the compiler looks at the sizes of memory too.
         if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled
 
 
 _compiled: dict[tuple, Any] = {}
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """What the compiler is asked for; that includes what later versions of Triton no longer do by themselves: to fuse a
+    product and a sum to one instruction."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -109,6 +114,11 @@ def cube(size: Sequence[int]) -> tuple[int, ...]:
 def windows(kernel: Sequence[int], pool: int) -> tuple[int, ...]:
     """The taps of a kernel in three directions, and the pixels of a pool's window."""
     return *cube(kernel), *cube([pool] * len(kernel))
+
+
+def aligned(*vectors: Tensor) -> bool:
+    """Whether they all begin at multiples of 16 bytes."""
+    return all(vector.data_ptr() % 16 == 0 for vector in vectors)
 
 
 def common_divisor(x: Tensor, *sizes: int) -> int:
