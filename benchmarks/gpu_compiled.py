@@ -32,8 +32,8 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm
 """What a program may have of it on each device of NVIDIA's; on AMD's it is `ROCM_SHARED_BYTES`."""
 ROCM_SHARED_BYTES = 64 << 10
 MOST_SPILLED = {"sm_100": 8, "sm_120": 8, "gfx1100": 160}
-"""Bytes of a thread, where it is not 0. Blackwell's assembler spills although it has registers left; RDNA's widest forward
-tiles are a few registers short."""
+"""Bytes of a thread, where it is not 0. Blackwell's assembler spills although it has registers left; in RDNA's widest
+forward tiles a few registers are missing."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 

@@ -34,6 +34,9 @@ from efficient_densenet.ops.triton import launch
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+# The tests beside this one, and the package that is being tested.
+PYTHONPATH = os.pathsep.join([str(HERE.parent), str(Path(ops.__file__).parents[2])])
+INTERPRETER = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Relative to the largest value; TF32 keeps ten bits of each factor.
 TOLERANCE = {"ieee": 1e-5, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 3e-3}
@@ -45,19 +48,17 @@ def gpu(test):
 
 def test_every_kernel_in_the_interpreter():
     """In a process of its own: the interpreter must be on before the kernels are defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
-    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    result = subprocess.run(command, env=INTERPRETER, cwd=HERE.parents[1], capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
 def test_tests_for_a_gpu_are_sound():
     """Some of those below, in the interpreter, the CPU in the GPU's place: or they would rot where there is none."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     chosen = "(reference or head) and 13 or max_pool and 9 or falls_back"
     options = ["-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-m", "gpu", "-k", chosen]
     command = [sys.executable, "-m", "pytest", *options, str(HERE / "test_ops_triton.py")]
-    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    result = subprocess.run(command, env=INTERPRETER, cwd=HERE.parents[1], capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
     assert result.returncode == 0 and passed and int(passed[1]) >= 14, result.stdout + result.stderr
 
@@ -464,7 +465,7 @@ def test_gpu_runs_on_another_device_than_the_current():
 
 @gpu
 def test_gpu_float64_falls_back_with_one_warning(monkeypatch):
-    monkeypatch.setattr(kernels, "_state", {})
+    monkeypatch.setattr(kernels, "_state", {"warned": set(), "failed": set()})
     _, efficient, images, labels = networks(torch.float64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -476,7 +477,7 @@ def test_gpu_float64_falls_back_with_one_warning(monkeypatch):
 
 
 def test_shapes_without_a_kernel_fall_back_with_one_warning(monkeypatch):
-    monkeypatch.setattr(kernels, "_state", {})
+    monkeypatch.setattr(kernels, "_state", {"warned": set(), "failed": set()})
     x, norm = Operands.random((2, (6, 7), 5), torch.float32)
     out, expected = torch.empty(2, 2, 2, 4), torch.empty(2, 2, 2, 4)
     weight = weight_for(x, 4, 3)  # a window behind a pool

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.ops.reference import Affine, Statistics
-from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
 from efficient_densenet.ops.triton.rows import first_of_pool, inside, next_tap, place, rectified_rows, window
 
@@ -105,4 +105,4 @@ def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: i
         if into:
             merge(moments, rows, tile.rows, into)
 
-    attempt(tiles.tuned(tiles.forward(of), attempt, "forward", x, of))
+    attempt(tuning.tuned(tiles.forward(of), attempt, "forward", x, of))

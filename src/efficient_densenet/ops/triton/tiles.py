@@ -3,22 +3,18 @@
 None of these has been timed on a GPU. They follow from the shapes: a tile is as wide as the channels that it makes, so
 that few channels do not waste the tensor cores; it is tall enough to use each weight often; its accumulators fit into
 the registers without spilling, and its stages into the shared memory of the device.
-Set EFFICIENT_DENSENET_AUTOTUNE=1 to have them timed, once per kind of shape and process.
+`tuning` has them timed instead.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, inf
-from typing import Any, NamedTuple
+from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-AUTOTUNE = os.environ.get("EFFICIENT_DENSENET_AUTOTUNE", "0") not in ("", "0")
 
 
 class Device(NamedTuple):
@@ -26,8 +22,8 @@ class Device(NamedTuple):
 
     `stages` of a product's pipeline, in half precision (one less in float32, which is twice as large); the `programs`
     that the row blocks of a weight gradient are chosen to make, two for each multiprocessor; the `widest` tile of a
-    product, in columns; and whether products are those of Hopper's warp groups. Constants for each kind of device, so that
-    the order of the sums depends on it and on shapes alone.
+    product, in columns; and whether products are those of Hopper's warp groups. Constants for each kind of device, so
+    that the order of the sums depends on it and on shapes alone.
     """
 
     stages: int
@@ -162,52 +158,6 @@ def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
     """The rows that a program of a weight gradient adds up, where one pass over them makes `products` tiles."""
     parts = ceil(device.programs / products)
     return max(8, ceil(rows / parts / depth)) * depth
-
-
-def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, of: Product) -> Tile:
-    """`default`, or where tuning is on the fastest of the tiles around it for such shapes.
-
-    Shapes are told apart by their size and channels in powers of two. While a CUDA graph is captured nothing is timed,
-    but what was found before is used. `attempt` runs many times: it must not add to a result.
-    """
-    if not AUTOTUNE:
-        return default
-    size = x.numel().bit_length(), of.channels.bit_length()
-    key = name, x.device, x.dtype, size, of._replace(channels=0)
-    if key not in _found:
-        if torch.cuda.is_current_stream_capturing():
-            return default
-        _found[key] = min(_around(default), key=lambda tile: _milliseconds(attempt, tile))
-    return _found[key]
-
-
-_found: dict[tuple, Tile] = {}
-
-
-def _around(tile: Tile) -> list[Tile]:
-    shapes = {
-        (tile.rows, tile.columns),
-        (max(16, tile.rows // 2), tile.columns),
-        (tile.rows, max(16, tile.columns // 2)),
-    }
-    depths = {tile.depth, max(16, tile.depth // 2), min(64, tile.depth * 2)}
-    return [tile] + [
-        Tile(rows, columns, depth, warps, stages)
-        for rows, columns in sorted(shapes)
-        for depth in sorted(depths)
-        for warps in (4, 8)
-        for stages in (1, 2, 3, 4)
-    ]
-
-
-def _milliseconds(attempt: Callable[[Tile], Any], tile: Tile) -> float:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    try:
-        return do_bench(lambda: attempt(tile), warmup=5, rep=20)
-    except OutOfResources:
-        return inf
 
 
 def _cover(size: int, least: int, most: int) -> int:
