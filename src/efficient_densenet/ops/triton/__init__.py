@@ -24,7 +24,7 @@ from torch import Tensor
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
 from efficient_densenet.ops.reference import Affine, Statistics
-from efficient_densenet.ops.triton import launch
+from efficient_densenet.ops.triton import check, launch, trust
 from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,17 +35,30 @@ def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here. Warns once with the reason where those of a GPU do not."""
     if not x.is_cuda:
         return False
-    reason = _obstacle(x.device, x.dtype)
+    reason = obstacle(x.device, x.dtype) or trust.obstacle(x.device, check.kind_of(x.dtype))
     if reason:
         _warn(reason)
     return not reason
 
 
 def available() -> str:
-    """In words, for people."""
+    """In words, for people: what there is, and what was found out about it on this machine's current GPU."""
     if not _installed():
         return "plain PyTorch: triton is not installed"
-    return "Triton kernels for float32, bfloat16 and float16; plain PyTorch for other types"
+    mode = trust.mode_of_trust()
+    if mode == "off":
+        return f"plain PyTorch: {trust.VARIABLE} is off"
+    text = "Triton kernels for float32, bfloat16 and float16; plain PyTorch for other types"
+    if not torch.cuda.is_available():
+        return text
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = obstacle(device, torch.float32)
+    if reason:
+        return f"plain PyTorch: {reason}"
+    if mode == "trust":
+        return f"{text}; used without a check: {trust.VARIABLE} is trust"
+    verdicts = {kind: trust.stored(device, kind) or "not checked yet" for kind in check.KINDS}
+    return f"{text}; on this GPU {', '.join(f'{kind} {verdict}' for kind, verdict in verdicts.items())}"
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
@@ -154,7 +167,7 @@ def _uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: t
 
 
 @functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in _TYPES:
         return f"there are none for {dtype}"
     if not _installed():

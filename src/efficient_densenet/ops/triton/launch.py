@@ -56,8 +56,8 @@ def operation(device: torch.device) -> Iterator[None]:
         for number, start in enumerate(ready):
             try:
                 start()
-            except Exception as error:
-                if number or isinstance(error, torch.OutOfMemoryError):
+            except RuntimeError as error:  # what the driver says
+                if number:
                     raise
                 raise CannotStart(f"a kernel does not start: {_first_line(error)}") from error
 
