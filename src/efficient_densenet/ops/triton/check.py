@@ -230,7 +230,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="check the Triton kernels on a GPU")
     parser.add_argument("device", type=torch.device)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--rows", type=int, default=0)
     arguments = parser.parse_args()
     from efficient_densenet.ops import triton
 
@@ -240,7 +239,7 @@ def main() -> None:
     torch.ones(1, device=arguments.device).item()
     print(READY, flush=True)
     try:
-        found: dict[str, Any] = {"faults": faults(triton, arguments.device, arguments.kind, arguments.rows)}
+        found: dict[str, Any] = {"faults": faults(triton, arguments.device, arguments.kind)}
     except torch.OutOfMemoryError:
         found = {"undecided": "the GPU has too little free memory for the check"}
     print(json.dumps(found), flush=True)
