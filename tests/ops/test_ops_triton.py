@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 from operands import Operands, weight_for
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_interpreter import needs_interpreter
 
 from efficient_densenet import DenseNet, backends, ops
 from efficient_densenet.execution import stage
@@ -28,17 +28,7 @@ PYTHONPATH = os.pathsep.join([str(HERE.parent), str(Path(ops.__file__).parents[2
 INTERPRETER = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
-def version(distribution):
-    return tuple(int(part) for part in importlib.metadata.version(distribution).split(".")[:2])
-
-
-# The interpreter of Triton 3.6 makes numbers of arrays in a way that numpy 2.4 no longer allows.
-interpreter = pytest.mark.skipif(
-    version("triton") < (3, 7) and version("numpy") >= (2, 4), reason="Triton 3.6's interpreter needs numpy < 2.4"
-)
-
-
-@interpreter
+@needs_interpreter
 @pytest.mark.parametrize("cases", ["triton_cases.py", "triton_fallback_cases.py"])
 def test_every_kernel_in_the_interpreter(cases):
     """In a process of its own: the interpreter must be on before the kernels are defined."""
@@ -47,7 +37,7 @@ def test_every_kernel_in_the_interpreter(cases):
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
-@interpreter
+@needs_interpreter
 def test_tests_for_a_gpu_are_sound():
     """Some of those below, in the interpreter, the CPU in the GPU's place: or they would rot where there is none."""
     chosen = "(reference or head) and 13 or max_pool and 9 or falls_back"

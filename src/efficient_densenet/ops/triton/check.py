@@ -82,17 +82,17 @@ class _Case:
 
     def __init__(self, kind: str, device: torch.device, size: tuple[int, ...]) -> None:
         self.tolerance, self.dtype, self.device = _TOLERANCE[kind], KINDS[kind], device
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)  # the same values for every device
         channels = size[-1]
         # In quarters and powers of two, so that the rectifier and the pools decide the same in every precision.
-        x = torch.randint(-12, 13, size, generator=self.generator, device=device) / 4
-        sign, power, shift, mean = torch.randint(0, 4, (4, channels), generator=self.generator, device=device).float()
+        x = torch.randint(-12, 13, size, generator=self.generator).to(device) / 4
+        sign, power, shift, mean = torch.randint(0, 4, (4, channels), generator=self.generator).to(device).float()
         scale = 2 ** (power - 2) * torch.where(sign > 0, 1.0, -1.0)
         self.norm = Affine(mean / 4, 1 + mean / 4, scale, shift / 4 - 0.125 * scale)
         self.x = self.slice_of(x)
 
     def random(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, device=self.device)
+        return torch.randn(size, generator=self.generator).to(self.device)
 
     def slice_of(self, x: Tensor) -> Tensor:
         """The same values in this type, as a slice of the channels of a wider tensor that is full of NaN."""
