@@ -99,7 +99,7 @@ def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: i
             norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
             x, x_stride // vec, norm.scale, norm.shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
-            *windows, into is not None, of.precision, of.device.warp_groups and _MUST_WAIT,
+            *windows, into is not None, of.precision, _MUST_WAIT and of.device.warp_groups and not of.exact,
             launch.aligned(norm.scale, norm.shift), vec,
         )  # fmt: skip
         if into:
