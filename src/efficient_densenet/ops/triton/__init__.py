@@ -168,6 +168,7 @@ def _uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: t
 
 @functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation
 def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there are no kernels for such activations on a GPU, whether they are right or not; or nothing."""
     if dtype not in _TYPES:
         return f"there are none for {dtype}"
     if not _installed():

@@ -107,6 +107,8 @@ def _obstacle_of_the_group(device: torch.device, kind: str) -> str | None:
         if reason is not None:
             store.set(key, json.dumps([reason, machine(device)]))
         return reason
+    if mode_of_trust() != "auto":
+        return _obstacle_here(device, kind)
     try:
         store.wait([key], timedelta(seconds=2 * SECONDS))
     except RuntimeError:  # the first process has no use for the kernels
