@@ -3,10 +3,11 @@
     python benchmarks/gpu.py                  # everything, in under ten minutes, on the first GPU
     python benchmarks/gpu.py --quick          # tiny, to try this program
     python benchmarks/gpu.py --sections L40   # one part again; the others stay as they are
-    python benchmarks/gpu.py --compile-only   # needs no GPU: registers, shared memory and spills for sm_80 and sm_90
+    python benchmarks/gpu.py --compile-only   # needs no GPU: registers, shared memory and spills, for many devices
 
-Every contender runs in a process of its own, one after the other, so that each has the whole memory. Results are
-written after each one. What there is no time for is written down as such: give its section a call of its own.
+Every contender has a process of its own. Those that compile or search for minutes do that first, side by side; then
+all are measured one after the other, so that each has the GPU for itself. Results are written after each one, beside
+those that exist; what there is no time for leaves an earlier result as it is: give its section a call of its own.
 Results: ``results/gpu.json`` and ``results/triton_kernels.json`` beside this file.
 """
 
@@ -35,8 +36,10 @@ Record = dict[str, Any]
 HERE = Path(__file__).parent
 OURS = ("efficient, bottleneck", "efficient, features", "efficient, inputs", "efficient, bottleneck, graph")
 MAX_AUTOTUNE = "compiled, max-autotune"
-COMPILED = ("compiled", MAX_AUTOTUNE)
-EAGER = ("ordinary", "ordinary, channels_last")
+COMPILED = ("compiled", "compiled, budget 0.5", "compiled, budget 0.1", MAX_AUTOTUNE)
+SLOW_TO_START = ("compiled", "cudnn.benchmark", "reduce-overhead")
+"""What is in the names of contenders that compile, or search for algorithms."""
+EAGER = ("ordinary", "ordinary, channels_last", "ordinary, channels_last, cudnn.benchmark")
 LIBRARIES = (*EAGER, "memory_efficient", "memory_efficient, channels_last", "timm, channels_last")
 
 # In the order of their worth, should the time run out; what tunes for minutes comes last, of all sections.
@@ -74,11 +77,41 @@ class Clock:
     """
 
     MOST = 120  # seconds for one, or a single compilation might leave none to the others
+    PREPARATION = 240  # seconds for all that are prepared side by side
+    SIDE_BY_SIDE = 3  # more would not fit into the GPU's memory
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self._starter = ThreadPoolExecutor(1)
         self._next: tuple[Job, Future[Team]] | None = None
+        self._prepared: list[tuple[Job, Team | str]] = []
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Let contenders compile side by side, before anything is measured; each then waits for its turn."""
+        end = min(self.end, time.monotonic() + self.PREPARATION)
+
+        def prepared(job: Job) -> Team | str:
+            left = end - time.monotonic()
+            if left < 5:
+                return f"there was no time to prepare it in the first {self.PREPARATION} s"
+            try:
+                team = Team("gpu_contender", job, "cuda")
+            except (UserError, OSError) as error:
+                return str(error)
+            timer = threading.Timer(left, team.close)
+            timer.start()
+            try:
+                team.ask("prepare")
+            except (UserError, ValueError, OSError) as error:
+                team.close()
+                out_of_time = f"took more than {self.PREPARATION} s to compile"
+                return out_of_time if time.monotonic() >= end else str(error)
+            finally:
+                timer.cancel()
+            return team
+
+        with ThreadPoolExecutor(self.SIDE_BY_SIDE) as pool:
+            self._prepared = list(zip(jobs, pool.map(prepared, jobs), strict=True))
 
     def ask(self, job: Job, request: str, following: Job | None = None) -> Record:
         """The contender's answer, or why there is none; the `following` contender may get ready."""
@@ -87,9 +120,11 @@ class Clock:
             return {"failed": "no time left"}
         end = self.end if job["contender"] == MAX_AUTOTUNE else min(self.end, began + self.MOST)
         ready = self._ready(job)
+        if isinstance(ready, str):
+            return {"failed": ready}
         try:
             with ready.result(end - began) as team:
-                if following is not None and following != job:
+                if following is not None and following != job and not self._is_prepared(following):
                     self._next = following, self._start(following)
                 timer = threading.Timer(max(0, end - time.monotonic()), team.close)
                 timer.start()
@@ -109,11 +144,26 @@ class Clock:
         if self._next is not None:
             self._end(self._next[1])
         self._starter.shutdown()
+        for _, team in self._prepared:
+            if not isinstance(team, str):
+                team.close()
 
     def _start(self, job: Job) -> Future[Team]:
         return self._starter.submit(Team, "gpu_contender", job, "cuda")
 
-    def _ready(self, job: Job) -> Future[Team]:
+    def _is_prepared(self, job: Job) -> bool:
+        return any(job == prepared for prepared, _ in self._prepared)
+
+    def _ready(self, job: Job) -> Future[Team] | str:
+        """A process for the job, by now or soon; or why there is none."""
+        for i, (known, team) in enumerate(self._prepared):
+            if job == known:
+                del self._prepared[i]
+                if isinstance(team, str):
+                    return team
+                done: Future[Team] = Future()
+                done.set_result(team)
+                return done
         (prepared, team), self._next = self._next or (None, None), None
         if prepared == job and team is not None:
             return team
@@ -147,6 +197,10 @@ def measure(
             job["batch"] = batches.get(name)
         return None if "batch" in job and job["batch"] is None else job
 
+    slow = [
+        job_of(*item) for item in work if item[1] != MAX_AUTOTUNE and any(word in item[1] for word in SLOW_TO_START)
+    ]
+    clock.prepare([job for job in slow if job and job.get("batch")])
     for i, (name, contender) in enumerate(work):
         _progress(f"{name}: {contender}")
         job = job_of(name, contender)
@@ -196,19 +250,27 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compile_only(output: Path) -> int:
-    import gpu_kernels
-
-    found = gpu_kernels.records(progress=_progress)
+def compile_only(output: Path, targets: Sequence[str] | None) -> int:
+    """Compile every kernel for these devices; those of others stay in the file of results as they are."""
+    import gpu_compiled
     import triton
 
+    targets = targets or tuple(gpu_compiled.TARGETS)
+
+    file = output / "triton_kernels.json"
+    found = json.loads(file.read_text())["records"] if file.exists() else []
+    found = [record for record in found if record.get("target") not in (None, *targets)]
+    for target in targets:
+        for kind, launched in gpu_compiled.distinct(target):
+            _progress(f"{target} {kind} {launched.shape.name}: {launched.name}")
+            found.append(gpu_compiled.record(target, kind, launched))
     about = machine.describe("cpu")
     about["versions"]["triton"] = triton.__version__
-    write_json(output / "triton_kernels.json", {"note": "compiled, not run", **about, "records": found})
-    print(gpu_kernels.table(found))
-    spilling = [r for r in found if r["spilled_bytes"]]
-    print(f"\n{len(found)} kernels, {len(spilling)} of them spill")
-    return 1 if spilling else 0
+    write_json(file, {"note": "compiled, not run", **about, "records": found})
+    print(gpu_compiled.table(found))
+    faults = [fault for record in found for fault in gpu_compiled.faults(record)]
+    print(f"\n{len(found)} kernels, {len(faults)} faults", *faults, sep="\n")
+    return 1 if faults else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,11 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny networks, to try this program")
     parser.add_argument("--minutes", type=float, default=9.5, help="when to stop (9.5)")
     parser.add_argument("--compile-only", action="store_true", help="only compile the kernels; needs no GPU")
+    parser.add_argument("--targets", nargs="*", help="devices to compile for (all)")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.compile_only:
-        return compile_only(arguments.output)
+        return compile_only(arguments.output, arguments.targets)
     if not torch.cuda.is_available():
         print(
             "there is no GPU that PyTorch can use: run this where there is one, or give --compile-only", file=sys.stderr
@@ -235,22 +298,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.describe("cuda")
     about["versions"] |= {"driver": _driver(), "triton": _version("triton"), "timm": _version("timm")}
 
+    before = {name: section["records"] for name, section in found.items() if _comparable(section, about)}
+
     def keep(name: str, records: list[Record]) -> None:
-        found[name] = {"quick": arguments.quick, **about, "records": records}
+        found[name] = {"quick": arguments.quick, **about, "records": merged(before.get(name, []), records)}
         write_json(file, found)
 
     clock = Clock(60 * arguments.minutes)
     if not arguments.quick:
-        import gpu_kernels
+        import gpu_compiled
 
         _progress("compiling the kernels")
-        gpu_kernels.compile_everything_here()
+        gpu_compiled.compile_everything_here()
     try:
         measure(arguments.sections, clock, arguments.quick, keep)
     finally:
         clock.close()
     print(table(found))
     return 0
+
+
+def merged(before: Sequence[Record], now: Sequence[Record]) -> list[Record]:
+    """What was found before and now of a section: now counts, unless it failed where there was a result before."""
+    found = {record["contender"]: record for record in before}
+    for record in now:
+        if "failed" not in record or "failed" in found.get(record["contender"], record):
+            found[record["contender"]] = record
+    return list(found.values())
+
+
+def _comparable(section: Record, about: Record) -> bool:
+    """Whether a section was measured on such a machine, with such versions, of this commit."""
+    return all(section.get(name) == about[name] for name in ("hardware", "versions", "commit"))
 
 
 def _version(distribution: str) -> str | None:

@@ -61,17 +61,29 @@ def _resnet(network: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Form:
-    """How a network is built and run: memory format, `torch.compile`'s mode, or a graph of the whole step."""
+    """How a network is built and run.
+
+    Attributes:
+        build: makes it.
+        channels_last: its memory format.
+        compile: the mode of `torch.compile`.
+        budget: what share of the activations compiled code may keep for the backward pass.
+        graph: whether a CUDA graph of the whole step is replayed.
+        search: whether cuDNN tries its algorithms, and takes the fastest.
+    """
 
     build: Callable[[str], nn.Module]
     channels_last: bool = True
     compile: str | None = None
+    budget: float | None = None
     graph: bool = False
+    search: bool = False
 
 
 FORMS = {
     "ordinary": Form(_torchvision, channels_last=False),
     "ordinary, channels_last": Form(_torchvision),
+    "ordinary, channels_last, cudnn.benchmark": Form(_torchvision, search=True),
     "memory_efficient": Form(partial(_torchvision, memory_efficient=True), channels_last=False),
     "memory_efficient, channels_last": Form(partial(_torchvision, memory_efficient=True)),
     "timm, channels_last": Form(_timm),
@@ -82,6 +94,7 @@ FORMS = {
     "efficient, bottleneck, reduce-overhead": Form(partial(_ours, efficient=True), compile="reduce-overhead"),
     "ordinary, channels_last, graph": Form(_torchvision, graph=True),
     "compiled": Form(_torchvision, compile="default"),
+    **{f"compiled, budget {budget}": Form(_torchvision, compile="default", budget=budget) for budget in (0.5, 0.1)},
     "compiled, max-autotune": Form(_torchvision, compile="max-autotune"),
 }  # fmt: skip
 
@@ -96,9 +109,12 @@ class Step:
         self.job, self.device, self.form = job, device, FORMS[job["contender"]]
         self.memory_format = torch.channels_last if self.form.channels_last else torch.contiguous_format
         torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = self.form.search
         network = self.form.build(job["network"]).to(device).train()
         self.network: Callable[[Tensor], Tensor] = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.parameters = list(network.parameters())
+        if self.form.budget is not None:
+            torch._functorch.config.activation_memory_budget = self.form.budget  # type: ignore[attr-defined]
         if self.form.compile:
             self.network = torch.compile(network, mode=self.form.compile)
 
@@ -118,6 +134,15 @@ class Step:
     def forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+    def prepare(self) -> dict[str, Any]:
+        """One step, for which code is compiled and algorithms are chosen; its memory is given back."""
+        self.set_batch(self.job["batch"])
+        self()
+        self.forget_gradients()
+        self.images = self.labels = None
+        torch.cuda.empty_cache()
+        return {}
 
     def times(self) -> dict[str, Any]:
         """Medians of milliseconds, images per second, and the peak of what was allocated."""
@@ -239,7 +264,11 @@ def start(job: Job, place: Place) -> dict[str, Any]:
         with suppress(ImportError):  # who needs it will say so
             importlib.import_module(library)
     step = functools.cache(lambda: Step(job, place.device))
-    return {"times": lambda: step().times(), "largest": lambda: step().largest()}
+    return {
+        "prepare": lambda: step().prepare(),
+        "times": lambda: step().times(),
+        "largest": lambda: step().largest(),
+    }
 
 
 if __name__ == "__main__":

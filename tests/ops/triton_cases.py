@@ -21,7 +21,7 @@ from efficient_densenet.ops import triton as ops
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
-from efficient_densenet.ops.triton import tiles
+from efficient_densenet.ops.triton import launch, tiles, tuning
 
 # Relative to the largest value, as for the other backends.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -33,7 +33,7 @@ def nothing_else_runs(monkeypatch):
     """What plain PyTorch would compute instead proves nothing."""
     for name in EVERY_OPERATION:
         monkeypatch.setattr(eager, name, None)
-    monkeypatch.setattr(ops, "_state", {})
+    monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
     correct_bfloat16(monkeypatch.setattr)
 
 
@@ -262,22 +262,25 @@ def test_tuning_leaves_results_alone(monkeypatch):
     """Every attempt runs, also of what adds to the gradient; the best is remembered, also while a graph is captured."""
     tried, capturing = [], False
 
-    def milliseconds(attempt, tile):
-        attempt(tile)
+    def milliseconds(attempt, tile, device):
+        with launch.operation(device):
+            attempt(tile)
         tried.append(tile)
         return -tile.rows
 
-    monkeypatch.setattr(tiles, "AUTOTUNE", True)
-    monkeypatch.setattr(tiles, "_found", {})
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "_found", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(tiles, "_milliseconds", milliseconds)
-    monkeypatch.setattr(tiles, "_around", lambda tile: [tile, replace(tile, rows=32), replace(tile, rows=16, depth=16)])
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(
+        tuning, "_around", lambda tile: [tile, replace(tile, rows=32), replace(tile, rows=16, depth=16)]
+    )
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
     assert len(tried) == 9  # the second forward pass knows
     capturing = True
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
     check_conv((2, (5, 7), 13), torch.float32, 6, 1)
-    assert len(tried) == 9 and [tile.rows for tile in tiles._found.values()] == [128, 128, 64]
+    assert len(tried) == 9 and [tile.rows for tile in tuning._found.values()] == [128, 128, 64]
 
 
 def test_not_a_number_is_passed_on():

@@ -24,6 +24,17 @@ def backend(x: Tensor) -> ModuleType:
     return triton if triton.supports(x) else cpu if cpu.supports(x) else eager
 
 
+def slower_than_recomputing(x: Tensor) -> str | None:
+    """Why a dense block of activations like `x` is better computed again than run on the shared buffer, if it is.
+
+    On a GPU without kernels, plain PyTorch's operations on the buffer move 26 times a layer's prefix in float32 and 43
+    times in half precision, forward and backward; recomputing moves it 24 times, the ordinary network 18 times.
+    """
+    if x.is_cuda and not _plain_alone and backend(x) is eager:
+        return "without kernels for this GPU and type, the shared buffer moves more memory than recomputing"
+    return None
+
+
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""

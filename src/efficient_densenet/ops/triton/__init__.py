@@ -24,6 +24,7 @@ from torch import Tensor
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
 from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.triton import check, launch, trust
 from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,31 +32,44 @@ _MOST = 2**31 - 1  # rows and columns are counted in 32 bits
 
 
 def supports(x: Tensor) -> bool:
-    """Whether activations like `x` run here. Says once why those of a GPU do not."""
+    """Whether activations like `x` run here. Warns once with the reason where those of a GPU do not."""
     if not x.is_cuda:
         return False
-    reason = _obstacle(x.device, x.dtype)
+    reason = obstacle(x.device, x.dtype) or trust.obstacle(x.device, check.kind_of(x.dtype))
     if reason:
         _warn(reason)
     return not reason
 
 
 def available() -> str:
-    """In words, for people."""
+    """In words, for people: what there is, and what was found out about it on this machine's current GPU."""
     if not _installed():
         return "plain PyTorch: triton is not installed"
-    return "Triton kernels for float32, bfloat16 and float16; plain PyTorch for other types"
+    mode = trust.mode_of_trust()
+    if mode == "off":
+        return f"plain PyTorch: {trust.VARIABLE} is off"
+    text = "Triton kernels for float32, bfloat16 and float16; plain PyTorch for other types"
+    if not torch.cuda.is_available():
+        return text
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = obstacle(device, torch.float32)
+    if reason:
+        return f"plain PyTorch: {reason}"
+    if mode == "trust":
+        return f"{text}; used without a check: {trust.VARIABLE} is trust"
+    verdicts = {kind: trust.stored(device, kind) or "not checked yet" for kind in check.KINDS}
+    return f"{text}; on this GPU {', '.join(f'{kind} {verdict}' for kind, verdict in verdicts.items())}"
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
-    _kernels("norms").fold_norm(statistics, weight, bias, eps, into)
+    _run("norms.fold_norm", True, into.scale, statistics, weight, bias, eps, into)
 
 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    run = _kernels("forward", _covered(x, out, "forward", weight, pool))
-    run.norm_relu_conv(x, norm, weight, out, pool, into)
+    covered = _covered(x, out, "forward", weight, pool)
+    _run("forward.norm_relu_conv", covered, x, x, norm, weight, out, pool, into)
 
 
 def norm_relu_conv_backward(
@@ -69,42 +83,56 @@ def norm_relu_conv_backward(
     pool: int = 1,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    run = _kernels("backward", _covered(x, grad_x, "backward", weight, pool))
-    return run.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight)
+    covered = _covered(x, grad_x, "backward", weight, pool)
+    arguments = grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight
+    return _run("backward.norm_relu_conv_backward", covered, x, *arguments)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
-    _kernels("max_pool", _covered(x, out)).norm_relu_max_pool(x, norm, out)
+    _run("max_pool.norm_relu_max_pool", _covered(x, out), x, x, norm, out)
 
 
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    run = _kernels("max_pool", _covered(x, grad_x))
-    return run.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
+    arguments = grad_out, x, norm, grad_x, through
+    return _run("max_pool.norm_relu_max_pool_backward", _covered(x, grad_x), x, *arguments)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
-    _kernels("mean", _covered(x, out)).norm_relu_mean(x, norm, out)
+    _run("mean.norm_relu_mean", _covered(x, out), x, x, norm, out)
 
 
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _kernels("mean", _covered(x, grad_x)).norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
+    arguments = grad_out, x, norm, grad_x, through
+    return _run("mean.norm_relu_mean_backward", _covered(x, grad_x), x, *arguments)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:
-    _kernels("moments", _covered(x, x)).statistics(x, into)
+    _run("moments.statistics", _covered(x, x), x, x, into)
 
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
-    _kernels("moments", _covered(x, out)).finish(grad, x, mean, through, count, out)
+    _run("moments.finish", _covered(x, out), x, grad, x, mean, through, count, out)
 
 
-def _kernels(name: str, covered: bool = True) -> Any:
-    """The module of the kernels, which imports Triton; or plain PyTorch, with functions of the same names."""
-    return _module(name) if covered else eager
+def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:
+    """An operation, named with its module, by its kernels; or by plain PyTorch, where they do not cover it.
+
+    An operation whose kernels cannot start is left to plain PyTorch from then on, for such a device and type.
+    """
+    module, operation = name.split(".")
+    attempt = (operation, x.device, x.dtype)
+    if covered and attempt not in _state["failed"]:
+        try:
+            with launch.operation(x.device):
+                return getattr(_module(module), operation)(*arguments)
+        except launch.CannotStart as error:
+            _state["failed"].add(attempt)
+            _warn(f"{operation} for {x.dtype}: {error}")
+    return getattr(eager, operation)(*arguments)
 
 
 @functools.cache
@@ -139,7 +167,8 @@ def _uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: t
 
 
 @functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there are no kernels for such activations on a GPU, whether they are right or not; or nothing."""
     if dtype not in _TYPES:
         return f"there are none for {dtype}"
     if not _installed():
@@ -149,16 +178,15 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@functools.cache
 def _installed() -> bool:
-    if "installed" not in _state:
-        _state["installed"] = importlib.util.find_spec("triton") is not None
-    return _state["installed"]
+    return importlib.util.find_spec("triton") is not None
 
 
 def _warn(reason: str) -> None:
-    if not _state.get("warned"):
-        _state["warned"] = True
+    if reason not in _state["warned"]:
+        _state["warned"].add(reason)
         warnings.warn(f"plain PyTorch runs instead of the Triton kernels, more slowly: {reason}", stacklevel=4)
 
 
-_state: dict[str, Any] = {}
+_state: dict[str, set] = {"warned": set(), "failed": set()}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.ops.reference import Affine
-from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import moments_of
 from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
@@ -104,7 +104,7 @@ def grad_weight_kernel(
     grad_out, grad_out_stride, x, x_stride, scale, shift, parts,
     rows, rows_per_part, depth, height, width, channels, outputs,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    PRECISION: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``parts[part, tap, o, c] = Σ_{r in part} grad_out[r − tap, o] · pool(relu(scale·x + shift))[r, c]``.
@@ -150,7 +150,8 @@ def grad_weight_kernel(
         # Where dy is zero, x is that of some row.
         first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
         s = rectified_rows(
-            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width, PD, PH, PW, False, DTYPE
+            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
+            PD, PH, PW, False, ALIGNED, DTYPE,
         )  # fmt: skip
         total = tl.dot(tl.trans(dy), s, total, input_precision=PRECISION)
     tl.store(
@@ -201,7 +202,7 @@ def norm_relu_conv_backward(
     if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     product = Product(grad_out, x, norm, weight, pool)
-    tile = tiles.tuned(
+    tile = tuning.tuned(
         tiles.grad_x(product.of),
         lambda tile: product.grad_x(torch.empty_like(x), accumulate, None, tile),
         *("grad_x", x, product.of),
@@ -209,7 +210,7 @@ def norm_relu_conv_backward(
     of_norm = product.grad_x(grad_x, accumulate, through, tile)
     if not need_weight:
         return None, *of_norm
-    tile = tiles.tuned(tiles.grad_weight(product.of), product.grad_weight, "grad_weight", x, product.of)
+    tile = tuning.tuned(tiles.grad_weight(product.of), product.grad_weight, "grad_weight", x, product.of)
     return product.grad_weight(tile), *of_norm
 
 
@@ -248,7 +249,7 @@ class Product:
         return norm_gradients(sums, self.norm, through)
 
     def grad_weight(self, tile: tiles.Tile) -> Tensor:
-        """In the weight's own type and layout."""
+        """In the weight's own type, and in its layout if that is contiguous or channels-last."""
         lines, weight = self.of.taps * self.outputs, self.weight
         products = launch.ceil_div(lines, tile.rows) * launch.ceil_div(self.channels, tile.columns)
         rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth, self.of.device)
@@ -258,15 +259,16 @@ class Product:
         launch.run(
             grad_weight_kernel, number * products, tile,
             self.grad_out, grad_out_stride, self.x, x_stride, self.norm.scale, self.norm.shift, parts,
-            self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision, vec,
+            self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision,
+            launch.aligned(self.norm.scale, self.norm.shift), vec,
         )  # fmt: skip
-        # The taps of a weight lie at equal distances, if it is contiguous or channels-last.
-        direct = weight.is_contiguous() or launch.is_packed(weight)
-        format_ = torch.preserve_format if direct else torch.contiguous_format
+        # There the taps lie at equal distances.
+        regular = weight.is_contiguous() or launch.is_packed(weight)
+        format_ = torch.preserve_format if regular else torch.contiguous_format
         result = torch.empty_like(weight, memory_format=format_)
         by_output, by_channel, *_, by_tap = result.stride()
         launch.run(
             sum_parts_kernel, launch.ceil_div(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
             parts, result, by_output, by_channel, by_tap, number, self.of.taps, self.outputs, self.channels,
         )  # fmt: skip
-        return result if direct else torch.empty_like(weight).copy_(result)
+        return result

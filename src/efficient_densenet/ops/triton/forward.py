@@ -12,9 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from efficient_densenet.ops.reference import Affine, Statistics
-from efficient_densenet.ops.triton import launch, tiles
+from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
 from efficient_densenet.ops.triton.rows import first_of_pool, inside, next_tap, place, rectified_rows, window
+
+_MUST_WAIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+"""Whether Triton lets a product of a warp group still read its left operand's registers while the next step of the
+loop overwrites them (triton-lang/triton#9433 and #11781)."""
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
@@ -22,7 +26,7 @@ def norm_relu_conv_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, moments,
     rows, blocks, depth, height, width, channels, outputs,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``out[r, o] = Σ_tap Σ_c pool(relu(scale·x + shift))[r + tap, c] · weight[o, tap, c]``, zero outside the image.
@@ -57,7 +61,7 @@ def norm_relu_conv_kernel(
         else:
             valid, at = row_mask, first
         s = rectified_rows(
-            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, TAPS > 1, DTYPE
+            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, TAPS > 1, ALIGNED, DTYPE
         )  # fmt: skip
         w_tile = tl.load(
             weight + output[None, :] * (TAPS * channels) + tap * channels + channel[:, None],
@@ -65,6 +69,8 @@ def norm_relu_conv_kernel(
             other=0.0,
         )
         total = tl.dot(s, w_tile, total, input_precision=PRECISION)
+        if WAIT:  # an empty instruction that uses the sum: the product must be complete before the next step begins
+            total = tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
         tap, start = next_tap(tap, start, TAPS, DEPTH)
     y = total.to(DTYPE)
     tl.store(
@@ -93,9 +99,10 @@ def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: i
             norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
             x, x_stride // vec, norm.scale, norm.shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
-            *windows, into is not None, of.precision, vec,
+            *windows, into is not None, of.precision, _MUST_WAIT and of.device.warp_groups and not of.exact,
+            launch.aligned(norm.scale, norm.shift), vec,
         )  # fmt: skip
         if into:
             merge(moments, rows, tile.rows, into)
 
-    attempt(tiles.tuned(tiles.forward(of), attempt, "forward", x, of))
+    attempt(tuning.tuned(tiles.forward(of), attempt, "forward", x, of))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from math import gcd
 from operator import itemgetter
 from typing import Any
@@ -31,30 +32,89 @@ VECTORS = (
 """Numbers per channel, which begin anywhere in a longer vector: the compiler must not look at where."""
 
 
+class CannotStart(RuntimeError):
+    """A kernel cannot be compiled, loaded or started, and no other kernel of its operation has been started."""
+
+
+@contextmanager
+def operation(device: torch.device) -> Iterator[None]:
+    """The kernels that are `run` inside start at the end, on this device: none of them if one cannot be compiled.
+
+    So that another way can be tried instead, which then adds to what nobody has added to before.
+
+    Raises:
+        CannotStart: see there. An exception of a later kernel's start is passed on as it is.
+    """
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        outer, ready = getattr(_of_this_thread, "ready", None), list[Callable[[], None]]()
+        _of_this_thread.ready = ready
+        try:
+            yield
+        finally:
+            _of_this_thread.ready = outer
+        for number, start in enumerate(ready):
+            try:
+                start()
+            except RuntimeError as error:  # what the driver says
+                if number:
+                    raise
+                raise CannotStart(f"a kernel does not start: {_first_line(error)}") from error
+
+
+_of_this_thread = threading.local()  # the backward pass has threads of its own
+
+
 def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
-    """Start `programs` programs of `kernel` on the device of the first argument, in the current stream.
+    """Compile `kernel`, and start `programs` programs of it: at the end of the `operation`, outside of one at once.
+
+    They start on the current device, in the current stream.
+
+    Raises:
+        CannotStart: it cannot be compiled or loaded.
+    """
+    start = _compiled_for(kernel, programs, tile, arguments)
+    ready = getattr(_of_this_thread, "ready", None)
+    if ready is None:
+        start()
+    else:
+        ready.append(start)
+
+
+def _compiled_for(kernel: Any, programs: int, tile: Tile, arguments: tuple) -> Callable[[], None]:
+    """What starts the kernel, compiled and loaded.
 
     To find the compiled kernel for some arguments takes Triton three times as long as to start it: what is the same
     for the compiler is looked up here instead.
     """
-    device = arguments[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        pointers, constants = _layout(kernel.fn)
-        seen = [(t.dtype, t.data_ptr() % 16 == 0) for t in pointers(arguments)]
-        key = (kernel.fn, tile, device, arguments[constants:], *seen)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[(programs, 1, 1)](*arguments, *tile.sizes.values())
-            return
-        named = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = kernel[(programs,)](*arguments, **tile.sizes, **named)
-        # The interpreter compiles nothing; for ROCm the compiler looks at the sizes of memory too.
-        if compiled is not None and torch.version.hip is None:
-            _compiled[key] = compiled
+    pointers, constants = _layout(kernel.fn)
+    seen = [(t.dtype, t.data_ptr() % 16 == 0) for t in pointers(arguments)]
+    key = (kernel.fn, tile, arguments[0].device, arguments[constants:], *seen)
+    compiled = _compiled.get(key)
+    try:
+        if compiled is None:
+            compiled = kernel.warmup(*arguments, grid=(programs,), **tile.sizes, **options(tile))
+            if compiled is None:  # the interpreter compiles nothing
+                return functools.partial(kernel[(programs,)], *arguments, **tile.sizes, **options(tile))
+            if torch.version.hip is None:  # for ROCm the compiler looks at the sizes of memory too
+                _compiled[key] = compiled
+        start = compiled[(programs, 1, 1)]
+    except Exception as error:  # Triton's own, of the compilers that it calls, and of the driver
+        raise CannotStart(f"{kernel.fn.__name__} cannot be compiled or loaded: {_first_line(error)}") from error
+    return functools.partial(start, *arguments, *tile.sizes.values())
 
 
 _compiled: dict[tuple, Any] = {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """What the compiler is asked for; that includes what later versions of Triton no longer do by themselves: to fuse a
+    product and a sum to one instruction."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -109,6 +169,11 @@ def cube(size: Sequence[int]) -> tuple[int, ...]:
 def windows(kernel: Sequence[int], pool: int) -> tuple[int, ...]:
     """The taps of a kernel in three directions, and the pixels of a pool's window."""
     return *cube(kernel), *cube([pool] * len(kernel))
+
+
+def aligned(*vectors: Tensor) -> bool:
+    """Whether they all begin at multiples of 16 bytes."""
+    return all(vector.data_ptr() % 16 == 0 for vector in vectors)
 
 
 def common_divisor(x: Tensor, *sizes: int) -> int:

@@ -84,16 +84,21 @@ def within_pool(p, height, width, PH: tl.constexpr, PW: tl.constexpr):
 @triton.jit
 def rectified_rows(
     x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``average_pool(relu(scale·x + shift))`` of a tile of rows and channels, zero in channels that there are not.
 
     Rows must exist; with `PADDED` only those in the mask must, and the others are zero. Without need no mask: it is as
     much work as the rectifier, and keeps the result from going straight to the tensor cores.
+    With `ALIGNED`, scale and shift begin at multiples of 16 bytes, and are loaded 16 bytes at a time.
     """
     mask = (channel < channels)[None, :]
-    a = tl.load(scale + channel, mask=channel < channels, other=0.0)[None, :]
-    b = tl.load(shift + channel, mask=channel < channels, other=0.0)[None, :]
+    scales, shifts = scale + channel, shift + channel
+    if ALIGNED:
+        scales, shifts = tl.multiple_of(scales, 16), tl.multiple_of(shifts, 16)
+    a = tl.load(scales, mask=channel < channels, other=0.0)[None, :]
+    b = tl.load(shifts, mask=channel < channels, other=0.0)[None, :]
     if PADDED:
         mask &= row_mask[:, None]
         b = tl.where(row_mask[:, None], b, 0.0)  # where x is read as zero

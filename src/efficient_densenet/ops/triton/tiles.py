@@ -3,41 +3,43 @@
 None of these has been timed on a GPU. They follow from the shapes: a tile is as wide as the channels that it makes, so
 that few channels do not waste the tensor cores; it is tall enough to use each weight often; its accumulators fit into
 the registers without spilling, and its stages into the shared memory of the device.
-Set EFFICIENT_DENSENET_AUTOTUNE=1 to have them timed, once per kind of shape and process.
+`tuning` has them timed instead.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, inf
-from typing import Any, NamedTuple
+from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-AUTOTUNE = os.environ.get("EFFICIENT_DENSENET_AUTOTUNE", "0") not in ("", "0")
 
 
 class Device(NamedTuple):
     """What about a device decides on tiles.
 
-    `stages` of a product's pipeline, in half precision (one less in float32, which is twice as large); and the
-    `programs` that the row blocks of a weight gradient are chosen to make: two for each multiprocessor. Constants for
-    each kind of device, so that the order of the sums depends on it and on shapes alone.
+    `stages` of a product's pipeline, in half precision (one less in float32, which is twice as large); the `programs`
+    that the row blocks of a weight gradient are chosen to make, two for each multiprocessor; the `widest` tile of a
+    product, in columns; and whether products are those of Hopper's warp groups. Constants for each kind of device, so
+    that the order of the sums depends on it and on shapes alone.
     """
 
     stages: int
     programs: int
+    widest: int = 128
+    warp_groups: bool = False
 
 
-DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264)}
+DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264, warp_groups=True)}
 """By compute capability: A100 with 163 kB of shared memory for a program, H100 and H200 with 227 kB."""
 
 OTHER = Device(3, 264)
-"""What fits every device covered: 99 kB."""
+"""What fits every other device of NVIDIA's that is covered: 99 kB."""
+
+ROCM = Device(2, 264, widest=64)
+"""64 kB of local memory for a program, and registers for half as wide a tile."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def precision(x: Tensor) -> str:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return OTHER
+    if torch.version.hip is not None:
+        return ROCM
     return DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
 
 
@@ -126,8 +130,8 @@ def forward(of: Product) -> Tile:
     if of.exact:
         return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
     depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
-    columns = _cover(of.outputs, 16, 128)
-    return Tile(128, columns, _cover(of.channels, 16, depth), 8 if columns == 128 else 4, of.stages)
+    columns = _cover(of.outputs, 16, of.device.widest)
+    return Tile(128, columns, _cover(of.channels, 16, depth), 8 if columns == of.device.widest else 4, of.stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -146,60 +150,14 @@ def grad_weight(of: Product) -> Tile:
     lines = of.taps * of.outputs
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
-    rows, columns = _cover(lines, 16, 128), _cover(of.channels, 16, 128 if of.half else 64)
-    return Tile(rows, columns, 32, 8 if rows * columns >= 64 * 128 else 4, of.stages)
+    rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if of.half else 64)
+    return Tile(rows, columns, 32, 8 if rows * columns >= 64 * of.device.widest else 4, of.stages)
 
 
 def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
     """The rows that a program of a weight gradient adds up, where one pass over them makes `products` tiles."""
     parts = ceil(device.programs / products)
     return max(8, ceil(rows / parts / depth)) * depth
-
-
-def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, of: Product) -> Tile:
-    """`default`, or where tuning is on the fastest of the tiles around it for such shapes.
-
-    Shapes are told apart by their size and channels in powers of two. While a CUDA graph is captured nothing is timed,
-    but what was found before is used. `attempt` runs many times: it must not add to a result.
-    """
-    if not AUTOTUNE:
-        return default
-    size = x.numel().bit_length(), of.channels.bit_length()
-    key = name, x.device, x.dtype, size, of._replace(channels=0)
-    if key not in _found:
-        if torch.cuda.is_current_stream_capturing():
-            return default
-        _found[key] = min(_around(default), key=lambda tile: _milliseconds(attempt, tile))
-    return _found[key]
-
-
-_found: dict[tuple, Tile] = {}
-
-
-def _around(tile: Tile) -> list[Tile]:
-    shapes = {
-        (tile.rows, tile.columns),
-        (max(16, tile.rows // 2), tile.columns),
-        (tile.rows, max(16, tile.columns // 2)),
-    }
-    depths = {tile.depth, max(16, tile.depth // 2), min(64, tile.depth * 2)}
-    return [tile] + [
-        Tile(rows, columns, depth, warps, stages)
-        for rows, columns in sorted(shapes)
-        for depth in sorted(depths)
-        for warps in (4, 8)
-        for stages in (1, 2, 3, 4)
-    ]
-
-
-def _milliseconds(attempt: Callable[[Tile], Any], tile: Tile) -> float:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    try:
-        return do_bench(lambda: attempt(tile), warmup=5, rep=20)
-    except OutOfResources:
-        return inf
 
 
 def _cover(size: int, least: int, most: int) -> int:
