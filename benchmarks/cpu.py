@@ -1,12 +1,14 @@
 """Measure the native CPU backend against the ordinary network, compiled and not, and where its time goes.
 
+What is held to AVX2 is held to it in all contenders: our kernels, PyTorch's and oneDNN's.
+
     python benchmarks/cpu.py                                # everything: most of an hour, for compiling takes minutes
     python benchmarks/cpu.py --sections training            # this again; the other sections stay as they are
     python benchmarks/cpu.py --contenders ordinary,ordinary-channels-last,bottleneck,features   # without torch.compile
     python benchmarks/cpu.py --sections                     # nothing: only write the table again
 
-The measurements go to ``results/cpu.json`` beside this file, each section with its hardware, versions, commit and
-date; ``results/cpu.md`` is made from that file alone.
+The measurements go to ``results/cpu.json`` beside this file, by processor, each section with its hardware, versions,
+commit and date; those of other processors stay. ``results/cpu.md`` is made from that file alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from efficient_densenet.measure import contest, machine
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import COMPILED, ORDINARY, contender_list
 from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.machine import HELD
 from efficient_densenet.measure.networks import Network, positive_int
 from efficient_densenet.measure.report import write_json
 from efficient_densenet.ops import cpu
@@ -40,12 +43,11 @@ KEEPS = ("bottleneck", "features")
 
 @dataclass(frozen=True)
 class Row:
-    """A network and a batch, and the most that the time may be, as a share of the fastest ordinary form."""
+    """A network and a batch."""
 
     name: str
     network: Network
     batch_size: int
-    bars: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,31 +58,49 @@ class Plan:
 
 
 ROWS = (
-    Row("L=40 k=12", plain(40), 128, {"bottleneck": 0.55, "features": 0.55}),
-    Row("L=40 k=12", plain(40), 32, {"bottleneck": 0.65, "features": 0.65}),
-    Row("BC L=100 k=12", bottleneck(100), 32, {"bottleneck": 0.65, "features": 0.80}),
-    Row("DenseNet-121", Network("densenet121", {}, 224, 1000), 8, {"bottleneck": 0.80, "features": 0.95}),
-    Row("BC L=190 k=40", bottleneck(190, 40), 8, {"bottleneck": 0.70, "features": 0.85}),
+    Row("L=40 k=12", plain(40), 128),
+    Row("L=40 k=12", plain(40), 32),
+    Row("BC L=100 k=12", bottleneck(100), 32),
+    Row("DenseNet-121", Network("densenet121", {}, 224, 1000), 8),
+    Row("BC L=190 k=40", bottleneck(190, 40), 8),
 )
 FULL = Plan(ROWS, (*ORDINARY, *COMPILED, *KEEPS), 7)
-QUICK = Plan((Row("BC L=16 k=12", bottleneck(16), 2, {}),), (*ORDINARY, *KEEPS), 2)
-EVALUATION_BAR = 0.7
+QUICK = Plan((Row("BC L=16 k=12", bottleneck(16), 2),), (*ORDINARY, *KEEPS), 2)
 
 
-def training(plan: Plan) -> list[Record]:
-    """Forward and backward in float32: every contender in a process of its own, taking turns of one step."""
-    return [_contest(plan, row, {}) for row in plan.rows]
+@dataclass(frozen=True)
+class Contest:
+    """Every contender in a process of its own, taking turns of one step.
 
+    Attributes:
+        title: in the results.
+        how: of the job, beside the network and the batch: ``dtype``, and ``training``, False for forward alone under
+            `torch.inference_mode`.
+        instructions: the level that all contenders are held to; None: the best there is.
+    """
 
-def evaluation(plan: Plan) -> list[Record]:
-    """Forward alone, under `torch.inference_mode`."""
-    plan = replace(plan, contenders=tuple(name for name in plan.contenders if name != "features"))
-    return [_contest(plan, row, {"training": False}) for row in plan.rows]
+    title: str
+    how: dict[str, Any]
+    instructions: str | None = None
 
+    def __call__(self, plan: Plan) -> list[Record]:
+        if not self.how.get("training", True):
+            plan = replace(plan, contenders=tuple(name for name in plan.contenders if name != "features"))
+        return [self._row(plan, row) for row in plan.rows]
 
-def bfloat16(plan: Plan) -> list[Record]:
-    """Forward and backward of networks in bfloat16."""
-    return [_contest(plan, row, {"dtype": "bfloat16"}) for row in plan.rows]
+    def _row(self, plan: Plan, row: Row) -> Record:
+        progress(f"{row.name}, batch {row.batch_size} {self.title}")
+        job = job_of(row.network, row.batch_size) | {"warmup": 1} | self.how
+        environment = HELD[self.instructions] if self.instructions else None
+        results = contest.run(
+            plan.contenders, job, plan.rounds, "cpu", num_devices=1, threads=None, environment=environment
+        )
+        return {
+            "network": row.name,
+            "batch_size": row.batch_size,
+            "results": results,
+            "summary": contest.summarize(results),
+        }
 
 
 def profile(plan: Plan) -> list[Record]:
@@ -102,12 +122,17 @@ def profile(plan: Plan) -> list[Record]:
     return records
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Plan], list[Record]]]] = {
-    "training": ("Forward and backward in float32", training),
-    "evaluation": ("Evaluation in float32", evaluation),
-    "bfloat16": ("Forward and backward in bfloat16", bfloat16),
-    "profile": ("Where the time of a step goes, in float32", profile),
+CONTESTS = {
+    "training": Contest("Forward and backward in float32", {}),
+    "evaluation": Contest("Evaluation in float32", {"training": False}),
+    "bfloat16": Contest("Forward and backward in bfloat16", {"dtype": "bfloat16"}),
+    "autocast": Contest("Forward and backward under autocast to bfloat16", {"dtype": "amp-bf16"}),
+    "bfloat16-evaluation": Contest("Evaluation in bfloat16", {"dtype": "bfloat16", "training": False}),
+    "avx2": Contest("Forward and backward in float32, held to AVX2", {}, "avx2"),
+    "avx2-evaluation": Contest("Evaluation in float32, held to AVX2", {"training": False}, "avx2"),
 }
+PROFILE_TITLE = "Where the time of a step goes, in float32"
+SECTIONS: dict[str, Callable[[Plan], list[Record]]] = {**CONTESTS, "profile": profile}
 _CONVOLUTIONS = ("norm_relu_conv", "norm_relu_conv_backward")
 _PASSES = ("statistics", "finish", "norm_relu_max_pool", "norm_relu_max_pool_backward")
 
@@ -132,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "cpu.json"
     found: Record = json.loads(file.read_text()) if file.exists() else {}
+    here = found.setdefault(_processor(), {}) if arguments.sections else {}
     for name in arguments.sections:
-        records = SECTIONS[name][1](plan)
-        found[name] = {"quick": arguments.quick, **machine.describe("cpu"), "records": records}
+        here[name] = {"quick": arguments.quick, **machine.describe("cpu"), "records": SECTIONS[name](plan)}
         write_json(file, found)  # at once: what comes later may fail
     text = tables(json.loads(file.read_text()))
     print(text, end="")
@@ -143,30 +168,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _processor() -> str:
+    """Its name, and the best instructions that the kernels find on it: what figures are kept by."""
+    return f"{machine.describe('cpu')['hardware']['cpu']}, {cpu.library.load().instructions.option}"
+
+
 def tables(found: Record) -> str:
     parts = ["# The native CPU backend, measured\n\nMade by `python benchmarks/cpu.py` from `cpu.json`."]
-    for name, (title, _) in SECTIONS.items():
-        if name in found:
-            lines = (
-                _profile_table(found[name]["records"]) if name == "profile" else _times(name, found[name]["records"])
-            )
-            parts.append(
-                f"## {title}\n\n{lines}\n\n{source(found[name], 'bfloat16' if name == 'bfloat16' else 'float32')}"
-            )
+    for processor, sections in found.items():
+        parts.append(f"## {processor}")
+        for name in SECTIONS:
+            if name not in sections:
+                continue
+            title = CONTESTS[name].title if name in CONTESTS else PROFILE_TITLE
+            type_ = CONTESTS[name].how.get("dtype", "float32") if name in CONTESTS else "float32"
+            records = sections[name]["records"]
+            lines = _times(records) if name in CONTESTS else _profile_table(records)
+            parts.append(f"### {title}\n\n{lines}\n\n{source(sections[name], type_)}")
     return "\n\n".join(parts) + "\n"
-
-
-def _contest(plan: Plan, row: Row, how: dict[str, Any]) -> Record:
-    progress(f"{row.name}, batch {row.batch_size} {how or ''}")
-    job = job_of(row.network, row.batch_size) | {"warmup": 1} | how
-    results = contest.run(plan.contenders, job, plan.rounds, "cpu", num_devices=1, threads=None)
-    return {
-        "network": row.name,
-        "batch_size": row.batch_size,
-        "bars": row.bars,
-        "results": results,
-        "summary": contest.summarize(results),
-    }
 
 
 def _profile(row: Row, keep: str) -> Record:
@@ -213,21 +232,15 @@ def _page_faults(step: TrainingStep, steps: int = 3) -> Record:
     }
 
 
-def _times(section: str, records: Sequence[Record]) -> str:
+def _times(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         others = [r["F+B"] for r in record["summary"] if r["contender"] in (*ORDINARY, *COMPILED)]
         for r in record["summary"]:
-            ratio = r["F+B"] / min(others)
-            bar = record["bars"].get(r["contender"]) if section == "training" else None
-            if section == "evaluation" and r["contender"] in KEEPS:
-                bar = EVALUATION_BAR
-            at_most = "" if bar is None else f"{bar:.2f} {'reached' if ratio <= bar else 'MISSED'}"
             times = [f"{r[part]['median']:,.0f}" for part in ("F", "B")]
-            rows.append(
-                [f"{record['network']}, batch {record['batch_size']}", r["contender"], *times, f"{ratio:.3f}", at_most]
-            )
-    return table(["network", "contender", "F ms", "B ms", "F+B to the fastest other", "at most"], rows)
+            ratio = f"{r['F+B'] / min(others):.3f}"
+            rows.append([f"{record['network']}, batch {record['batch_size']}", r["contender"], *times, ratio])
+    return table(["network", "contender", "F ms", "B ms", "F+B to the fastest other"], rows)
 
 
 def _profile_table(records: Sequence[Record]) -> str:

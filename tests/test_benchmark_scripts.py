@@ -71,15 +71,23 @@ def cpu_script(engine):
 
 
 def test_the_cpu_backend(cpu_script, tmp_path, capsys):
-    options = ["--quick", "--rounds", "1", "--output", str(tmp_path)]
-    assert cpu_script.main([*options, "--contenders", "ordinary,bottleneck"]) == 0
+    """Two contests, one of them held to a level, and the profile; figures of another processor stay."""
+    other = {"training": {"quick": False, "hardware": {"cpu": "another", "cores": 2}, "versions": {"torch": "2"}}}
+    other["training"] |= {"commit": None, "date": "d", "records": []}
+    (tmp_path / "cpu.json").write_text(json.dumps({"another": other}))
+    options = ["--quick", "--rounds", "1", "--output", str(tmp_path), "--contenders", "ordinary,bottleneck"]
+    assert cpu_script.main([*options, "--sections", "avx2-evaluation", "bfloat16", "profile"]) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())
-    assert set(found) == set(cpu_script.SECTIONS)
-    assert all(r["backward_ms"] == [[0.0]] for r in found["evaluation"]["records"][0]["results"])
-    for record in found["profile"]["records"][:2]:
+    assert found.pop("another") == other
+    ((processor, sections),) = found.items()
+    assert processor.endswith(cpu_script.cpu.library.load().instructions.option)
+    assert set(sections) == {"avx2-evaluation", "bfloat16", "profile"} <= set(cpu_script.SECTIONS)
+    assert all(r["backward_ms"] == [[0.0]] for r in sections["avx2-evaluation"]["records"][0]["results"])
+    for record in sections["profile"]["records"][:2]:
         assert 0 < record["convolutions_ms"] + record["passes_ms"] < record["whole_ms"]
     text = (tmp_path / "cpu.md").read_text()
-    assert capsys.readouterr().out == text and text.count("TINY NETWORKS") == 4
+    assert capsys.readouterr().out == text and text.count("TINY NETWORKS") == 3
+    assert f"## {processor}" in text and "## another" in text
 
 
 def test_the_memory_and_the_conversion_of_other_libraries_models(engine, tmp_path, capsys):

@@ -16,9 +16,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from efficient_densenet import ops
 from efficient_densenet.cli import main
-from efficient_densenet.measure import contender, contest, max_batch
+from efficient_densenet.measure import contender, contest, machine, max_batch
 from efficient_densenet.measure.contender import TrainingStep
-from efficient_densenet.measure.contenders import COMPILED, CONTENDERS
+from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.measure.networks import Network
@@ -72,14 +72,23 @@ def test_several_devices(tmp_path):
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_contenders_are_what_they_are_called(name, monkeypatch):
     network, usual = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10), ops.backend(torch.ones(1))
-    step = TrainingStep(name, network, 2, Place("cpu"))
+    evaluates_only = CONTENDERS[name].evaluates_only
+    if evaluates_only:
+        pytest.importorskip(name)
+    step = TrainingStep(name, network, 2, Place("cpu"), training=not evaluates_only)
+    if evaluates_only:
+        expected = step.network(step.images)
+        torch.manual_seed(0)
+        torch.testing.assert_close(expected, network.build().eval()(step.images), rtol=1e-4, atol=1e-4)
+        return
     block = step.network.features.denseblock1
-    expected = "recompute" if name == "recompute" else not name.startswith(("ordinary", "compiled"))
+    expected = name if name == "recompute" else not name.startswith(("ordinary", "compiled", "checkpointing"))
     assert block.efficient is expected or block.efficient == expected == "recompute"
     assert expected is not True or block.keep == name.removesuffix("-plain")
     assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
-    assert step.images.is_contiguous(memory_format=torch.channels_last) == name.endswith("channels-last")
-    if name not in COMPILED:  # which takes minutes
+    channels_last = name.endswith("channels-last") or "budget" in name
+    assert step.images.is_contiguous(memory_format=torch.channels_last) == channels_last
+    if not name.startswith("compiled"):  # which takes minutes
         backend = backends_from_now_on(monkeypatch)
         assert all(0 < t < 60_000 for t in step())
         assert expected is not True or backend == {eager if name.endswith("-plain") else usual}
@@ -104,6 +113,38 @@ def test_evaluation_and_half_precision():
     forward, backward = step()
     assert forward > 0 and backward == 0
     assert all(not p.grad.any() for p in step.network.parameters())
+
+
+@pytest.mark.parametrize("bn_size", [None, 2])
+def test_checkpointing_stores_less_and_computes_the_same(bn_size):
+    network = Network(None, {"num_init_features": 8, "block_config": [6], "bn_size": bn_size}, 16, 10)
+    steps = [TrainingStep(name, network, 4, Place("cpu")) for name in ("ordinary", "checkpointing")]
+    ordinary, checkpointed = (peak_bytes(step) for step in steps)
+    assert checkpointed < 0.8 * ordinary
+    gradients = [[p.grad.clone() for p in step.network.parameters()] for step in steps]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    network = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10)
+    step, seen = TrainingStep("bottleneck", network, 2, Place("cpu"), dtype="amp-bf16"), []
+    step.network.features.conv0.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    step()
+    assert seen == [torch.bfloat16] and step.images.dtype == torch.float32
+
+
+def test_instructions_are_held_to_a_level_in_every_worker(tmp_path):
+    record = benchmark(
+        tmp_path, *SMALL, "--batch-size", "2", "--rounds", "1", "--iterations", "1", "--evaluation",
+        "--dtype", "bfloat16", "--instructions", "baseline", "--contenders", "bottleneck",
+    )  # fmt: skip
+    assert record["arguments"]["instructions"] == "baseline"
+    assert all(t == 0 for times in record["results"][0]["backward_ms"] for t in times)
+    code = "import torch, efficient_densenet as e; print(torch.backends.cpu.get_cpu_capability(), e.backends()['cpu'])"
+    environment = os.environ | machine.HELD["baseline"]
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert said.stdout.startswith("DEFAULT") and " baseline," in said.stdout
 
 
 def test_summary():
@@ -162,6 +203,8 @@ def test_nothing_fits(tmp_path, monkeypatch):
         (["--num-devices", "1,300"], "batch of 128"),
         (["--output", "no-such-folder/result.json"], "no-such-folder"),
         (["--output", "."], "is a folder"),
+        (["--contenders", "ordinary,onnxruntime"], "--evaluation"),
+        (["--max-batch", "1GB", "--instructions", "avx2"], "--instructions"),
         (["--compression", "0"], "compression"),
     ],
 )
