@@ -1,6 +1,6 @@
 # Sourced by run.sh and test.sh: makes the environment in .venv (or $VENV) the first time, and again when what it must
 # hold has changed. Afterwards $python is the interpreter to use.
-# usage: make_environment EXTRAS   (extras of pyproject.toml, such as "train,export")
+# usage: make_environment EXTRAS [CONSTRAINTS]   (extras of pyproject.toml, such as "train,export"; a file for pip)
 
 die() { printf '%s\n' "$*" >&2; exit 2; }
 
@@ -16,10 +16,10 @@ find_python() {
 }
 
 make_environment() {
-    local extras=$1 root=$PWD venv=${VENV:-$PWD/.venv} base wanted stamp
+    local extras=$1 constraints=${2:-/dev/null} root=$PWD venv=${VENV:-$PWD/.venv} base wanted stamp
     python=$venv/bin/python
     stamp=$venv/installed-$extras
-    wanted=$(cat "$root/pyproject.toml" "$root/setup.py" "$root"/src/efficient_densenet/ops/cpu/*.{cpp,h} | cksum)
+    wanted=$(cat "$constraints" "$root/pyproject.toml" "$root/setup.py" "$root"/src/efficient_densenet/ops/cpu/*.{cpp,h} | cksum)
     if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
@@ -32,7 +32,7 @@ make_environment() {
         }
     fi
     echo "Installing efficient-densenet[$extras] into it; PyTorch is large, so this takes a few minutes"
-    "$python" -m pip install --quiet --editable "$root[$extras]" ||
+    "$python" -m pip install --quiet --constraint "$constraints" --editable "$root[$extras]" ||
         die "the installation failed; see the messages above, and run the command again once they are mended"
     printf '%s\n' "$wanted" >"$stamp"
 }
