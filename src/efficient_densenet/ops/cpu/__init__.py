@@ -39,9 +39,8 @@ def describe() -> str:
     parts = [loaded.description]
     for dtype in TYPES:
         ours, reason = convolutions(loaded.instructions, dtype)
-        parts.append(
-            f"convolutions in {str(dtype).removeprefix('torch.')} are {'ours' if ours else 'PyTorch'}: {reason}"
-        )
+        whose = "ours" if ours else "PyTorch's"
+        parts.append(f"convolutions in {str(dtype).removeprefix('torch.')} are {whose}: {reason}")
     return "; ".join(parts)
 
 
