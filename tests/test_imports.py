@@ -18,6 +18,7 @@ RANK = {
     "files": 0.5,
     "ops": 1,
     "execution": 2,
+    "weights": 2.5,
     "models": 3,
     "adopt": 4,
     "checkpoints": 4,

@@ -11,6 +11,7 @@ from efficient_densenet.models import (
     densenet264,
     densenet_cifar,
 )
+from efficient_densenet.models.timm_registry import register_with_timm
 from efficient_densenet.ops import backends
 
 __version__ = "0.1.0"
@@ -31,3 +32,5 @@ __all__ = [
     "report",
     "restore",
 ]
+
+register_with_timm()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import platform
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from efficient_densenet.errors import UserError
+
+_HOST = re.sub(r"\W", "-", platform.node())
+_PARTIAL = re.compile(rf"\..*\.{re.escape(_HOST)}-(\d+)\.partial(\.[^.]*)?")
 
 
 @contextmanager
@@ -18,9 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: it cannot be written (the disk is full, the folder is write-protected). What was at `path` is still
             there, and nothing else is left behind; this holds for every other exception too.
     """
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{_HOST}-{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(path.parent.glob(".*"))
         yield beside
         with beside.open("rb+") as file:
             os.fsync(file.fileno())  # the contents must be on the disk before the name is
@@ -31,3 +37,21 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_left_over(paths: Iterable[Path]) -> None:
+    """Remove those of `paths` that `replacing` was writing to when its process, on this machine, was killed."""
+    for path in paths:
+        match = _PARTIAL.fullmatch(path.name)
+        if match and not _is_running(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True

@@ -87,16 +87,26 @@ BAD_STATES = {
     "block": (lambda s: drop("features.denseblock1")(s), "features.denseblock1.denselayer1.conv1.weight is missing"),
     "transition": (drop("features.transition1.conv"), "features.transition1.conv.weight is missing"),
     "last norm": (drop("features.norm3"), "missing: 5 "),
-    "bias": (drop("classifier.bias"), r"missing: 1 \(classifier.bias\)"),
-    "other names": (change("attention.weight", torch.ones(1)), r"unknown: 1 \(attention.weight\)"),
-    "line break": (change("a\nb", torch.ones(1)), r"unknown: 1 \('a\\nb'\)"),
+    "other names": (change(f"{LAYER}.attention.weight", torch.ones(1)), r"unknown: 1 \(features.*attention.weight\)"),
+    "line break": (change("features.a\nb", torch.ones(1)), r"unknown: 1 \(features.a b\)"),
+    "long": (change("features." + "a" * 999, torch.ones(1)), r"unknown: 1 \(features\.a{90}…a{20}\)"),
+    "number": (change("features.denseblock1.denselayer9999.norm1.weight", torch.ones(1)), "denselayer3 is missing"),
+    "number of a block": (change("features.denseblock9999.denselayer1.norm1.weight", torch.ones(1)), "is missing"),
+    "whole numbers": (
+        change("features.conv0.weight", torch.ones(6, 2, 3, 3, dtype=torch.int32)),
+        r"not of real numbers: 1 \(features.conv0.weight of torch.int32\)",
+    ),
+    "complex numbers": (
+        change(f"{LAYER}.norm1.bias", torch.ones(10, dtype=torch.complex64)),
+        r"not of real numbers: 1 \(.*norm1.bias of torch.complex64\)",
+    ),
     "wide": (
         change(f"{LAYER}.norm1.bias", torch.ones(11)),
         r"of the wrong shape: 1 \(features.*denselayer2.norm1.bias with \(11,\) instead of \(10,\)",
     ),
     "kernel": (change(f"{LAYER}.conv1.weight", torch.ones(4, 10, 3, 1)), r"\(4, 10, 3, 1\) instead of \(4, 10, 3, 3\)"),
     "kernel dimensions": (change(f"{LAYER}.conv1.weight", torch.ones(4, 10, 3, 3, 3)), "wrong shape"),
-    "scalar": (change("classifier.weight", torch.tensor(1.0)), "has the shape"),
+    "scalar": (change("features.transition1.conv.weight", torch.tensor(1.0)), "has the shape"),
     "nothing": (change("features.conv0.weight", torch.ones(0, 2, 3, 3)), "has the shape"),
     "bottleneck": (
         change("features.denseblock1.denselayer1.conv2.weight", torch.ones(3, 4, 3, 3)),
@@ -131,10 +141,16 @@ def test_transitions_of_different_compression_are_refused():
 @pytest.mark.parametrize(
     "names", [["conv1.weight", "fc.weight"], ["features.0.weight", "classifier.weight"], ["a", "b"]]
 )
-def test_another_network_is_no_densenet(tmp_path, names):
+def test_of_another_network_it_is_said_what_is_there(tmp_path, names):
     torch.save(dict.fromkeys(names, torch.ones(2, 2)), tmp_path / "a.pth")
-    with pytest.raises(UserError, match=f"not a DenseNet: its tensors are called {', '.join(names)}"):
+    with pytest.raises(UserError, match=f"no dense blocks .*; its tensors are called {', '.join(names)}"):
         read_densenet(tmp_path / "a.pth")
+
+
+def test_a_classifier_without_bias_gets_zeros(tmp_path):
+    torch.save(drop("classifier.bias")(state_of()), tmp_path / "a.pth")
+    state = read_densenet(tmp_path / "a.pth").state
+    assert torch.equal(state["classifier.bias"], torch.zeros(3))
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path):

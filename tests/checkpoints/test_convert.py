@@ -45,6 +45,24 @@ def test_another_librarys_names_are_written_on_request(folder):
     assert "class_layers.out.weight" in torch.load("out.pth")
 
 
+def test_what_is_left_behind_is_said(folder, capsys):
+    state = DenseNet(**ARGUMENTS).state_dict()
+    torch.save(
+        {"state_dict": {f"net.{name}": t for name, t in (state | {"attention": torch.ones(2)}).items()}}, "a.pth"
+    )
+    assert convert("--checkpoint", "a.pth", "--output", "out.pth") == 0
+    printed = capsys.readouterr().out
+    assert "behind the prefix 'state_dict.net.'" in printed
+    assert "without  attention, which are no part of it" in printed
+
+
+def test_weights_that_are_not_finite_are_written_where_that_is_allowed(folder):
+    state = DenseNet(**ARGUMENTS).state_dict()
+    torch.save(state | {"classifier.bias": torch.full((100,), torch.inf)}, "infinite.pth")
+    assert convert("--checkpoint", "infinite.pth", "--allow-non-finite", "--output", "out.pth") == 0
+    assert torch.load("out.pth")["classifier.bias"].isinf().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -52,8 +70,11 @@ def test_another_librarys_names_are_written_on_request(folder):
         (["--checkpoint", ".", "--output", "out.pth"], "not a file"),
         (["--checkpoint", "cut.pth", "--output", "out.pth"], "cut short"),
         (["--checkpoint", "text.pth", "--output", "out.pth"], "not a checkpoint"),
-        (["--checkpoint", "module.pth", "--output", "out.pth"], "save model.state_dict()"),
-        (["--checkpoint", "resnet.pth", "--output", "out.pth"], "not a DenseNet"),
+        (["--checkpoint", "resnet.pth", "--output", "out.pth"], "its tensors are called conv1.weight, fc.weight"),
+        (["--checkpoint", "infinite.pth", "--output", "out.pth"], "infinite or not a number: classifier.bias"),
+        (["--checkpoint", "two.pth", "--output", "out.pth"], "prefixes 'left.', 'right.'; say which one"),
+        (["--checkpoint", "two.pth", "--prefix", "middle", "--output", "out.pth"], "and not 'middle.'"),
+        (["--checkpoint", "in.pth", "--ema", "--output", "out.pth"], "none is an average (EMA)"),
         (["--checkpoint", "lacking.pth", "--output", "out.pth"], "of its tensors are missing: "),
         (["--checkpoint", "in.pth", "--output", "in.pth"], "is the checkpoint itself"),
         (["--checkpoint", "in.pth", "--output", "./in.pth"], "is the checkpoint itself"),
@@ -65,10 +86,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(folder, capsys, optio
     data = (folder / "in.pth").read_bytes()
     (folder / "cut.pth").write_bytes(data[: len(data) // 2])
     (folder / "text.pth").write_text("hello")
-    torch.save(DenseNet(**ARGUMENTS), "module.pth")
     torch.save({"conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)}, "resnet.pth")
     state = DenseNet(**ARGUMENTS).state_dict()
     torch.save({name: t for name, t in state.items() if ".norm2." not in name}, "lacking.pth")
+    torch.save(state | {"classifier.bias": torch.full((100,), torch.inf)}, "infinite.pth")
+    torch.save({f"{side}.{name}": t for side in ("left", "right") for name, t in state.items()}, "two.pth")
     before = sorted(os.listdir(folder))
 
     assert convert(*options) == 2

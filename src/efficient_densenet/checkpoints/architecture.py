@@ -7,14 +7,27 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.checkpoints.dialects import first_few, number_of_blocks
 from efficient_densenet.errors import UserError
 from efficient_densenet.models import DenseNet
+from efficient_densenet.weights.dialects import number_of_blocks
+from efficient_densenet.weights.formats import first_few
+
+_INCOMPLETE = "its DenseNet is not complete"
+
+
+class HasShape(Protocol):
+    """A tensor, or one that has not been read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,11 @@ class Architecture:
         )
 
 
-def architecture_of(state: Mapping[str, Tensor]) -> Architecture:
+def architecture_of(state: Mapping[str, HasShape]) -> Architecture:
     """The network whose state dict, under the canonical names, `state` is.
 
     Raises:
-        UserError: `state` is no DenseNet's, lacks tensors, has others or has some of other shapes.
+        UserError: `state` lacks tensors, has others, or has some of other shapes or of numbers of another kind.
     """
     stem = _shape(state, "features.conv0.weight")
     growth_rate, bn_size = _growth(state)
@@ -69,7 +82,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture:
     return Architecture(arguments, dimensions)
 
 
-def _growth(state: Mapping[str, Tensor]) -> tuple[int, int | None]:
+def _growth(state: Mapping[str, HasShape]) -> tuple[int, int | None]:
     """Growth rate and bottleneck size, from the first layer."""
     layer = "features.denseblock1.denselayer1"
     width = _shape(state, f"{layer}.conv1.weight")[0]
@@ -83,15 +96,17 @@ def _growth(state: Mapping[str, Tensor]) -> tuple[int, int | None]:
     return growth_rate, width // growth_rate
 
 
-def _number_of_layers(state: Mapping[str, Tensor], block: int) -> int:
+def _number_of_layers(state: Mapping[str, HasShape], block: int) -> int:
     layer = re.compile(rf"features\.denseblock{block}\.denselayer(\d{{1,4}})\.")
-    numbers = [int(match[1]) for match in map(layer.match, state) if match]
-    if not numbers:
-        raise UserError(f"this is not a complete DenseNet: features.denseblock{block} is missing")
-    return max(numbers)
+    numbers = {int(match[1]) for match in map(layer.match, state) if match}
+    # A name with a high number alone must not make a network of that size.
+    for number in range(1, max(numbers, default=1) + 1):
+        if number not in numbers:
+            raise UserError(f"{_INCOMPLETE}: features.denseblock{block}.denselayer{number} is missing")
+    return len(numbers)
 
 
-def _compression(state: Mapping[str, Tensor], width: int, growth_rate: int, block_config: Sequence[int]) -> float:
+def _compression(state: Mapping[str, HasShape], width: int, growth_rate: int, block_config: Sequence[int]) -> float:
     """The plainest number that makes every transition as narrow as it is, by the rounding of `DenseNet`."""
     transitions = []
     for block, num_layers in enumerate(block_config[:-1], start=1):
@@ -111,10 +126,10 @@ def _compression(state: Mapping[str, Tensor], width: int, growth_rate: int, bloc
     )
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, HasShape], name: str) -> tuple[int, ...]:
     """The shape of a weight that must be there, with at least the dimensions of a linear layer."""
     if name not in state:
-        raise UserError(f"this is not a complete DenseNet: {name} is missing")
+        raise UserError(f"{_INCOMPLETE}: {name} is missing")
     shape = tuple(state[name].shape)
     if not 2 <= len(shape) <= 5 or 0 in shape:
         raise UserError(f"{name} has the shape {shape}, which is not that of a DenseNet's weight")
@@ -127,16 +142,22 @@ def _shape_in(dimensions: int, tensor: Tensor) -> tuple[int, ...]:
     return shape[:2] + shape[2:3] * dimensions if len(shape) == 4 else shape
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse `state` unless it has every expected name with its shape, and no other."""
+def _check(state: Mapping[str, HasShape], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse `state` unless it has every expected name with its shape and with real numbers, and no other name."""
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
+    present = [name for name in expected if name in state]
     misshapen = [
-        f"{name} with {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
+        f"{name} with {tuple(state[name].shape)} instead of {expected[name]}"
+        for name in present
+        if tuple(state[name].shape) != expected[name]
     ]
-    wrong = {"missing": missing, "unknown": unknown, "of the wrong shape": misshapen}
+    mistyped = [
+        f"{name} of {state[name].dtype}"
+        for name in present
+        if not state[name].dtype.is_floating_point and not name.endswith("num_batches_tracked")
+    ]
+    wrong = {"missing": missing, "unknown": unknown, "of the wrong shape": misshapen, "not of real numbers": mistyped}
     if any(wrong.values()):
         counted = [f"{what}: {len(names)} ({first_few(names)})" for what, names in wrong.items() if names]
-        raise UserError(f"this is not a complete DenseNet; of its tensors are {', '.join(counted)}")
+        raise UserError(f"its DenseNet differs from those of this library; of its tensors are {', '.join(counted)}")

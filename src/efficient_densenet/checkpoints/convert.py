@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from efficient_densenet.checkpoints.densenets import DenseNetFile, read_densenet
-from efficient_densenet.checkpoints.dialects import from_canonical
-from efficient_densenet.checkpoints.files import OUTPUT_SUFFIXES, check_output, write_state_dict
+from efficient_densenet.checkpoints.options import add_reading_arguments, reading_options
 from efficient_densenet.errors import UserError
+from efficient_densenet.weights.dialects import from_canonical
+from efficient_densenet.weights.formats import first_few
+from efficient_densenet.weights.published import get_published
+from efficient_densenet.weights.writing import OUTPUT_SUFFIXES, check_output, write_state_dict
 
 # What --to takes, and the dialect that it means.
 TARGETS = {
@@ -23,11 +27,12 @@ TARGETS = {
 
 
 def convert_file(
-    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], to: str = "efficient"
+    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], to: str = "efficient", **reading: Any
 ) -> tuple[DenseNetFile, int]:
     """Write the DenseNet in the file `checkpoint` to the file `output` under the names that `to` asks for.
 
-    Returns what was read, and the number of tensors written. See the command's help for `to`.
+    Returns what was read, and the number of tensors written. See the command's help for `to`, and `read_densenet` for
+    what can be said about reading.
 
     Raises:
         UserError: the input holds no complete DenseNet, or the output cannot be written.
@@ -38,7 +43,7 @@ def convert_file(
     check_output(output)
     if output.exists() and os.path.exists(checkpoint) and output.samefile(checkpoint):
         raise UserError(f"the output {output} is the checkpoint itself; choose another name")
-    densenet = read_densenet(checkpoint)
+    densenet = read_densenet(get_published(checkpoint).path, **reading)
     renamed = from_canonical(densenet.state, TARGETS[to])
     write_state_dict(renamed, output)
     return densenet, len(renamed)
@@ -46,9 +51,9 @@ def convert_file(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Rewrite a checkpoint of torchvision (old or new), timm, MONAI, gpleiss or wandering007 under other names. "
-        "The dialect is recognised from the names, nothing in the file is executed, and a file that is not a complete "
-        "DenseNet is refused. Optimiser states and whatever else stands beside the weights are left behind."
+        "Find the DenseNet in a checkpoint and rewrite it under other names, those of torchvision (old or new), timm, "
+        "MONAI, gpleiss or wandering007. Names and place are recognised, nothing in the file is executed, and what is "
+        "not complete is refused. Optimiser states and whatever else stands beside the weights are left behind."
     )
     parser.add_argument(
         "--to",
@@ -57,15 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the names to write; efficient and normal are the same ones, since this library's networks have one set "
         "of names however they run, and the file loads into either; the others are for the networks of those libraries",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="IN", help="the file to read")
+    add_reading_arguments(parser)
     parser.add_argument(
         "--output", required=True, metavar="OUT", help=f"the file to write, ending in {', '.join(OUTPUT_SUFFIXES)}"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    densenet, number = convert_file(arguments.checkpoint, arguments.output, arguments.to)
-    print(f"read     {arguments.checkpoint}: names of {densenet.dialect}")
-    print(f"network  {densenet.architecture}")
+    file, number = convert_file(arguments.checkpoint, arguments.output, arguments.to, **reading_options(arguments))
+    weights = file.weights
+    place = f", behind the prefix {weights.prefix!r}" if weights.prefix else ""
+    print(f"read     {arguments.checkpoint}: names of {weights.dialect}{place}")
+    print(f"network  {file.architecture}")
+    if weights.left_behind:
+        print(f"without  {first_few(weights.left_behind)}, which are no part of it")
     print(f"wrote    {arguments.output}: {number} tensors, names of {TARGETS[arguments.to]}")
     return 0

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from efficient_densenet.checkpoints.architecture import Architecture, architecture_of
-from efficient_densenet.checkpoints.dialects import recognise, to_canonical
-from efficient_densenet.checkpoints.files import read_state_dict
 from efficient_densenet.errors import UserError
 from efficient_densenet.models import DenseNet
+from efficient_densenet.weights.canonical import Weights, read_weights
 
 
-class DenseNetFile(NamedTuple):
-    """What a file holds: the weights under the canonical names, the dialect they were in, and the network."""
+@dataclass(frozen=True)
+class DenseNetFile:
+    """What a file holds: where and under which names, the weights under the canonical names, and their network."""
 
+    weights: Weights
     state: dict[str, Tensor]
-    dialect: str
     architecture: Architecture
 
+    @property
+    def dialect(self) -> str:
+        """The names in the file, a key of `DIALECTS`."""
+        return self.weights.dialect
 
-def read_densenet(path: str | os.PathLike[str]) -> DenseNetFile:
-    """Read the weights of a DenseNet in any dialect of `dialects.DIALECTS`, and check that they are complete.
+
+def read_densenet(
+    path: str | os.PathLike[str], prefix: str | None = None, ema: bool = False, allow_non_finite: bool = False
+) -> DenseNetFile:
+    """Read the weights of the DenseNet in a file, and check that they are complete.
+
+    Args:
+        path: a file of `torch.save` or safetensors; names in any dialect, wherever they stand in it.
+        prefix: which network, where there are several: the one whose names begin so.
+        ema: take the averaged copy of the weights.
+        allow_non_finite: do not refuse weights that are infinite or not a number.
 
     Raises:
-        UserError: the file cannot be read (see `read_state_dict`), or holds no complete DenseNet.
+        UserError: the file cannot be read, is damaged, or holds no complete DenseNet or several; see `read_weights`.
     """
-    state = read_state_dict(path)
+    weights = read_weights(path, prefix, ema)
     try:
-        dialect = recognise(state)
-        state = to_canonical(state, dialect)
-        return DenseNetFile(state, dialect, architecture_of(state))
+        architecture = architecture_of(weights.tensors)  # before anything is read: of these sizes they really are
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return DenseNetFile(weights, weights.load(allow_non_finite), architecture)
 
 
 def load_network(path: str | os.PathLike[str], **arguments: Any) -> DenseNet:
@@ -47,7 +60,12 @@ def load_network(path: str | os.PathLike[str], **arguments: Any) -> DenseNet:
     Raises:
         UserError: the file holds no complete 2D DenseNet, or fixes one of `arguments`.
     """
-    state, _, architecture = read_densenet(path)
+    return network_of(read_densenet(path), **arguments)
+
+
+def network_of(file: DenseNetFile, **arguments: Any) -> DenseNet:
+    """The network in a file that has been read; see `load_network`."""
+    path, architecture = file.weights.content.path, file.architecture
     if architecture.dimensions != 2:
         raise UserError(f"{path} holds a {architecture.dimensions}D network; this library's networks are 2D")
     if fixed := sorted(arguments.keys() & architecture.arguments.keys()):
@@ -56,5 +74,5 @@ def load_network(path: str | os.PathLike[str], **arguments: Any) -> DenseNet:
             "for other classes, load the network and call reset_classifier"
         )
     network = DenseNet(**architecture.arguments, **arguments)
-    network.load_state_dict(state)
+    network.load_state_dict(file.state)
     return network

@@ -2,51 +2,85 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.models.densenet import DenseNet
+from efficient_densenet.weights.loading import load_weights
+
+Weights = str | os.PathLike[str] | None
 
 
-def _imagenet(init: int, growth_rate: int, block_config: Sequence[int], **arguments: Any) -> DenseNet:
-    fixed: dict[str, Any] = {"compression": 0.5, "input_size": 224, "bn_size": 4, "num_classes": 1000}
-    return DenseNet(num_init_features=init, growth_rate=growth_rate, block_config=block_config, **(fixed | arguments))
+def _imagenet(
+    name: str,
+    num_init_features: int,
+    growth_rate: int,
+    block_config: Sequence[int],
+    weights: Weights,
+    compression: float = 0.5,
+    input_size: int = 224,
+    bn_size: int | None = 4,
+    num_classes: int = 1000,
+    **arguments: Any,
+) -> DenseNet:
+    network = DenseNet(
+        num_init_features=num_init_features,
+        growth_rate=growth_rate,
+        block_config=block_config,
+        compression=compression,
+        input_size=input_size,
+        bn_size=bn_size,
+        num_classes=num_classes,
+        **arguments,
+    )
+    return _with_weights(network, weights, name)
 
 
-def densenet121(**arguments: Any) -> DenseNet:
+def _with_weights(network: DenseNet, weights: Weights, name: str = "") -> DenseNet:
+    if weights is not None:
+        load_weights(network, weights, variant=name)
+    return network
+
+
+def densenet121(weights: Weights = None, **arguments: Any) -> DenseNet:
     """DenseNet-121 for ImageNet: growth rate 32, blocks (6, 12, 24, 16), 7,978,856 parameters at 1000 classes.
 
     Args:
+        weights: a file in the format of any library, or a name such as ``DEFAULT``, ``timm:densenet121.ra_in1k``,
+            ``hf:owner/name`` or a URL; see docs/checkpoints.md. Another `num_classes` gets a new classifier.
         arguments: any argument of `DenseNet`, for example ``num_classes=10, efficient=True``.
     """
-    return _imagenet(64, 32, (6, 12, 24, 16), **arguments)
+    return _imagenet("densenet121", 64, 32, (6, 12, 24, 16), weights, **arguments)
 
 
-def densenet161(**arguments: Any) -> DenseNet:
+def densenet161(weights: Weights = None, **arguments: Any) -> DenseNet:
     """DenseNet-161 for ImageNet: growth rate 48, blocks (6, 12, 36, 24), 28,681,000 parameters at 1000 classes."""
-    return _imagenet(96, 48, (6, 12, 36, 24), **arguments)
+    return _imagenet("densenet161", 96, 48, (6, 12, 36, 24), weights, **arguments)
 
 
-def densenet169(**arguments: Any) -> DenseNet:
+def densenet169(weights: Weights = None, **arguments: Any) -> DenseNet:
     """DenseNet-169 for ImageNet: growth rate 32, blocks (6, 12, 32, 32), 14,149,480 parameters at 1000 classes."""
-    return _imagenet(64, 32, (6, 12, 32, 32), **arguments)
+    return _imagenet("densenet169", 64, 32, (6, 12, 32, 32), weights, **arguments)
 
 
-def densenet201(**arguments: Any) -> DenseNet:
+def densenet201(weights: Weights = None, **arguments: Any) -> DenseNet:
     """DenseNet-201 for ImageNet: growth rate 32, blocks (6, 12, 48, 32), 20,013,928 parameters at 1000 classes."""
-    return _imagenet(64, 32, (6, 12, 48, 32), **arguments)
+    return _imagenet("densenet201", 64, 32, (6, 12, 48, 32), weights, **arguments)
 
 
-def densenet264(**arguments: Any) -> DenseNet:
+def densenet264(weights: Weights = None, **arguments: Any) -> DenseNet:
     """DenseNet-264 for ImageNet: growth rate 48, blocks (6, 12, 64, 48), about 72.7 million parameters.
 
     This is the large one of the authors' memory report; MONAI's network of the same name has growth rate 32.
     """
-    return _imagenet(96, 48, (6, 12, 64, 48), **arguments)
+    return _imagenet("densenet264", 96, 48, (6, 12, 64, 48), weights, **arguments)
 
 
-def densenet_cifar(depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, **arguments: Any) -> DenseNet:
+def densenet_cifar(
+    depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, weights: Weights = None, **arguments: Any
+) -> DenseNet:
     """A DenseNet for 32×32 images, named by its depth L and growth rate k as in the paper's CIFAR table.
 
     Three blocks of ``n`` layers with ``depth = 3·n + 4``, or with a bottleneck (DenseNet-BC: two convolutions a layer,
@@ -56,6 +90,7 @@ def densenet_cifar(depth: int = 40, growth_rate: int = 12, bottleneck: bool = Fa
         depth: convolutions and the classifier, counted along the network.
         growth_rate: channels that each dense layer adds.
         bottleneck: DenseNet-BC rather than plain DenseNet.
+        weights: a file, a URL or ``hf:owner/name``.
         arguments: any further argument of `DenseNet`.
     """
     per_layer = 6 if bottleneck else 3
@@ -67,7 +102,8 @@ def densenet_cifar(depth: int = 40, growth_rate: int = 12, bottleneck: bool = Fa
     fixed: dict[str, Any] = {"num_init_features": 2 * growth_rate, "num_classes": 10}
     if bottleneck:
         fixed |= {"bn_size": 4, "compression": 0.5}
-    return DenseNet(growth_rate=growth_rate, block_config=(num_layers,) * 3, **(fixed | arguments))
+    network = DenseNet(growth_rate=growth_rate, block_config=(num_layers,) * 3, **(fixed | arguments))
+    return _with_weights(network, weights)
 
 
 VARIANTS: dict[str, Callable[..., DenseNet]] = {

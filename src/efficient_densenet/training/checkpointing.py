@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ from torch import Tensor
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.files import replacing
+from efficient_densenet.weights.formats import Content, damage_named, read_content, shortened
+from efficient_densenet.weights.pickles import Name, Stub
+from efficient_densenet.weights.stored import StoredTensor
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -34,28 +36,58 @@ class SafeCheckpointIO(TorchCheckpointIO):
             beside.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        return read_checkpoint(path)
+        """What is in the file at `path`: a checkpoint, or weights alone, which Lightning hands on between processes."""
+        return read_values(path)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of the Lightning checkpoint at `path`, on the CPU.
+def is_of_classifier(path: str | Path) -> bool:
+    """Whether `Classifier` wrote the checkpoint at `path`, rather than another program.
 
     Raises:
-        UserError: there is no such file, it is cut short, holds more than tensors and plain data, or is not a
-            checkpoint of a training run.
+        UserError: it cannot be read.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"cannot read the checkpoint {path}: it is cut short, not a checkpoint, or holds more than tensors and "
-            "plain data"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "epoch" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint of a training run (those hold weights, optimiser and epoch)")
-    return checkpoint
+    value = read_content(path).value
+    return isinstance(value, dict) and {"state_dict", "epoch", "class_names"} <= value.keys()
+
+
+def read_values(path: str | Path) -> Any:
+    """All that is in the file at `path`, with tensors on the CPU.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or holds more than tensors and plain data.
+    """
+    content = read_content(path)
+    with damage_named(content.path):
+        return _Loading(content).loaded(content.value, "")
+
+
+class _Loading:
+    """Turns the tensors in a content into real ones. What is referred to several times becomes one object again."""
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+        self.done: dict[int, Any] = {}
+
+    def loaded(self, value: Any, name: str) -> Any:
+        if id(value) not in self.done:
+            self.done[id(value)] = self._load(value, name)
+        return self.done[id(value)]
+
+    def _load(self, value: Any, name: str) -> Any:
+        if isinstance(value, StoredTensor | Tensor):
+            return self.content.load(value)
+        if isinstance(value, Stub | Name):
+            what = shortened(repr(value))
+            raise UserError(
+                f"{self.content.path} holds more than tensors and plain data: {shortened(name)} is a {what}"
+            )
+        if isinstance(value, Counter):
+            return value
+        if isinstance(value, dict):
+            return {key: self.loaded(child, f"{name}.{key}" if name else str(key)) for key, child in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.loaded(child, f"{name}.{i}") for i, child in enumerate(value))
+        return value
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -66,6 +98,6 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> st
         if key in found and found[key].shape != wanted[key].shape
     ]
     parts += [f"{key} is missing there" for key in wanted if key not in found]
-    parts += [f"{key} is missing here" for key in found if key not in wanted]
+    parts += [f"{shortened(key)} is missing here" for key in found if key not in wanted]
     more = f" (and {len(parts) - 2} more differences)" if len(parts) > 2 else ""
     return ", ".join(parts[:2]) + more

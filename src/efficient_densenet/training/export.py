@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efficient_densenet.checkpoints.options import add_reading_arguments, reading_options
 from efficient_densenet.errors import UserError, require
 
 for _package in ("lightning", "torchvision"):
     require(_package, "train")
 
 from efficient_densenet.files import replacing
-from efficient_densenet.training.trained import add_checkpoint_argument, load_trained
+from efficient_densenet.training.trained import load_trained
 
 _DYNAMIC = "dynamic"
 _TOLERANCE = 1e-4  # of the largest output; other libraries sum in another order, in single precision
@@ -27,7 +29,7 @@ class _DisagreementError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_argument(parser)
+    add_reading_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="model.onnx, or model.pt2 for torch.export")
     parser.add_argument(
         "--batch-size", type=_batch_size, default=_DYNAMIC, help=f"images in a batch: a number, or {_DYNAMIC} for any"
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.suffix not in _FORMATS:
         raise UserError(f"the output must end in {' or '.join(_FORMATS)}, not {output.name!r}")
     write, read = _FORMATS[output.suffix]
-    trained = load_trained(arguments.checkpoint)
+    trained = load_trained(arguments.checkpoint, **reading_options(arguments))
     shape = (trained.preprocessing.in_channels, trained.preprocessing.size, trained.preprocessing.size)
     dynamic = arguments.batch_size == _DYNAMIC
     # Where any number of images will do, another number than the exporter sees is what the result is compared on.
@@ -69,7 +71,9 @@ def _compare(network: nn.Module, exported: Callable[[Tensor], Tensor], images: T
 
 
 def _write_program(network: nn.Module, images: Tensor, dynamic: bool, path: Path) -> None:
-    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=_dynamic_shapes(dynamic)), path)
+    buffer = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=_dynamic_shapes(dynamic)), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_program(path: Path) -> Callable[[Tensor], Tensor]:

@@ -6,13 +6,14 @@ Every option can stand in a YAML file (``--config``, repeatable, later ones win)
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.files import remove_left_over
 
 for _package in ("lightning", "jsonargparse", "torchmetrics", "torchvision", "matplotlib", "tensorboard", "rich"):
     require(_package, "train")
@@ -20,15 +21,16 @@ for _package in ("lightning", "jsonargparse", "torchmetrics", "torchvision", "ma
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from efficient_densenet.training import runs
-from efficient_densenet.training.callbacks import EpochSeed, EpochTable, Figures
-from efficient_densenet.training.checkpointing import SafeCheckpointIO
+from efficient_densenet.training.callbacks import Announcement, EpochSeed, EpochTable, Figures, OutOfMemory
+from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
 from efficient_densenet.training.data import ImageDataModule
+from efficient_densenet.training.mistakes import check_settings, mistakes_named
 from efficient_densenet.training.module import Classifier
+from efficient_densenet.training.resuming import length_of_schedule
+from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
 
 _LOGGED_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
 _WARNED_NOISE = (
@@ -47,14 +49,16 @@ def main(command: str, options: list[str]) -> int:
         UserError: the options, the data or a checkpoint are wrong; the message says which and how.
     """
     _silence_noise()
+    signals = EndBetweenBatches()
     try:
-        _CLI(command, options)
-    except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        # jsonargparse wraps what a constructor raises in a report on every type that it tried.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
+        with signals.listening(), mistakes_named():
+            _CLI(command, options, signals)
+    except SystemExit as end:  # where a signal ended it, Lightning has exit codes of its own
+        if signals.received == signal.SIGINT:
+            raise KeyboardInterrupt from end
+        if signals.received == signal.SIGTERM:
+            print("efficient-densenet: terminated", file=sys.stderr)
+            return TERMINATED
         raise
     if distributed.is_initialized():
         distributed.destroy_process_group()  # a process that ends with its threads running is taken for a crashed one
@@ -74,7 +78,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _CLI(LightningCLI):
-    def __init__(self, command: str, options: list[str]) -> None:
+    def __init__(self, command: str, options: list[str], signals: EndBetweenBatches) -> None:
+        self.signals = signals
         parsing = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             Classifier,
@@ -98,9 +103,14 @@ class _CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "efficient_densenet.training.data.Digits"}})
+        parser.add_argument("--name", type=str | None, help="what the run is called (None: as its configuration file)")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is something else
+        # Without Lightning's warning that sys.argv is something else.
+        given = parser.parse_args(args, defaults=False, _skip_validation=True)
+        options = given[given.subcommand]
+        check_settings(options)
+        self.config = parser.parse_args([*args, *length_of_schedule(options)])
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take the network from the checkpoint; here it is the configuration's, and has to agree."""
@@ -109,7 +119,7 @@ class _CLI(LightningCLI):
         fitting = self.subcommand == "fit"
         options = self.config_init[self.subcommand]
         settings = options.trainer
-        name = runs.name_of_run(options.config or [])
+        name = runs.name_of_run(options.name, options.config or [])
         wanted = options.ckpt_path if fitting else options.ckpt_path or "best"
         root = Path(settings.default_root_dir).absolute()  # best scores are restored for the very same folder alone
         options.ckpt_path = runs.find_checkpoint(root / name, wanted)
@@ -119,12 +129,23 @@ class _CLI(LightningCLI):
                 raise UserError(f"{nothing}; train first, or give a file with --ckpt_path")
             print(f"{nothing} yet: training starts from the beginning", file=sys.stderr)
         run = runs.folder_of_run(options.ckpt_path)
+        if options.ckpt_path is not None:
+            of_a_run = is_of_classifier(options.ckpt_path)
+            if fitting and not of_a_run:
+                raise UserError(
+                    f"{options.ckpt_path} is not a checkpoint of a training run, which holds weights, optimiser and "
+                    "epoch; to start from its weights, give --model.weights instead"
+                )
+            if of_a_run:
+                self.model.weights = None  # they are the checkpoint's
+            else:
+                self.model.weights, self.model.keeps_classes, options.ckpt_path = str(options.ckpt_path), True, None
 
         if settings.logger in (None, True):
             kwargs["logger"] = False
-            if fitting:  # a resumed run goes on in its folder; Lightning numbers the folders of new ones
-                place = (run.parent, "", run.name) if run else (root, name, None)
-                kwargs["logger"] = TensorBoardLogger(*place, default_hp_metric=False)
+            if fitting:  # a resumed run goes on in its folder
+                remove_left_over((root / name).rglob(".*"))
+                kwargs["logger"] = runs.RunLogger(run.parent if run else root / name, run.name if run else None)
             elif run:
                 kwargs["default_root_dir"] = run
         show_bar = settings.enable_progress_bar is not False and sys.stdout.isatty()
@@ -139,7 +160,7 @@ class _CLI(LightningCLI):
 
     def _callbacks(self, show_bar: bool, save: bool) -> list[Callback]:
         table = EpochTable(print_rows=not show_bar)
-        callbacks: list[Callback] = [table, Figures(table)]
+        callbacks: list[Callback] = [table, Figures(table), Announcement(), OutOfMemory(), self.signals]
         seed = self.config[self.subcommand].seed_everything
         if seed is not False:
             callbacks.append(EpochSeed(seed))

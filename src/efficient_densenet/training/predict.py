@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from efficient_densenet.checkpoints.options import add_reading_arguments, reading_options
 from efficient_densenet.errors import UserError, require
 
 for _package in ("lightning", "torchvision"):
@@ -17,12 +18,12 @@ for _package in ("lightning", "torchvision"):
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from efficient_densenet.training.data.images import read_image
-from efficient_densenet.training.trained import TrainedNetwork, add_checkpoint_argument, load_trained
+from efficient_densenet.training.data.images import is_image, read_image
+from efficient_densenet.training.trained import TrainedNetwork, load_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_argument(parser)
+    add_reading_arguments(parser)
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image file, or a folder of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes to print for each image")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top < 1 or arguments.batch_size < 1:
         raise UserError("--top and --batch-size must be 1 or more")
     device = _device(arguments.device)
-    trained = load_trained(arguments.checkpoint)
+    trained = load_trained(arguments.checkpoint, **reading_options(arguments))
     trained.network.to(device)
     paths = iter(image_files(arguments.paths))
     while batch := list(islice(paths, arguments.batch_size)):
@@ -69,10 +70,14 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(file for file in path.rglob("*") if is_image(file) and not _is_hidden(file.relative_to(path)))
         if not found:
             raise UserError(f"the folder {path} holds no image ({', '.join(IMG_EXTENSIONS)})")
         yield from found
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _device(name: str) -> torch.device:

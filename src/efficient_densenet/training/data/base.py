@@ -15,12 +15,19 @@ from efficient_densenet.training.data.preprocessing import Preprocessing
 
 
 class Splits(NamedTuple):
-    """Datasets of tensors ``(C, H, W)`` and class numbers, and the names of the classes in the order of numbers."""
+    """Datasets of tensors ``(C, H, W)`` and class numbers, and the names of the classes in the order of numbers.
+
+    `tested` says what `test` is, for people to read.
+    """
 
     class_names: tuple[str, ...]
     train: TransformedImages
     val: TransformedImages
     test: TransformedImages
+    tested: str = "test images"
+
+
+NO_TEST_SET = "validation images (there is no test set)"
 
 
 class ImageDataModule(LightningDataModule):

@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.augmentation import shifted_crop
-from efficient_densenet.training.data.base import ImageDataModule, Splits
-from efficient_densenet.training.data.images import TransformedImages, read_image, stratified_split
+from efficient_densenet.training.data.base import NO_TEST_SET, ImageDataModule, Splits
+from efficient_densenet.training.data.images import TransformedImages, is_image, read_image, stratified_split
 from efficient_densenet.training.data.preprocessing import Preprocessing, convert_mode, to_tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,6 +69,7 @@ class ImageFolder(ImageDataModule):
             train=TransformedImages(images, self._training_transform(), kept),
             val=validated,
             test=validated,
+            tested=NO_TEST_SET,
         )
 
     def _training_transform(self) -> v2.Transform:
@@ -104,7 +105,18 @@ def load_split_folders(root: Path, training_transform: v2.Transform, preprocessi
         train=TransformedImages(train, training_transform),
         val=evaluated["val"],
         test=evaluated.get("test", evaluated["val"]),
+        tested="test images" if "test" in evaluated else NO_TEST_SET,
     )
+
+
+class _VisibleImages(datasets.ImageFolder):
+    """Hidden folders, such as ``.ipynb_checkpoints``, are no classes."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"there is no folder in {directory}")
+        return classes, {name: number for number, name in enumerate(classes)}
 
 
 def read_class_folders(folder: Path) -> datasets.ImageFolder:
@@ -116,6 +128,6 @@ def read_class_folders(folder: Path) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; it should hold one folder of images for each class")
     try:
-        return datasets.ImageFolder(str(folder), loader=read_image)
+        return _VisibleImages(str(folder), loader=read_image, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise UserError(f"{folder} should hold one folder of images for each class: {error}") from error

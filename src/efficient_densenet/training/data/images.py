@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from efficient_densenet.errors import UserError, require
 
@@ -26,7 +28,7 @@ class UnreadableImageError(UserError):
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file into an 8-bit PIL image, whatever its colour mode.
+    """Decode an image file into an 8-bit PIL image, whatever its colour mode, turned as its EXIF data say.
 
     Grey images of 16 bits are scaled to 8: left to itself, PIL would clip them to white.
 
@@ -36,6 +38,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     # These are what PIL raises for damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
@@ -49,6 +52,12 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             f"the image {os.fspath(path)!r} has 32 bits a channel, whose range is unknown; save it with 8 or 16 bits"
         )
     return image
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether the name of a file is that of an image; hidden files, such as ``._1.jpg`` of macOS, are none."""
+    name = Path(path).name
+    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
 
 
 class LabelledImages(Protocol):

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import NamedTuple, TypeVar
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.weights.formats import shortened
+
+T = TypeVar("T")
 
 
 class Rule(NamedTuple):
-    """One renaming; `theirs` is None for a tensor that their network does not have."""
+    """One renaming."""
 
-    theirs: str | None
+    theirs: str
     ours: str
 
 
@@ -44,7 +44,6 @@ DIALECTS: dict[str, tuple[Rule, ...]] = {
     ),
     # Its efficient network; its ordinary one has our names.
     "wandering007": (
-        Rule(None, "{layer}.norm1.num_batches_tracked"),
         Rule("{layer}.bottleneck.norm_{name}", "{layer}.norm1.{name}"),
         Rule("{layer}.bottleneck.conv_{name}", "{layer}.conv1.{name}"),
     ),
@@ -72,43 +71,32 @@ _CANONICAL = (
 
 
 def recognise(names: Iterable[str]) -> str:
-    """The dialect (a key of `DIALECTS`) that explains most of `names`.
-
-    Raises:
-        UserError: none of them belongs to a dense layer in any dialect.
-    """
+    """The dialect (a key of `DIALECTS`) that explains most of `names`."""
     names = list(names)
     canonical = [_compile(pattern, number_of_blocks(names)) for pattern in _CANONICAL]
     explained = {
         dialect: sum(any(p.fullmatch(ours) for p in canonical) for ours in _to_ours(names, dialect).values())
         for dialect in DIALECTS
     }
-    best = max(explained, key=explained.__getitem__)
-    if explained[best] == 0 or number_of_blocks(names) == 0:
-        raise UserError(f"this is not a DenseNet: its tensors are called {first_few(names)}")
-    return best
+    return max(explained, key=explained.__getitem__)
 
 
-def to_canonical(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
-    """The tensors of `state`, whose names are in `dialect`, under the canonical names.
-
-    A norm without ``num_batches_tracked`` (files older than PyTorch 0.4.1) gets a zero, as it does when it is loaded.
+def to_canonical(state: Mapping[str, T], dialect: str) -> dict[str, T]:
+    """What `state` holds under names in `dialect`, under the canonical names.
 
     Raises:
         UserError: two tensors would get one name.
     """
-    canonical: dict[str, Tensor] = {}
+    canonical: dict[str, T] = {}
     for theirs, ours in _to_ours(state, dialect).items():
         if ours in canonical:
-            raise UserError(f"this file has {ours} twice, once under the name {theirs}")
+            raise UserError(f"it has {shortened(ours)} twice, once under the name {shortened(theirs)}")
         canonical[ours] = state[theirs]
-    for norm in [name.removesuffix(".running_var") for name in canonical if name.endswith(".running_var")]:
-        canonical.setdefault(f"{norm}.num_batches_tracked", torch.zeros((), dtype=torch.int64))
     return canonical
 
 
-def from_canonical(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
-    """The tensors of `state`, whose names are canonical, under the names of `dialect`."""
+def from_canonical(state: Mapping[str, T], dialect: str) -> dict[str, T]:
+    """What `state` holds under canonical names, under the names of `dialect`."""
     renamed = _rename(state, [(rule.ours, rule.theirs) for rule in DIALECTS[dialect]])
     return {theirs: state[ours] for ours, theirs in renamed.items()}
 
@@ -118,31 +106,20 @@ def number_of_blocks(names: Iterable[str]) -> int:
     return max((int(n) for name in names for n in re.findall(r"denseblock(\d{1,4})\.denselayer", name)), default=0)
 
 
-def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """The first of `names` and how many more there are, for a message of one line whatever a file calls its tensors."""
-    names = [name if name.isprintable() else repr(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def _to_ours(names: Iterable[str], dialect: str) -> dict[str, str]:
     return _rename(names, [(rule.theirs, rule.ours) for rule in DIALECTS[dialect]])
 
 
-def _rename(names: Iterable[str], rules: Iterable[tuple[str | None, str | None]]) -> dict[str, str]:
-    """Each of `names` with its new name, by rules from old to new; those that have no new name are left out."""
+def _rename(names: Iterable[str], rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Each of `names` with its new name, by rules from old to new."""
     names = list(names)
     blocks = number_of_blocks(names)
-    compiled = [(_compile(old, blocks), new) for old, new in rules if old is not None]
+    compiled = [(_compile(old, blocks), new) for old, new in rules]
     renamed = {}
     for name in names:
-        for pattern, new in compiled:
-            if match := pattern.fullmatch(name):
-                if new is not None:
-                    renamed[name] = new.format(**match.groupdict(), final=blocks + 1)
-                break
-        else:
-            renamed[name] = name
+        matches = ((pattern.fullmatch(name), new) for pattern, new in compiled)
+        new_name = (new.format(**match.groupdict(), final=blocks + 1) for match, new in matches if match)
+        renamed[name] = next(new_name, name)
     return renamed
 
 

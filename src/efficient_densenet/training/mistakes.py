@@ -1,0 +1,128 @@
+"""What a configuration can get wrong, in one sentence each: the reports of parser, Lightning and PyTorch cut short."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.weights.formats import shortened
+
+# Packages to which a configuration goes as it is. What they raise themselves is about the configuration.
+_READERS = ("jsonargparse", "lightning", "lightning_utilities", "torch.optim", "torchmetrics")
+_COMPLAINTS = (ValueError, TypeError, RuntimeError, ImportError, ZeroDivisionError)
+_BUGS = re.compile("CUDA error|INTERNAL ASSERT|NCCL")
+_MINIMA = {
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.log_every_n_steps": 0,
+    "trainer.gradient_clip_val": 0,
+    "seed_everything": 0,
+}
+_LARGEST_SEED = 2**32 - 1
+
+
+@contextmanager
+def mistakes_named() -> Iterator[None]:
+    """Turns what a wrong configuration makes the parser, Lightning and PyTorch raise into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArgumentError, MisconfigurationException) as error:
+        raise UserError(fact_of(str(error))) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"a configuration is not text in UTF-8 ({error}); save it as such") from error
+    except _COMPLAINTS as error:
+        # jsonargparse wraps what a constructor raises in a report on every type that it tried.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        if not _module_that_raised(error).startswith(_READERS) or _BUGS.search(str(error)):
+            raise
+        if isinstance(error, ZeroDivisionError):
+            raise UserError("a number in the configuration is 0 and must be more (T_max or step_size, say)") from error
+        raise UserError(fact_of(str(error))) from error
+
+
+def _module_that_raised(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+
+
+def fact_of(report: str) -> str:
+    """The fact in a report of jsonargparse on all the types that it has tried for an entry, on one line."""
+    entry = re.search(r'(?:Parser key|Key) "(?:\.?(?:fit|validate|test)\.)?([^"]+)":?', report)
+    key = entry[1].replace(".init_args", "") if entry else ""
+    report = report.replace(entry[0], "", 1) if entry else report
+    missing = re.search(r"the following arguments are required: (\S+)", report)
+    if missing:
+        return f"{key}.{missing[1]} is required"
+    unknown = re.search(r"Expected a dot import path string: (\S+)", report)
+    if unknown:
+        return f"{key}: there is no class {shortened(unknown[1])}"
+    lines = [line.strip(" -") for line in report.splitlines()]
+    facts = [_without_frame(line) for line in lines if line and not line.startswith(_FRAME)]
+    types = {line: match[1] or match[2] for line in facts if (match := _TYPE.fullmatch(line))}
+    others = [line for line in facts if line not in types]
+    value = re.search(r"(?:Given|Got) value: (.+)\Z", report, re.DOTALL)
+    if types and value and not others:
+        return f"{key} must be {' or '.join(types.values())}, not {shortened(value[1])}"
+    said = shortened(" ".join(others), 300)
+    if said == "is required" or not key:
+        return f"{key} {said}".strip()
+    return f"{key}: {said}"
+
+
+_FRAME = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a path but")
+_TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*)\])\.?")
+
+
+def _without_frame(line: str) -> str:
+    """A line of a report without the type that was tried and the value that was given."""
+    line = re.sub(r"^Type \S.* expects a function or a callable class: ", "", line)
+    return re.sub(r"\.? ?Got value: .*$", "", line)
+
+
+def check_settings(given: Any) -> None:
+    """Refuse settings that Lightning takes and with which it does something nobody wants.
+
+    Args:
+        given: the entries of a configuration that somebody gave, as a namespace of jsonargparse. The parser has not
+            checked their types yet.
+
+    Raises:
+        UserError: an interval is not positive, a limit negative, the seed none, or no epoch would be validated.
+    """
+    for name, minimum in _MINIMA.items():
+        value = _number(given, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{name} must be at least {minimum}, not {value}")
+    interval = _number(given, "trainer.val_check_interval")
+    if interval is not None and interval <= 0:
+        raise UserError(f"trainer.val_check_interval must be more than 0, not {interval}")
+    epochs, every = _number(given, "trainer.max_epochs"), _number(given, "trainer.check_val_every_n_epoch")
+    if epochs is not None and epochs < 1 and epochs != -1:
+        raise UserError(f"trainer.max_epochs must be at least 1, or -1 for no end, not {epochs}")
+    if epochs is not None and every is not None and 0 < epochs < every:
+        raise UserError(f"with trainer.check_val_every_n_epoch {every}, none of {epochs} epochs would be validated")
+    seed = _number(given, "seed_everything")
+    if seed is not None and seed > _LARGEST_SEED:
+        raise UserError(f"seed_everything must be at most {_LARGEST_SEED}, not {seed}")
+
+
+def _number(given: Any, name: str) -> int | float | None:
+    value = given.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the machine, has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

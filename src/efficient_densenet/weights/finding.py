@@ -1,0 +1,154 @@
+"""The DenseNet in what a file holds: wherever it stands, and whatever stands beside it.
+
+Every tensor gets one dotted name, made of all that leads to it: ``state_dict.module.features.conv0.weight``. There is a
+network where there are dense blocks; what comes before ``features`` in their names is its prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.weights.formats import first_few
+from efficient_densenet.weights.pickles import Stub
+from efficient_densenet.weights.stored import StoredTensor
+
+Leaf = StoredTensor | Tensor | Stub
+
+# Where training scripts keep the state dict in what they save, and the attributes that hold a network in another.
+_USUAL = {"state_dict", "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "state"}
+_USUAL |= {"module", "_orig_mod"}
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged|shadow)(?=[._\d]|$)", re.IGNORECASE)
+_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<features>features[._])?denseblock\d{1,4}\.denselayer\d{1,4}\.")
+_NUMBERED_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<number>\d{1,4})\.denselayer\d{1,4}\.")
+_PART_OF_FEATURES = re.compile(r"(?:conv0|norm0|denseblock\d+|transition\d+|norm\d+|norm_final)\.")
+_MAX_NAME = 1000
+_INSIDE_MODULES = ("_parameters", "_buffers", "_modules")
+
+
+class Found(NamedTuple):
+    """The tensors of one DenseNet, under their own names, and where they stood."""
+
+    tensors: dict[str, Leaf]
+    prefix: str
+
+
+def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) -> Found:
+    """The one DenseNet in what a file holds.
+
+    Args:
+        prefix: take the one whose names begin so.
+        ema: take the averaged copy of the weights rather than the weights themselves.
+
+    Raises:
+        UserError: there is none, or not the one that is asked for, or there are several.
+    """
+    leaves = _with_names_for_numbers(named_leaves(content))
+    found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
+    if not found:
+        held = f"its tensors are called {first_few(leaves)}" if any(leaves) else f"it holds {_described(content)}"
+        raise UserError(f"it holds no dense blocks under names that are known here; {held}")
+    chosen, features = _choose(list(found), prefix, ema)
+    tensors = {}
+    for name, leaf in leaves.items():
+        if name.startswith(chosen):
+            own = name.removeprefix(chosen)
+            inside = not features and _PART_OF_FEATURES.match(own)
+            tensors[f"features.{own}" if inside else own] = leaf
+    return Found(tensors, chosen)
+
+
+def named_leaves(value: Any) -> dict[str, Leaf]:
+    """All tensors in nested dictionaries, lists and stubs, and the stubs that nothing is in, by their dotted names.
+
+    A container that is referred to several times is entered once, by the first way to it.
+    """
+    leaves: dict[str, Leaf] = {}
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [("", value)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, StoredTensor | Tensor):
+            leaves.setdefault(name, value)
+            continue
+        if len(name) > _MAX_NAME or id(value) in seen:
+            continue
+        seen.add(id(value))
+        within = [(f"{name}.{part}" if name and part else name or part, child) for part, child in _children(value)]
+        pending += reversed(within)
+        if isinstance(value, Stub) and not within:
+            leaves.setdefault(name, value)
+    return leaves
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            if isinstance(key, str | int):
+                yield str(key), child
+    elif isinstance(value, list | tuple):
+        for number, child in enumerate(value):
+            if not isinstance(child, str | int | float | None):
+                yield str(number), child
+    elif isinstance(value, Stub):
+        yield from _children(value.entries)
+        for attributes in value.state if isinstance(value.state, tuple) else (value.state,):
+            for key, child in _children(attributes):
+                # A pickled module keeps its parts in dictionaries that are no part of their names.
+                yield "" if key in _INSIDE_MODULES else key, child
+
+
+def _with_names_for_numbers(leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+    """Gives the children of ``nn.Sequential(*features.children())``, which have numbers, the names that they had."""
+    blocks: dict[str, set[int]] = {}
+    for match in filter(None, map(_NUMBERED_BLOCK.match, leaves)):
+        blocks.setdefault(match["prefix"], set()).add(int(match["number"]))
+    for prefix, numbers in blocks.items():
+        renamed = {}
+        for name, leaf in leaves.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            child = _child_with_number(int(number), sorted(numbers)) if number.isdecimal() else None
+            renamed[f"{prefix}features.{child}.{rest}" if name.startswith(prefix) and child else name] = leaf
+        leaves = renamed
+    return leaves
+
+
+def _child_with_number(number: int, blocks: list[int]) -> str | None:
+    """What it was called among the features; None: it is behind them."""
+    before = sum(block < number for block in blocks)
+    if number in blocks:
+        return f"denseblock{before + 1}"
+    if before == 0:
+        return "norm0" if number else "conv0"
+    if before == len(blocks):
+        return f"norm{before + 1}" if number == blocks[-1] + 1 else None
+    return f"transition{before}"
+
+
+def _choose(found: list[tuple[str, str]], prefix: str | None, ema: bool) -> tuple[str, str]:
+    there = f"its DenseNets have the prefixes {first_few([repr(p) for p, _ in found], 6)}"
+    if prefix is not None:
+        wanted = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+        found = [place for place in found if f".{place[0]}".endswith(f".{wanted}")]
+        if not found:
+            raise UserError(f"{there}, and not {wanted!r}")
+    averaged = [place for place in found if _AVERAGED.search(place[0])]
+    if ema and not averaged:
+        raise UserError(f"{there}, and none is an average (EMA)")
+    found = averaged if ema else [place for place in found if place not in averaged] or found
+    if len(found) > 1:
+        usual = [place for place in found if _USUAL.issuperset(place[0].split(".")[:-1])]
+        found = usual if len(usual) == 1 else found
+    if len(found) > 1:
+        raise UserError(f"{there}; say which one is meant with --prefix")
+    return found[0]
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping) and value:
+        return first_few([str(key) for key in value])
+    return f"an object of the type {value.name if isinstance(value, Stub) else type(value).__name__}"

@@ -1,0 +1,29 @@
+"""A training run that takes a moment. As a program, with a folder and options: ``fit`` there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from efficient_densenet.cli import main
+
+CONFIG = """
+model:
+  network:
+    class_path: efficient_densenet.DenseNet
+    init_args: {num_init_features: 8, growth_rate: 4, block_config: [1, 1]}
+  scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR}
+data: {class_path: Digits, init_args: {num_workers: 0}}
+trainer: {accelerator: cpu, devices: 1, max_epochs: 2, limit_train_batches: 2, limit_val_batches: 1}
+"""
+
+
+def run(command: str, folder: Path, *options: str) -> int:
+    """The exit code of `command` with `options`; its runs are in ``folder/tiny``."""
+    config = folder / "tiny.yaml"
+    config.write_text(CONFIG)
+    return main([command, "--config", str(config), "--trainer.default_root_dir", str(folder), *options])
+
+
+if __name__ == "__main__":
+    sys.exit(run("fit", Path(sys.argv[1]), *sys.argv[2:]))
