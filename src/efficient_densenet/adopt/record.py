@@ -1,0 +1,583 @@
+"""What a module computes, from a record of its own forward: a dense block, a transition, a stem, or something else.
+
+The forward runs on a few random pixels, and a dispatch mode sees every operation. Each tensor that depends on the input
+gets a meaning: features (which pieces, in which order), normed, activated, made by a convolution. How modules are named,
+nested, ordered or shared does not matter; they are asked only where the tensors of an operation belong.
+
+An operation with no meaning here is not yet a reason to give up: a module between an activation and new features may
+be a convolution of another kind, and one between features and a convolution may be a norm of another kind. Such a block
+is a dense block all the same, though not for the shared buffer. Where nothing explains an operation, it is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
+
+_aten = torch.ops.aten
+_BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What may follow the convolution of a transition, or the rectifier of a stem.
+_STEPS = {
+    getattr(_aten, name)
+    for name in "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices unsqueeze squeeze".split()
+}
+_TELLING = _BATCH_NORMS | {_aten.convolution, _aten.mul}  # how many channels their input should have
+_EMPTY = {_aten.empty_like, _aten.new_empty}
+_COPIES = {_aten.clone, _aten.detach, _aten.alias}
+_VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
+_SIZES = {"shape", "size", "numel", "nelement", "__len__", "stride", "is_contiguous"}
+
+
+class NotDenseError(Exception):
+    """Why a module computes something else than what was looked for."""
+
+
+class OtherWidthError(Exception):
+    """The input should have had `width` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.width = width
+
+
+class Features(NamedTuple):
+    """Pieces, concatenated: 0 is the input, others are made by convolutions."""
+
+    pieces: tuple[int, ...]
+
+
+class Normed(NamedTuple):
+    """Features behind a norm; and why it is none for the shared buffer, if so."""
+
+    source: Features
+    norm: Norm | None
+    obstacle: str | None
+
+
+class Active(NamedTuple):
+    """Behind a norm and an activation; and why that is none for the shared buffer."""
+
+    normed: Normed
+    obstacle: str | None
+
+
+class Stepped(NamedTuple):
+    """A piece behind pools and the like."""
+
+    piece: int
+    steps: tuple[Step, ...]
+
+
+class Scaled(NamedTuple):
+    """Features times a constant for each channel: half of a frozen norm."""
+
+    source: Features
+    scale: Tensor
+
+
+class Noise(NamedTuple):
+    """An empty tensor, then what dropout multiplies by: `rate` is known once it is filled, and scaled at the end."""
+
+    shape: torch.Size
+    rate: float | None = None
+    scaled: bool = False
+
+
+class Zero(NamedTuple):
+    """The number that dropout multiplies by if everything is dropped."""
+
+
+class Other(NamedTuple):
+    """Computed from the input by an operation that means nothing by itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a convolution made; the input where there is no `source`; for a stem, the norm's output without convolution.
+
+    Attributes:
+        channels: that it has.
+        source: what the convolution read.
+        convolution: None if it is one that the shared buffer cannot run, for the reason in `obstacle`.
+        kernel: its window.
+        dropouts: behind it.
+    """
+
+    channels: int
+    source: Active | Normed | None = None
+    convolution: Convolution | None = None
+    obstacle: str | None = None
+    kernel: tuple[int, ...] = ()
+    dropouts: tuple[Dropout, ...] = ()
+
+
+class _Call(NamedTuple):
+    """A module whose forward is running; what it got; how many convolutions had run before."""
+
+    module: nn.Module
+    given: Any
+    convolutions: int
+
+
+class Meanings:
+    """What each tensor is that depends on the input, while modules run.
+
+    Attributes:
+        modules: all that may run, in the order of `plan.parts`.
+        looks_at_sizes: whether a forward asked for the size of such a tensor.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.numbers = {module: i for i, module in enumerate(modules)}
+        self.owners: dict[int, tuple[int, str]] = {}
+        for i, module in enumerate(modules):
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    self.owners.setdefault(id(tensor), (i, name))
+        # By the address of the memory (which the tensors keep from being used for others), and the view of it.
+        self.known: dict[int, dict[tuple, tuple[Any, Tensor]]] = {}
+        # Memory that was written to: what is not known to be something else has none of its former meanings.
+        self.written: set[int] = set()
+        self.looks_at_sizes = False
+
+    def watch(self, module: nn.Module, x: Tensor) -> Any:
+        """Run the module, and show every operation in it, and every module, to the methods below."""
+        for one in self.modules:
+            one._forward_pre_hooks[0] = self._enter
+            one._forward_hooks[0] = self._leave
+        try:
+            with _Attributes(self), _Operations(self):
+                return module(x)
+        finally:
+            for one in self.modules:
+                one._forward_pre_hooks.clear()
+                one._forward_hooks.clear()
+
+    def meaning(self, tensor: Any) -> Any:
+        """What the tensor is; None where it does not depend on the input."""
+        if not isinstance(tensor, Tensor) or id(tensor) in self.owners:
+            return None
+        storage = _storage(tensor)
+        if storage not in self.known:
+            return None
+        found = self.known[storage].get(_geometry(tensor))
+        if found is None and storage in self.written:
+            return Other("it writes into a part of a tensor")
+        return None if found is None else found[0]
+
+    def knows(self, tensor: Any) -> bool:
+        """Whether it depends on the input."""
+        with torch._C.DisableTorchFunction():
+            return self.meaning(tensor) is not None
+
+    def set(self, tensor: Tensor, meaning: Any) -> None:
+        self.known.setdefault(_storage(tensor), {})[_geometry(tensor)] = meaning, tensor
+
+    def _enter(self, module: nn.Module, inputs: tuple) -> None:
+        with torch._C.DisableTorchFunction():
+            self.enter(module, self.meaning(inputs[0]) if len(inputs) == 1 else None)
+
+    def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            self.leave(module, output)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost one whose forward is running."""
+        return None
+
+    def enter(self, module: nn.Module, given: Any) -> None:
+        """A module begins to run, on one tensor of this meaning, or on something else (None)."""
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """It has run."""
+
+    def before(self, packet: Any, args: Sequence[Any]) -> None:
+        """An operation is about to run."""
+
+    def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+        """It has run."""
+
+
+class Record(Meanings):
+    """The meaning of each tensor so far, in terms of dense layers.
+
+    Attributes:
+        synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
+        pieces: see `Piece`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
+        super().__init__(modules)
+        self.synchronises = synchronises
+        self.pieces: list[Piece] = []
+        self.calls: list[_Call] = []
+        self.convolutions = 0
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run the module, which must return a tensor; the first one gets the input.
+
+        Raises:
+            NotDenseError: it does something else.
+            OtherWidthError: the input has the wrong channels.
+        """
+        if not self.pieces:
+            self.pieces.append(Piece(x.shape[1]))
+            self.set(x, Features((0,)))
+        output = self.watch(module, x)
+        if not isinstance(output, Tensor):
+            raise NotDenseError(f"it returns {type(output).__name__}, not a tensor of features")
+        return output
+
+    def new_piece(self, piece: Piece) -> Features:
+        self.pieces.append(piece)
+        return Features((len(self.pieces) - 1,))
+
+    # ---- modules -----------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, given: Any) -> None:
+        self.calls.append(_Call(module, given, self.convolutions))
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """Give what a module made a meaning, where its operations have none by themselves."""
+        call = self.calls.pop()
+        if not isinstance(self.meaning(output), Other):
+            return
+        name = type(module).__name__
+        if isinstance(call.given, Features) and _is_norm(module):
+            self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
+        elif isinstance(call.given, Normed | Active):
+            if self.convolutions > call.convolutions:
+                plain = type(module).forward in [kind.forward for kind in _CONVOLUTIONS]
+                reason = _no_plain_convolution(module) if plain else f"{name} is not a convolution of PyTorch's own"
+                self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
+            else:
+                self.set(output, _active(call.given, f"{name} is not ReLU"))
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost one whose forward is running."""
+        return self.calls[-1].module if self.calls else None
+
+    # ---- operations --------------------------------------------------------------------------------------------
+
+    def before(self, packet: Any, args: Sequence[Any]) -> None:
+        """Notice channels that the input should have had, before the operation fails for it."""
+        if packet in _TELLING:
+            given = self.meaning(args[0])
+            given = given.normed if isinstance(given, Active) else given
+            given = given.source if isinstance(given, Normed) else given
+            if given != Features((0,)) or not isinstance(args[1], Tensor | None):
+                return
+            width = self.pieces[0].channels
+            if packet is _aten.convolution:
+                wanted = args[1].shape[1] * args[8]
+            elif packet is _aten.mul:
+                wanted = args[1].shape[1] if args[1].dim() == args[0].dim() else width
+            else:
+                wanted = next((len(t) for t in args[1:5] if t is not None), width)
+            if wanted not in (1, width):
+                raise OtherWidthError(wanted)
+
+    def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+        """Give what the operation made a meaning."""
+        made = output[0] if isinstance(output, tuple | list) else output
+        packet = function.overloadpacket
+        meanings = [m for m in map(self.meaning, _flat(args)) if m is not None]
+        if packet is _aten.zeros and made.dim() == 0:
+            self.set(made, Zero())
+        if not meanings or not any(not isinstance(m, Zero) for m in meanings):
+            return
+        in_place = packet.__name__.endswith("_")
+        if in_place:
+            packet = getattr(_aten, packet.__name__.removesuffix("_"), packet)
+        meaning = self._operation(packet, function, args, named, made, meanings)
+        if in_place:
+            self.written.add(_storage(made))
+            self.known[_storage(made)] = {}
+        self.set(made, meaning)
+
+    def _operation(
+        self, packet: Any, function: Any, args: Sequence[Any], named: dict[str, Any], made: Any, meanings: list[Any]
+    ) -> Any:
+        x = self.meaning(args[0])
+        if not isinstance(made, Tensor):
+            raise NotDenseError("its forward looks at the values of its features")
+        if packet is _aten.cat:
+            return self._cat(args, named, made)
+        if packet in _EMPTY:
+            return Noise(made.shape)
+        if packet in _COPIES and made.dtype == args[0].dtype or _changes_nothing(packet, args):
+            return x
+        if isinstance(x, Noise):
+            return self._noise(x, packet, args)
+        if packet is _aten.mul and isinstance(self.meaning(args[1]), Noise | Zero):
+            return self._dropout(x, self.meaning(args[1]), made)
+        if isinstance(x, Features):
+            if packet in _BATCH_NORMS and len(args) == 8:
+                return self._batch_norm(x, args)
+            if packet is _aten.mul and _per_channel(args[1], made):
+                return Scaled(x, args[1])
+            if packet is _aten.slice and args[1] % made.dim() == 1:
+                return self._slice(x, args[2:])
+        if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
+            return self._frozen_norm(x)
+        if isinstance(x, Normed | Active):
+            if packet is _aten.convolution:
+                return self._convolution(x, args, made)
+            if packet in _STEPS:
+                return Stepped(self.new_piece(Piece(made.shape[1], x)).pieces[0], (Step(function, tuple(args[1:])),))
+            if torch.Tag.nondeterministic_seeded in function.tags or any(isinstance(m, Noise) for m in meanings):
+                raise NotDenseError("its norm or activation is random")
+            if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
+                rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
+                return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
+        if packet in _STEPS and not named:
+            step = Step(function, tuple(args[1:]))
+            if isinstance(x, Stepped):
+                return x._replace(steps=(*x.steps, step))
+            if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
+                return Stepped(x.pieces[0], (step,))
+        return self._other(packet, meanings)
+
+    def _other(self, packet: Any, meanings: list[Any]) -> Other:
+        self.convolutions += packet is _aten.convolution
+        other = next((m for m in meanings if isinstance(m, Other)), None)
+        if other is None:
+            reason = f"{self._name(packet)} has no place in a dense layer"
+            if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
+                raise NotDenseError(reason)
+            other = Other(reason)
+        return other
+
+    def _inside_a_norm(self) -> bool:
+        return any(_is_norm(call.module) for call in self.calls)
+
+    def _name(self, packet: Any) -> str:
+        """Of the module that does it, if that does nothing else, or of the operation."""
+        module = self.module
+        if module is not None and not module._modules and (not module._parameters or _is_norm(module)):
+            return type(module).__name__
+        return packet.__name__
+
+    def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
+        dim = args[1] if len(args) > 1 else named.get("dim", 0)
+        meanings = [self.meaning(t) for t in args[0]]
+        for meaning in meanings:
+            if isinstance(meaning, Other):
+                raise NotDenseError(meaning.reason)
+            if not isinstance(meaning, Features):
+                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
+        if dim % made.dim() != 1:
+            raise NotDenseError("it concatenates along another dimension than channels")
+        return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
+
+    def _slice(self, x: Features, args: Sequence[Any]) -> Features | Other:
+        start, stop, step = (*args, None, None, 1)[:3] if len(args) < 3 else args
+        width = sum(self.pieces[p].channels for p in x.pieces)
+        start, stop, _ = slice(start, stop).indices(width)
+        kept, at = [], 0
+        for piece in x.pieces:
+            end = at + self.pieces[piece].channels
+            if start <= at and end <= stop:
+                kept.append(piece)
+            elif max(start, at) < min(stop, end):
+                return Other("it takes a part of what a layer made")
+            at = end
+        return Features(tuple(kept)) if step in (None, 1) else Other("it takes a part of what a layer made")
+
+    # ---- norms -------------------------------------------------------------------------------------------------
+
+    def _batch_norm(self, x: Features, args: Sequence[Any]) -> Normed:
+        tensors, (training, momentum, eps) = args[1:5], args[5:]
+        found = [None if t is None else self.owners.get(id(t)) for t in tensors]
+        module: Any = self.module
+        own = isinstance(module, _BatchNorm)
+        if own:
+            part = self.numbers[module]
+            standard = ("weight", "bias", "running_mean", "running_var")
+            names = tuple(None if t is None else n for t, n in zip(tensors, standard, strict=True))
+            if any(f is not None and f != (part, n) for f, n in zip(found, names, strict=True)):
+                own = False
+        if not own:
+            parts = {f[0] for f in found if f is not None}
+            if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):
+                return Normed(x, None, "the tensors of a norm are computed, or belong to several modules")
+            (part,) = parts
+            names = tuple(None if f is None else f[1] for f in found)
+            module = self.modules[part]
+        uses_batch = module.training or names[2] is None
+        if training and not uses_batch:
+            return Normed(x, None, f"{type(module).__name__} uses the batch's statistics in evaluation")
+        norm = Norm(
+            part,
+            names,  # type: ignore[arg-type]
+            (0, 0),
+            (),
+            None if own and module.eps == eps else eps,
+            None if own else momentum,
+            uses_batch and not training,
+        )
+        return Normed(x, norm, None)
+
+    def _frozen_norm(self, x: Scaled) -> Normed:
+        """A scale and a shift made of a norm's tensors; whether they are made so is tried."""
+        module: Any = self.module
+        names = ("weight", "bias", "running_mean", "running_var")
+        if module in self.numbers and all(isinstance(getattr(module, n, None), Tensor) for n in names):
+            eps = None if isinstance(getattr(module, "eps", None), float) else 1e-5
+            return Normed(x.source, Norm(self.numbers[module], names, (0, 0), (), eps, 0.0, True), None)
+        name = "it" if module is None else type(module).__name__
+        return Normed(x.source, None, f"{name} scales and shifts, and is not a norm of known tensors")
+
+    # ---- convolutions ------------------------------------------------------------------------------------------
+
+    def _convolution(self, x: Active | Normed, args: Sequence[Any], made: Tensor) -> Features:
+        self.convolutions += 1
+        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        module: Any = self.module
+        owner = self.owners.get(id(weight))
+        of_bias = None if bias is None else self.owners.get(id(bias))
+        kernel = weight.shape[2:]
+        same = all(k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True))
+        obstacle = convolution = None
+        if not same or set(stride) != {1} or transposed or groups != 1:
+            known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
+            obstacle = _no_plain_convolution(known)
+        elif type(module).forward in [kind.forward for kind in _CONVOLUTIONS] if module is not None else False:
+            names = ("weight", None if bias is None else "bias")
+            convolution = Convolution(self.numbers[module], names)
+        elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
+            convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
+        else:
+            obstacle = f"the weight of {'a convolution' if module is None else type(module).__name__} is computed"
+        if convolution is not None and set(dilation) != {1}:
+            convolution = convolution._replace(dilation=tuple(dilation))
+        return self.new_piece(Piece(made.shape[1], x, convolution, obstacle, tuple(kernel)))
+
+    # ---- dropout -----------------------------------------------------------------------------------------------
+
+    def _noise(self, noise: Noise, packet: Any, args: Sequence[Any]) -> Noise | Other:
+        if packet is _aten.bernoulli and noise.rate is None:
+            return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
+        if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
+            return noise._replace(scaled=True)
+        return Other("random numbers other than dropout's have no place in a dense layer")
+
+    def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
+        if isinstance(x, Normed | Active):
+            raise NotDenseError("its norm or activation is random")
+        dropout = Dropout(1.0, False)
+        if isinstance(noise, Noise):
+            whole = noise.shape[:2] == made.shape[:2] and set(noise.shape[2:]) == {1}
+            if not noise.scaled or noise.rate is None or not (whole or noise.shape == made.shape):
+                return Other("it drops something else than single values or whole channels")
+            # Of a single pixel, single values are whole channels.
+            dropout = Dropout(noise.rate, whole and noise.shape != made.shape)
+        if isinstance(x, Stepped):
+            function = torch.feature_dropout if dropout.whole_channels else F.dropout
+            return x._replace(steps=(*x.steps, Step(function, (dropout.rate, True))))
+        if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
+            piece = self.pieces[x.pieces[0]]
+            return self.new_piece(replace(piece, dropouts=(*piece.dropouts, dropout)))
+        return Other("its input goes through dropout")
+
+
+class _Operations(TorchDispatchMode):
+    """Shows every operation to a record."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would import the compiler, which takes seconds, and nothing here is compiled
+
+    def __init__(self, record: Meanings) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        with torch._C.DisableTorchFunction():  # or the record would see its own questions
+            self.record.before(function.overloadpacket, args)
+            output = function(*args, **named)
+            self.record.after(function, args, named, output)
+        return output
+
+
+class _Attributes(TorchFunctionMode):
+    """Shows a record what the forward asks a tensor, other than to compute with it."""
+
+    def __init__(self, record: Meanings) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(function, "__self__", None), "__name__", "")
+        if name in _SIZES | _VALUES and args and self.record.knows(args[0]):
+            if name in _VALUES:
+                raise NotDenseError("its forward looks at the values of its features")
+            module = self.record.module
+            own = module is not None and type(module).__module__.startswith("torch.nn.")
+            self.record.looks_at_sizes |= not own
+        return function(*args, **(kwargs or {}))
+
+
+def _active(x: Normed | Active, obstacle: str | None) -> Active:
+    if isinstance(x, Active):
+        return x if obstacle is None or x.obstacle is not None else Active(x.normed, obstacle)
+    return Active(x, obstacle)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A norm of PyTorch's, or one of another library with a weight for each channel."""
+    if isinstance(module, _NORMS) or "norm" not in type(module).__name__.lower():
+        return isinstance(module, _NORMS)
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def _no_plain_convolution(convolution: object) -> str:
+    return f"{convolution} is not a plain convolution that keeps the resolution"
+
+
+def _changes_nothing(packet: Any, args: Sequence[Any]) -> bool:
+    """Whether it multiplies by one or adds zero, numbers that may change: then the module is looked at again."""
+    if packet in (_aten.mul, _aten.div):
+        return type(args[1]) in (int, float) and args[1] == 1
+    return packet in (_aten.add, _aten.sub) and type(args[1]) in (int, float) and args[1] == 0
+
+
+def _per_channel(x: Any, like: Tensor) -> bool:
+    """Whether `x` has one number for each channel of `like`."""
+    return isinstance(x, Tensor) and x.dim() == like.dim() and x.numel() == x.shape[1] == like.shape[1]
+
+
+def _flat(arguments: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for argument in arguments:
+        found += _flat(argument) if isinstance(argument, list | tuple) else [argument]
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _geometry(tensor: Tensor) -> tuple:
+    return tensor.storage_offset(), tensor.shape, tensor.stride()
