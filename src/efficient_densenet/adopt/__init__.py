@@ -71,13 +71,14 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
     for finding in findings:
         if finding.looks:
             promised, is_stem = finding.reason is None, finding.chain.is_stem
-            adoption = Adoption(way, keep, looks=list(finding.looks), promised=promised, is_stem=is_stem)
+            name = "the stem" if finding.segment is not None and not finding.chain.made else ""
+            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=promised, is_stem=is_stem)
             if finding.segment is None:
                 adopt(finding.module, AdoptedPart, adoption)
             else:
                 segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
-    for network, name in networks(model, findings):
-        adoption = Adoption(way, keep, head=True)
+    for network, name, looks in networks(model, findings):
+        adoption = Adoption(way, keep, looks=looks, head=True)
         adopt(network, AdoptedNetwork, Adoption(way, keep, features=name))
         network.segments = (Segment(-2, 0, adoption),)
         segments.setdefault(network.get_submodule(name), [])

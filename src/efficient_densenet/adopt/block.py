@@ -47,7 +47,7 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck
         return block(x)
     if not len(block):
         raise UserError("these modules are no dense block: there are none")
-    adoption = _adoptions.setdefault(block[0], Adoption("shared", keep, "x"))
+    adoption = _adoptions.setdefault(block[0], Adoption("shared", keep, "dense_block", "x"))
     adoption.keep = keep
     chain, reason = look_now([block], adoption)
     if chain is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from efficient_densenet.adopt.record import Active, Features, NotDenseError, Normed, Other, Piece, Record, Stepped
@@ -26,7 +27,7 @@ class Chain:
         bottlenecks: channels of each layer's bottleneck output; empty without bottlenecks.
         tail: channels that the transition or stem makes; 0 without one.
         is_stem: whether the tail is one.
-        pools: whether a pool or the like follows the convolution of the transition.
+        pools: whether the transition or stem makes the resolution smaller, or has a pool at least.
         plan: how it runs on the shared buffer, if it can.
         reason: why not. For the layers, if there are any, whatever follows.
         tail_reason: why the tail cannot run there, if so, whether the layers can or not.
@@ -43,16 +44,17 @@ class Chain:
     tail_reason: str | None
 
 
-def conclude(record: Record, output: Any, head: bool = False) -> Chain:
-    """What the record of a forward that ends with a tensor of this meaning is.
+def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
+    """What the record of a forward that returned this tensor is.
 
     Args:
-        record, output: the record, and the meaning of what came out.
+        record, made: the record, and what came out.
         head: whether it is dense layers and a norm, which relu and the mean over all pixels follow.
 
     Raises:
         NotDenseError: neither dense layers nor a transition nor a stem.
     """
+    output = record.meaning(made)
     if isinstance(output, Other):
         raise NotDenseError(output.reason)
     if head:
@@ -64,7 +66,7 @@ def conclude(record: Record, output: Any, head: bool = False) -> Chain:
     if last is None and (not layers or not isinstance(output, Features)):
         raise NotDenseError("what it returns is not a concatenation of features")
     width = record.pieces[0].channels
-    made = tuple(record.pieces[layer[-1]].channels for layer in layers)
+    growths = tuple(record.pieces[layer[-1]].channels for layer in layers)
     bottlenecks = tuple(record.pieces[layer[0]].channels for layer in layers if len(layer) == 2)
     is_stem = not head and last is not None and last.convolution is None and last.obstacle is None
     reason = _layers_obstacle(record, layers)
@@ -72,7 +74,8 @@ def conclude(record: Record, output: Any, head: bool = False) -> Chain:
     reason = reason or tail_reason or _norms_obstacle(record)
     plan = None if reason is not None else _plan(record, output, layers, last, steps, is_stem)
     tail = 0 if last is None else last.channels
-    return Chain(width, made, bottlenecks, tail, is_stem, bool(steps), plan, reason, tail_reason)
+    pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
+    return Chain(width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:

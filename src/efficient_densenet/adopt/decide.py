@@ -38,6 +38,7 @@ class Adoption:
 
     Attributes:
         way, keep: as in `make_efficient`.
+        name: what a warning calls them; empty: the class of the first of them.
         argument: the name of the one tensor that the first of them takes.
         looks: what they compute, under the conditions that were met, the latest first.
         promised: whether they were to run on the shared buffer when they were adopted.
@@ -49,6 +50,7 @@ class Adoption:
 
     way: Way
     keep: Keep
+    name: str = ""
     argument: str = ""
     looks: list[Look] = field(default_factory=list)
     promised: bool = True
@@ -158,7 +160,7 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
     if not torch.compiler.is_compiling():
         adoption.said.add(reason)
     how = "recomputes" if decision.way == RECOMPUTE else "runs the ordinary way"
-    name = "the stem" if adoption.is_stem else getattr(type(module), "original", type(module)).__name__
+    name = adoption.name or getattr(type(module), "original", type(module)).__name__
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 

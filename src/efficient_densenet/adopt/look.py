@@ -125,7 +125,7 @@ def _look(
         raise
     except Exception as error:  # whatever it is: the module stays as it is, and the report says why
         raise NotDenseError(f"it could not be tried: {type(error).__name__}: {error}") from error
-    chain = conclude(record, record.meaning(output), head)
+    chain = conclude(record, output, head)
     after = [b.clone() for b in buffers]
     _set(buffers, values)
     name = stored(modules, before)
@@ -178,7 +178,7 @@ def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
 
 def _conclusion(record: Record, x: Tensor) -> Chain | None:
     try:
-        return conclude(record, record.meaning(x))
+        return conclude(record, x)
     except NotDenseError:
         return None
 

@@ -27,6 +27,7 @@ from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
@@ -126,10 +127,11 @@ class Piece:
 
 
 class _Call(NamedTuple):
-    """A module whose forward is running; what it got; how many convolutions had run before."""
+    """A module whose forward is running; what it got, and of how many channels; how many convolutions ran before."""
 
     module: nn.Module
     given: Any
+    channels: int
     convolutions: int
 
 
@@ -190,7 +192,8 @@ class Meanings:
 
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
         with torch._C.DisableTorchFunction():
-            self.enter(module, self.meaning(inputs[0]) if len(inputs) == 1 else None)
+            x = inputs[0] if len(inputs) == 1 else None
+            self.enter(module, self.meaning(x), x)
 
     def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         with torch._C.DisableTorchFunction():
@@ -201,8 +204,8 @@ class Meanings:
         """The innermost one whose forward is running."""
         return None
 
-    def enter(self, module: nn.Module, given: Any) -> None:
-        """A module begins to run, on one tensor of this meaning, or on something else (None)."""
+    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
+        """A module begins to run, on one tensor `x` of the meaning `given`, or on something else (None)."""
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """It has run."""
@@ -220,12 +223,14 @@ class Record(Meanings):
     Attributes:
         synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
         pieces: see `Piece`.
+        size: of the input, in pixels.
     """
 
     def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
         super().__init__(modules)
         self.synchronises = synchronises
         self.pieces: list[Piece] = []
+        self.size = torch.Size()
         self.calls: list[_Call] = []
         self.convolutions = 0
 
@@ -238,6 +243,7 @@ class Record(Meanings):
         """
         if not self.pieces:
             self.pieces.append(Piece(x.shape[1]))
+            self.size = x.shape[2:]
             self.set(x, Features((0,)))
         output = self.watch(module, x)
         if not isinstance(output, Tensor):
@@ -250,8 +256,9 @@ class Record(Meanings):
 
     # ---- modules -----------------------------------------------------------------------------------------------
 
-    def enter(self, module: nn.Module, given: Any) -> None:
-        self.calls.append(_Call(module, given, self.convolutions))
+    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
+        channels = x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0
+        self.calls.append(_Call(module, given, channels, self.convolutions))
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """Give what a module made a meaning, where its operations have none by themselves."""
@@ -264,7 +271,8 @@ class Record(Meanings):
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
                 plain = type(module).forward in [kind.forward for kind in _CONVOLUTIONS]
-                reason = _no_plain_convolution(module) if plain else f"{name} is not a convolution of PyTorch's own"
+                kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
+                reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
                 self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
             else:
                 self.set(output, _active(call.given, f"{name} is not ReLU"))
@@ -359,7 +367,7 @@ class Record(Meanings):
         self.convolutions += packet is _aten.convolution
         other = next((m for m in meanings if isinstance(m, Other)), None)
         if other is None:
-            reason = f"{self._name(packet)} has no place in a dense layer"
+            reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
             if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
                 raise NotDenseError(reason)
             other = Other(reason)
@@ -397,9 +405,9 @@ class Record(Meanings):
             if start <= at and end <= stop:
                 kept.append(piece)
             elif max(start, at) < min(stop, end):
-                return Other("it takes a part of what a layer made")
+                return Other("its forward takes a part of what a layer made")
             at = end
-        return Features(tuple(kept)) if step in (None, 1) else Other("it takes a part of what a layer made")
+        return Features(tuple(kept)) if step in (None, 1) else Other("its forward takes a part of what a layer made")
 
     # ---- norms -------------------------------------------------------------------------------------------------
 
@@ -407,13 +415,11 @@ class Record(Meanings):
         tensors, (training, momentum, eps) = args[1:5], args[5:]
         found = [None if t is None else self.owners.get(id(t)) for t in tensors]
         module: Any = self.module
-        own = isinstance(module, _BatchNorm)
-        if own:
-            part = self.numbers[module]
-            standard = ("weight", "bias", "running_mean", "running_var")
-            names = tuple(None if t is None else n for t, n in zip(tensors, standard, strict=True))
-            if any(f is not None and f != (part, n) for f, n in zip(found, names, strict=True)):
-                own = False
+        names: Any = _OF_A_NORM
+        part = self.numbers.get(module, -1)
+        own = isinstance(module, _BatchNorm) and all(
+            f in (None, (part, n)) for f, n in zip(found, names, strict=True)
+        )
         if not own:
             parts = {f[0] for f in found if f is not None}
             if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):
@@ -421,12 +427,12 @@ class Record(Meanings):
             (part,) = parts
             names = tuple(None if f is None else f[1] for f in found)
             module = self.modules[part]
-        uses_batch = module.training or names[2] is None
+        uses_batch = module.training or tensors[2] is None
         if training and not uses_batch:
             return Normed(x, None, f"{type(module).__name__} uses the batch's statistics in evaluation")
         norm = Norm(
             part,
-            names,  # type: ignore[arg-type]
+            names,
             (0, 0),
             (),
             None if own and module.eps == eps else eps,
@@ -438,10 +444,9 @@ class Record(Meanings):
     def _frozen_norm(self, x: Scaled) -> Normed:
         """A scale and a shift made of a norm's tensors; whether they are made so is tried."""
         module: Any = self.module
-        names = ("weight", "bias", "running_mean", "running_var")
-        if module in self.numbers and all(isinstance(getattr(module, n, None), Tensor) for n in names):
+        if module in self.numbers and all(isinstance(getattr(module, n, None), Tensor) for n in _OF_A_NORM):
             eps = None if isinstance(getattr(module, "eps", None), float) else 1e-5
-            return Normed(x.source, Norm(self.numbers[module], names, (0, 0), (), eps, 0.0, True), None)
+            return Normed(x.source, Norm(self.numbers[module], _OF_A_NORM, (0, 0), (), eps, 0.0, True), None)
         name = "it" if module is None else type(module).__name__
         return Normed(x.source, None, f"{name} scales and shifts, and is not a norm of known tensors")
 
@@ -460,8 +465,7 @@ class Record(Meanings):
             known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
         elif type(module).forward in [kind.forward for kind in _CONVOLUTIONS] if module is not None else False:
-            names = ("weight", None if bias is None else "bias")
-            convolution = Convolution(self.numbers[module], names)
+            convolution = Convolution(self.numbers[module], ("weight", "bias"))
         elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
             convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
         else:
@@ -477,7 +481,7 @@ class Record(Meanings):
             return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
         if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
             return noise._replace(scaled=True)
-        return Other("random numbers other than dropout's have no place in a dense layer")
+        return Other("its forward uses random numbers other than those of dropout")
 
     def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
         if isinstance(x, Normed | Active):
@@ -495,7 +499,7 @@ class Record(Meanings):
         if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
             piece = self.pieces[x.pieces[0]]
             return self.new_piece(replace(piece, dropouts=(*piece.dropouts, dropout)))
-        return Other("its input goes through dropout")
+        return Other("there is dropout in front of a norm")
 
 
 class _Operations(TorchDispatchMode):

@@ -158,7 +158,7 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
         children = list(module.children())
         roots = children[slice(*segment)]
         sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
-        if chain is not None and chain.is_stem:
+        if chain is not None and not chain.made:
             before = children[segment[0] - 1] if segment[0] else None
             stem = before if isinstance(before, CONVOLUTIONS) else None
             note = reason and f"the stem keeps more: {reason}"
@@ -199,7 +199,7 @@ def _entry(part: _Part, pixels: int | None) -> Entry:
     was = f"{original.__module__.split('.')[0]} {original.__name__}"
     if part.chain is None:
         return Entry(part.name, was, part.way, "", part.reason)
-    if part.way in (_JOINS, ORDINARY) and part.chain.is_stem:
+    if part.stem is not None or part.way == _JOINS:
         if part.stem is None:
             return Entry(part.name, was, part.way, "", part.reason)
         values = _stem_values(part.stem, part.keep, bool(part.reason))

@@ -69,7 +69,9 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
         if module in inside:
             continue
         finding = _whole(name, module, tensors, tried)
-        if finding is not None and (finding.looks or module not in left):
+        if finding is not None and module in left and (not finding.looks or len(finding.chain.made) < 2):
+            continue  # a layer or a part of one, of a block that is none
+        if finding is not None:
             findings.append(finding)
             (inside if finding.looks else left).update(module.modules())
     whole = {finding.module: finding.chain for finding in findings if finding.looks}
@@ -92,6 +94,11 @@ def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Findi
     if not _by_itself(chain) or (runs_in_order(module) and chain.made and chain.tail_reason):
         return None
     return finding
+
+
+def _joins(chain: Chain) -> bool:
+    """Whether there is anything that its parts can share."""
+    return len(chain.made) > 1 or chain.tail > 0
 
 
 def _by_itself(chain: Chain) -> bool:
@@ -133,20 +140,27 @@ def _run(modules: Sequence[nn.Module], whole: dict[nn.Module, Chain], tensors: T
     return _longest(chains)
 
 
-def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn.Module, str]]:
-    """Networks whose head can join the last block of their features, and the name of these features."""
+def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn.Module, str, list[Look]]]:
+    """Networks whose head can join the last block of their features.
+
+    Returns:
+        Each network, the name of its features, and what their last block and norm compute with the head.
+    """
     blocks = {f.module for f in findings if f.looks and f.segment is None and f.chain.made and not f.chain.tail}
     for network in list(model.modules()):
         for name, features in network.named_children():
             if runs_in_order(features) and not runs_in_order(network) and len(features) > 1:  # type: ignore[arg-type]
                 *_, block, norm = features.children()
                 if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
-                    yield network, name
+                    try:
+                        yield network, name, look([block, norm], Tensors("cpu"), tried=False, head=True)
+                    except NotDenseError:
+                        continue
 
 
 def _longest(chains: Sequence[Chain | None]) -> int:
     """The longest run that fits the shared buffer, but for its layers perhaps; else the longest that is anything."""
-    useful = [(n, chain) for n, chain in enumerate(chains, start=1) if chain is not None and _by_itself(chain)]
+    useful = [(n, c) for n, c in enumerate(chains, start=1) if c is not None and _by_itself(c) and _joins(c)]
     fitting = [n for n, chain in useful if chain.tail_reason is None]
     return max(fitting or [n for n, _ in useful], default=0)
 

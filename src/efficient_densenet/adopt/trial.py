@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,9 +81,11 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
     kept = [(module, module.__dict__, type(module)) for module in modules]
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
+        stack.enter_context(tensors.device)
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_random_states_kept())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
         stack.enter_context(_no_global_hooks())
         try:
             for module, attributes, kind in kept:
