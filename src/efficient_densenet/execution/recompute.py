@@ -54,7 +54,10 @@ def forgetting(convolutions: bool = False) -> Iterator[None]:
     """
     recorder = _Recorder(_CHEAP | {_aten.convolution} if convolutions else _CHEAP)
     with saved_tensors_hooks(recorder.pack, _unpack), recorder:
-        yield
+        try:
+            yield
+        finally:
+            recorder.results.clear()  # the graph, which they belong to, keeps the recorder
 
 
 class _Kept(NamedTuple):

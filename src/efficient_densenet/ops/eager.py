@@ -28,7 +28,9 @@ _WIDEST_ROW = 4096
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
     dtype = into.scale.dtype
-    mean, variance, weight, bias = (t if t.dtype == dtype else t.to(dtype) for t in (*statistics, weight, bias))
+    mean, variance = statistics
+    if {mean.dtype, variance.dtype, weight.dtype, bias.dtype} != {dtype}:
+        mean, variance, weight, bias = (t.to(dtype) for t in (mean, variance, weight, bias))
     torch.add(variance, eps, out=into.inverse).rsqrt_()
     torch.mul(weight, into.inverse, out=into.scale)
     torch.addcmul(bias, mean, into.scale, value=-1, out=into.shift)
