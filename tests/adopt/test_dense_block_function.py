@@ -91,7 +91,7 @@ def test_errors_say_what_does_not_fit():
         dense_block(x, [])
     with pytest.raises(UserError, match="no dense block: its forward uses"):
         dense_block(x, [layers[0], nn.Linear(8, 3)])
-    with pytest.raises(UserError, match="no dense block: it could not be tried: RuntimeError: .* 9"):
+    with pytest.raises(UserError, match=r"no dense block: it could not be tried: RuntimeError: .* 9"):
         dense_block(x, [layers[0], plain_layer(9, 3)])
     with pytest.raises(UserError, match="the first layer reads 5 channels, and the input has 4"):
         dense_block(x[:, :4], layers)

@@ -26,7 +26,9 @@ def alive_after_forward(network, x):
     return sum(event.nbytes() for event in events if event.name() == "[memory]"), output
 
 
-@pytest.mark.parametrize(("keep", "bottlenecks", "features"), [("bottleneck", 1, 1), ("features", 0, 1), ("inputs", 0, 0)])
+@pytest.mark.parametrize(
+    ("keep", "bottlenecks", "features"), [("bottleneck", 1, 1), ("features", 0, 1), ("inputs", 0, 0)]
+)
 @pytest.mark.parametrize("layers", [3, 6])
 def test_bytes_kept_by_a_block_and_its_transition(keep, bottlenecks, features, layers):
     """X, the bottleneck outputs, the statistics, and a few numbers for each number of a norm: nothing else."""

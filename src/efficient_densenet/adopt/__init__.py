@@ -12,14 +12,13 @@ from efficient_densenet.adopt.adopted import (
     AdoptedNetwork,
     AdoptedPart,
     AdoptedSequence,
-    Segment,
     adopt,
     adopted_modules,
     adoptions,
     restore,
 )
 from efficient_densenet.adopt.block import dense_block
-from efficient_densenet.adopt.decide import WAYS, Adoption, Way
+from efficient_densenet.adopt.decide import WAYS, Adoption, Segment, Way
 from efficient_densenet.adopt.report import Entry, Report, report
 from efficient_densenet.adopt.survey import Finding, networks, survey
 from efficient_densenet.errors import UserError
@@ -79,12 +78,11 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
                 segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
     for network, name, looks in networks(model, findings):
         adoption = Adoption(way, keep, looks=looks, head=True)
-        adopt(network, AdoptedNetwork, Adoption(way, keep, features=name))
-        network.segments = (Segment(-2, 0, adoption),)
+        last = (Segment(-2, 0, adoption),)
+        adopt(network, AdoptedNetwork, Adoption(way, keep, segments=last, features=name))
         segments.setdefault(network.get_submodule(name), [])
     for sequence, some in segments.items():
-        adopt(sequence, AdoptedSequence, Adoption(way, keep))
-        sequence.segments = tuple(some)
+        adopt(sequence, AdoptedSequence, Adoption(way, keep, segments=tuple(some)))
 
 
 def _nothing_found(model: nn.Module, findings: list[Finding]) -> str:

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,10 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.execution import shared
 from efficient_densenet.execution.recompute import forgetting
 
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Segment(NamedTuple):
-    """Modules of a sequence, from one to another (exclusive), that run as one."""
-
-    start: int
-    stop: int
-    adoption: Adoption
-
-
-class Adopted:
+class Adopted(nn.Module):
     """Of every adopted module: `original` is the class that it had before."""
 
     original: ClassVar[type[nn.Module]]
@@ -78,8 +69,6 @@ class AdoptedPart(Adopted):
 class AdoptedSequence(Adopted):
     """A sequence, some of whose modules run as one."""
 
-    segments: Sequence[Segment]
-
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
         x = one_tensor(self.adoption, arguments, named)
         decision = at_call(x, self, self.adoption)
@@ -90,7 +79,7 @@ class AdoptedSequence(Adopted):
     def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         """Run all modules, or the first ones."""
         i = 0
-        for start, stop, adoption in self.segments:
+        for start, stop, adoption in self.adoption.segments:
             if stop > len(modules):
                 break
             if adoption.is_stem and start > i:
@@ -108,22 +97,22 @@ class AdoptedNetwork(Adopted):
 
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
         x = one_tensor(self.adoption, arguments, named)
-        features = getattr(self, self.adoption.features, None)
+        features: Any = getattr(self, self.adoption.features, None)
+        usual = isinstance(features, AdoptedSequence) and len(features._modules) > 1
         # While compiling there is nothing to look at.
-        if at_call(x, self, self.adoption) is None and not torch.compiler.is_compiling():
-            if isinstance(features, AdoptedSequence) and len(features) > 1:
-                head = head_of(self, features, self.adoption.heads, x.shape)
-                if head is not None:
-                    return self.run_head(features, head, x)
+        if usual and at_call(x, self, self.adoption) is None and not torch.compiler.is_compiling():
+            head = head_of(self, features, self.adoption.heads, x.shape)
+            if head is not None:
+                return self.run_head(features, head, x)
         return self.original.forward(self, *arguments, **named)
 
     def run_head(self: Any, features: Any, head: Head, x: Tensor) -> Tensor:
         *first, block, norm = list(features)
         x = features.run_modules(first, x)
-        (segment,) = self.segments
+        (segment,) = self.adoption.segments
         decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
         if decision.way == SHARED:
-            x = shared.run(x, decision.chain.plan, decision.modules, segment.adoption.keep)
+            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep)
         else:  # the block tells why, if it does not run on its buffer either
             x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
@@ -151,7 +140,7 @@ def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def run_segment(modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
     decision = decide(x, modules, adoption, own_hooks=False)
-    if decision.way != SHARED and any([isinstance(module, Adopted) for module in modules]):
+    if decision.way != SHARED and any(isinstance(module, Adopted) for module in modules):
         return in_order(modules, x)  # they decide by themselves, and tell why
     return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x))
 
@@ -177,8 +166,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Give every adopted module of `model` the class back that it had, and return `model`."""
     for module in adopted_modules(model):
         module.__class__ = module.original
-        for name in ("adoption", "segments"):
-            module.__dict__.pop(name, None)
+        del module.adoption
     return model
 
 
@@ -190,7 +178,7 @@ def adoptions(model: nn.Module) -> Iterator[Adoption]:
     """All that is remembered of parts of `model`."""
     for module in adopted_modules(model):
         yield module.adoption
-        yield from [segment.adoption for segment in getattr(module, "segments", ())]
+        yield from [segment.adoption for segment in module.adoption.segments]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""From the record of a forward to what it is: dense layers, each of which reads all that was made before, and a tail."""
+"""From the record of a forward to what it is: dense layers, each of which reads all made before, and a tail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_densenet.adopt.record import Active, Features, NotDenseError, Normed, Other, Piece, Record, Stepped
+from efficient_densenet.adopt.record import Active, Features, Normed, NotDenseError, Other, Piece, Record, Stepped
 from efficient_densenet.execution.plan import Norm, Plan, Ranges, Step, sources
 
 _AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -115,8 +115,10 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
         if piece.source is None or (piece.convolution is None and piece.obstacle is None):
             raise NotDenseError("it concatenates what no convolution made")
         chain = [number]
-        while len(chain) < 3 and len(_read(record.pieces[chain[0]])) == 1 and not wanted.union({0}) & set(
-            _read(record.pieces[chain[0]])
+        while (
+            len(chain) < 3
+            and len(_read(record.pieces[chain[0]])) == 1
+            and not wanted.union({0}) & set(_read(record.pieces[chain[0]]))
         ):
             chain.insert(0, *_read(record.pieces[chain[0]]))
         found.append(tuple(chain))
@@ -254,8 +256,9 @@ def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, 
     if pool is None or set(last.kernel) != {1}:
         return 1, steps
     window, *more = pool
-    size, defaults = window[0], ([], [0], False, True, None)
-    stride, padding, ceil_mode, _, divisor = [*more, *defaults[len(more) :]]
+    size: int = window[0]
+    defaults: list[Any] = [[], [0], False, True, None]
+    stride, padding, ceil_mode, _, divisor = more + defaults[len(more) :]
     simple = list(stride or window) == list(window) and not any(padding) and not ceil_mode and divisor is None
     return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
 
@@ -264,7 +267,8 @@ def _is_stems_pool(steps: Sequence[Step]) -> bool:
     pool, taken = _pool(steps, _MAX_POOLS)
     if pool is None or taken != len(steps):
         return False
-    dilation, ceil_mode = [*pool[3:], *([1], False)[len(pool) - 3 :]]
+    defaults: list[Any] = [[1], False]
+    dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
     return [set(p) for p in (*pool[:3], dilation)] == [{3}, {2}, {1}, {1}] and not ceil_mode
 
 

@@ -26,9 +26,7 @@ _NOT_COMPARED = frozenset({
 _OF_TORCH = "torch.nn.modules."
 
 
-def conditions(
-    roots: Sequence[nn.Module], without: nn.Module | None = None
-) -> tuple[list[nn.Module], tuple[Any, ...]]:
+def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> tuple[list[nn.Module], tuple[Any, ...]]:
     """All modules in `roots` (in the order of `plan.parts`), and what their forward may depend on.
 
     What is in `without`, and itself, is left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from efficient_densenet.adopt.record import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
-from efficient_densenet.execution.plan import parts
+from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.recompute import forgetting
 
 Way = Literal["shared", "recompute"]
@@ -29,7 +30,16 @@ Way = Literal["shared", "recompute"]
 WAYS: tuple[Way, ...] = get_args(Way)
 SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
+_TRACED = "it is traced, as the ordinary operations"
 _MOST_LOOKS = 50
+
+
+class Segment(NamedTuple):
+    """Modules of a sequence, from one to another (exclusive), that run as one."""
+
+    start: int
+    stop: int
+    adoption: Adoption
 
 
 @dataclass
@@ -44,6 +54,7 @@ class Adoption:
         promised: whether they were to run on the shared buffer when they were adopted.
         is_stem: whether they are the norm, activation and pool of a stem.
         head: whether relu and the mean over all pixels follow.
+        segments: of a sequence, what runs as one; of a network, its last block and norm.
         features, heads: of a network, the name of its features, and how it was found to end.
         said: reasons that the user has been given.
     """
@@ -56,6 +67,7 @@ class Adoption:
     promised: bool = True
     is_stem: bool = False
     head: bool = False
+    segments: tuple[Segment, ...] = ()
     features: str = ""
     heads: list[Head] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
@@ -65,7 +77,8 @@ class Adoption:
         return self.__dict__ | {"looks": [], "heads": [], "said": set()}
 
     def __deepcopy__(self, memo: Any) -> Adoption:
-        return replace(self, looks=list(self.looks), heads=list(self.heads), said=set())
+        segments = copy.deepcopy(self.segments, memo)
+        return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set())
 
 
 class Decision(NamedTuple):
@@ -76,6 +89,12 @@ class Decision(NamedTuple):
     chain: Chain | None = None
     modules: Sequence[nn.Module] = ()
     tell: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        """How to run on the shared buffer, if that is the way."""
+        assert self.chain is not None and self.chain.plan is not None
+        return self.chain.plan
 
 
 def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
@@ -139,8 +158,7 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
         ordinary: runs them as they are.
     """
     if decision.way == SHARED:
-        assert decision.chain is not None and decision.chain.plan is not None
-        plan = decision.chain.plan
+        plan = decision.plan
         made = shared.run(x, plan, decision.modules, adoption.keep)
         # What is handed out may be changed in place; the features that are kept for backward may not.
         whole = not (plan.pool or plan.max_pool or plan.output)
@@ -155,10 +173,11 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
 def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
     """Tell once for each reason that something runs slower, or takes more memory, than was promised."""
     reason = decision.reason
-    if not decision.tell or not adoption.promised or reason is None or reason in adoption.said:
+    if torch.compiler.is_compiling() or not decision.tell or not adoption.promised:
         return
-    if not torch.compiler.is_compiling():
-        adoption.said.add(reason)
+    if reason is None or reason in adoption.said:
+        return
+    adoption.said.add(reason)
     how = "recomputes" if decision.way == RECOMPUTE else "runs the ordinary way"
     name = adoption.name or getattr(type(module), "original", type(module)).__name__
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
@@ -166,12 +185,13 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
 
 def _must_be_ordinary(x: Any) -> str | None:
     """Why only the ordinary operations will do; an empty reason is none to tell."""
-    if any(isinstance(a, Proxy) for a in (x if isinstance(x, tuple) else (x,))):
-        return "it is traced, as the ordinary operations"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return "it is traced, as the ordinary operations"
+    # What `is_exporting` returns; but PyTorch 2.11 takes that for true wherever it compiles.
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+        return _TRACED
     if torch.compiler.is_compiling():
         return None
+    if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
+        return _TRACED
     if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}, a tensor of another kind"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -75,7 +75,9 @@ def look(
             chains, sizes = [], False
             # In evaluation a second size would show nothing that training has not shown.
             for n, size in _SIZES if tried and mode is not False else _SIZES[:1]:
-                width, chain, asked = _look(roots, modules, synchronises, tensors, (n, width, *size[:dims]), tried, head)
+                width, chain, asked = _look(
+                    roots, modules, synchronises, tensors, (n, width, *size[:dims]), tried, head
+                )
                 chains.append(chain)
                 sizes |= asked
             chain = chains[0]

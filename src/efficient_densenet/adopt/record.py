@@ -1,8 +1,8 @@
 """What a module computes, from a record of its own forward: a dense block, a transition, a stem, or something else.
 
 The forward runs on a few random pixels, and a dispatch mode sees every operation. Each tensor that depends on the input
-gets a meaning: features (which pieces, in which order), normed, activated, made by a convolution. How modules are named,
-nested, ordered or shared does not matter; they are asked only where the tensors of an operation belong.
+gets a meaning: features (which pieces, in which order), normed, activated, made by a convolution. How modules are
+named, nested, ordered or shared does not matter; they are asked only where the tensors of an operation belong.
 
 An operation with no meaning here is not yet a reason to give up: a module between an activation and new features may
 be a convolution of another kind, and one between features and a convolution may be a norm of another kind. Such a block
@@ -11,8 +11,8 @@ is a dense block all the same, though not for the shared buffer. Where nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,8 @@ _OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
-    getattr(_aten, name)
-    for name in "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices unsqueeze squeeze".split()
+    *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
+    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
 }
 _TELLING = _BATCH_NORMS | {_aten.convolution, _aten.mul}  # how many channels their input should have
 _EMPTY = {_aten.empty_like, _aten.new_empty}
@@ -286,21 +286,24 @@ class Record(Meanings):
 
     def before(self, packet: Any, args: Sequence[Any]) -> None:
         """Notice channels that the input should have had, before the operation fails for it."""
-        if packet in _TELLING:
-            given = self.meaning(args[0])
-            given = given.normed if isinstance(given, Active) else given
-            given = given.source if isinstance(given, Normed) else given
-            if given != Features((0,)) or not isinstance(args[1], Tensor | None):
-                return
-            width = self.pieces[0].channels
-            if packet is _aten.convolution:
-                wanted = args[1].shape[1] * args[8]
-            elif packet is _aten.mul:
-                wanted = args[1].shape[1] if args[1].dim() == args[0].dim() else width
-            else:
-                wanted = next((len(t) for t in args[1:5] if t is not None), width)
-            if wanted not in (1, width):
-                raise OtherWidthError(wanted)
+        if packet not in _TELLING:
+            return
+        x: Any = args[0]
+        weight: Any = args[1]
+        given = self.meaning(x)
+        given = given.normed if isinstance(given, Active) else given
+        given = given.source if isinstance(given, Normed) else given
+        if given != Features((0,)):
+            return
+        wanted = width = self.pieces[0].channels
+        if packet is _aten.convolution:
+            wanted = weight.shape[1] * args[8]
+        elif packet in _BATCH_NORMS:
+            wanted = next((len(t) for t in args[1:5] if t is not None), width)
+        elif isinstance(weight, Tensor) and weight.dim() == x.dim():
+            wanted = weight.shape[1]
+        if wanted not in (1, width):
+            raise OtherWidthError(wanted)
 
     def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
         """Give what the operation made a meaning."""
@@ -330,7 +333,7 @@ class Record(Meanings):
             return self._cat(args, named, made)
         if packet in _EMPTY:
             return Noise(made.shape)
-        if packet in _COPIES and made.dtype == args[0].dtype or _changes_nothing(packet, args):
+        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args):
             return x
         if isinstance(x, Noise):
             return self._noise(x, packet, args)
@@ -417,9 +420,7 @@ class Record(Meanings):
         module: Any = self.module
         names: Any = _OF_A_NORM
         part = self.numbers.get(module, -1)
-        own = isinstance(module, _BatchNorm) and all(
-            f in (None, (part, n)) for f, n in zip(found, names, strict=True)
-        )
+        own = isinstance(module, _BatchNorm) and all(f in (None, (part, n)) for f, n in zip(found, names, strict=True))
         if not own:
             parts = {f[0] for f in found if f is not None}
             if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):

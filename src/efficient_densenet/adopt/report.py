@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from efficient_densenet.adopt.adopted import (
@@ -169,9 +168,7 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
     return [*found, *joining.values()]
 
 
-def _findings(
-    model: nn.Module, keep: str
-) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
+def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
     """Name, module, its segment if it is a sequence, how that runs, and what it keeps."""
     if not adopted_modules(model):
         for name, module, looks, segment, reason in survey(model):
@@ -186,7 +183,7 @@ def _findings(
         elif isinstance(module, AdoptedSequence):
             sequences.append((name, module))
     for name, sequence in sequences:
-        for start, stop, adoption in sequence.segments:
+        for start, stop, adoption in sequence.adoption.segments:
             roots = list(sequence.children())[start:stop]
             yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
     for finding in survey(model):

@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-_HOOKS = (
-    "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _forward_hooks_with_kwargs "
-    "_forward_hooks_always_called _forward_pre_hooks_with_kwargs"
-).split()
+_HOOKS = [
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+]
 _CONTAINERS = (list, dict, set)
 _OF_PYTORCH = ("_parameters", "_buffers", "_modules")
 _NOTHING = object()

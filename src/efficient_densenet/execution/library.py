@@ -24,8 +24,8 @@ from efficient_densenet.ops.reference import Statistics, statistics_dtype
 # What describes a `Stage` to an operator: each norm's weight and bias; running mean and variance of each norm that uses
 # them, one behind the other; for each norm whether it uses the batch's statistics instead; the rest as in `Stage`.
 _STAGE = (
-    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] constants, bool[] uses_batch, float[] eps, Tensor[] weights, "
-    "Tensor[] biases, Tensor[] masks, float[] mask_scales, int[] sources, int per_layer, int pool, str keep, str group"
+    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] constants, bool[] uses_batch, float[] eps, "
+    "Tensor[] weights, Tensor[] biases, Tensor[] masks, float[] mask_scales, int[] sources, int per_layer, int pool, str keep, str group"
 )
 
 
@@ -172,7 +172,7 @@ def _stage_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     of_weights = [next(found) if need else None for need in need_weights]
     of_biases = [next(found) for _ in biases]
     nothing = [None] * len(constants), None, None
-    of_rest = [[] if plain == [] else None for plain in rest]  # an empty list may be one of tensors
+    of_rest: list[list | None] = [[] if plain == [] else None for plain in rest]  # an empty list may be one of tensors
     return (of_x, *of_norms, *nothing, of_weights, of_biases, [None] * len(masks), *of_rest)
 
 

@@ -17,7 +17,7 @@ statistics). Extra time: one concatenation, norm and activation per convolution,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +34,16 @@ _BATCH_NORMS = {
     _aten.cudnn_batch_norm,
     _aten.miopen_batch_norm,
 }
-_CHEAP = frozenset(_BATCH_NORMS) | {
-    getattr(_aten, name)
-    for name in (
-        "cat batch_norm_elemt native_group_norm native_layer_norm _fused_rms_norm relu threshold leaky_relu elu celu "
-        "hardtanh hardswish hardsigmoid silu mish gelu softplus sigmoid tanh _prelu_kernel clamp clamp_min mul add sub "
-        "div _to_copy"
-    ).split()
-    if hasattr(_aten, name)
-}
+_NAMES = """
+    cat batch_norm_elemt native_group_norm native_layer_norm _fused_rms_norm relu threshold leaky_relu elu celu hardtanh
+    hardswish hardsigmoid silu mish gelu softplus sigmoid tanh _prelu_kernel clamp clamp_min mul add sub div _to_copy
+"""
+_CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
+_AUTOCAST = [
+    getattr(torch._C.DispatchKey, name)
+    for name in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS", "AutocastHPU", "AutocastPrivateUse1")
+    if hasattr(torch._C.DispatchKey, name)
+]
 
 
 @contextmanager
@@ -119,7 +120,7 @@ class _Promise(NamedTuple):
     result: _Result
     size: Sequence[int]
     stride: Sequence[int]
-    offset: int
+    offset: Any
 
     def value(self) -> Tensor:
         return self.result.value().as_strided(self.size, self.stride, self.offset)
@@ -166,8 +167,9 @@ class _Recorder(TorchDispatchMode):
         name = function.overloadpacket.__name__
         packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
         overload = function._overloadname
-        known = packet in self.cheap and overload in packet.overloads()
-        return getattr(packet, overload) if known else None, True
+        if packet is None or packet not in self.cheap or overload not in packet.overloads():
+            return None, True
+        return getattr(packet, overload), True
 
     def _result(self, cheap: Any, args: Sequence[Any], named: dict[str, Any], in_place: bool) -> _Result | None:
         if cheap is _aten.cat.default:
@@ -241,8 +243,9 @@ def _unpack(packed: _Kept | _Promise) -> Tensor:
 @contextmanager
 def _no_autocast() -> Iterator[None]:
     """The operations were recorded below mixed precision, with the casts that it had made."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(keys):
+    with ExitStack() as stack:
+        for key in _AUTOCAST:
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)))
         yield
 
 

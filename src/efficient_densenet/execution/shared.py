@@ -23,6 +23,11 @@ from efficient_densenet.execution.library import (
 )
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
 
+# Found here, for PyTorch 2.11 cannot compile the question.
+_WITH_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+)
+
 
 def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tensor:
     """Run what `plan` describes on one buffer.
@@ -74,9 +79,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
     return _arranged(output, plan.output, 1)
 
 
-def _convolutions(
-    x: Tensor, plan: Plan, modules: Sequence[nn.Module]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The input, and weights and biases of all convolutions, in the type that autocast asks for."""
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -87,11 +90,11 @@ def _convolutions(
         weights.append(_dilated(weight, dilation) if dilation else weight)
         biases.append(None if bias_name is None else getattr(modules[part], bias_name))
     given = []
-    if any([bias is not None for bias in biases]):
+    if any(bias is not None for bias in biases):
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     device = x.device.type
     # As it would cast a convolution's arguments.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
     return x, weights, given
@@ -109,7 +112,8 @@ def _dilated(weight: Tensor, dilation: Sequence[int]) -> Tensor:
     """The weight with zeros between its taps, which the operations need not know of."""
     size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
     wide = weight.new_zeros((*weight.shape[:2], *size))
-    wide[(..., *[slice(None, None, d) for d in dilation])] = weight
+    taps: tuple[Any, ...] = (..., *[slice(None, None, d) for d in dilation])
+    wide[taps] = weight
     return wide
 
 
@@ -131,7 +135,7 @@ class _Moving(NamedTuple):
     norm: Norm
     mean: Tensor
     variance: Tensor
-    count: Tensor | None
+    tracked: Tensor | None
     momentum: float | None
 
 
@@ -139,7 +143,7 @@ def _norms(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> _Norms:
     found = _Norms([], [], [], [], [], [], "")
     for norm in plan.norms:
         module: Any = modules[norm.part]
-        tensors = [None if name is None else getattr(module, name) for name in norm.names]
+        tensors: list[Any] = [None if name is None else getattr(module, name) for name in norm.names]
         start, stop = norm.source
         for into, tensor, otherwise in zip(found[:2], tensors[:2], (1.0, 0.0), strict=True):
             if tensor is None:
@@ -238,7 +242,7 @@ def _move_running_averages(moving: Sequence[_Moving], statistics: Tensor, count:
 
 def _move_once(moving: Sequence[_Moving], mean: Tensor, variance: Tensor) -> None:
     """The running averages of norms that are all different, each by the statistics of the channels that it reads."""
-    counts = [one.count for one in moving if one.count is not None]
+    counts = [one.tracked for one in moving if one.tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
