@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_densenet.adopt.record import Active, Features, Normed, NotDenseError, Other, Piece, Record, Stepped
+from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
+from efficient_densenet.adopt.record import Record
 from efficient_densenet.execution.plan import Norm, Plan, Ranges, Step, sources
 
 _AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")

@@ -17,7 +17,7 @@ from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.look import Look, look, look_at_size
-from efficient_densenet.adopt.record import NotDenseError
+from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
-from efficient_densenet.adopt.record import Meanings, NotDenseError
+from efficient_densenet.adopt.meanings import Meanings, NotDenseError
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.execution.plan import parts
 

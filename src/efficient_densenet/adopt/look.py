@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from efficient_densenet.adopt.chain import Chain, conclude
 from efficient_densenet.adopt.conditions import conditions
-from efficient_densenet.adopt.record import NotDenseError, OtherWidthError, Record
+from efficient_densenet.adopt.meanings import NotDenseError, OtherWidthError
+from efficient_densenet.adopt.record import Record
 from efficient_densenet.adopt.trial import Tensors, attributes, on_trial, stored
 from efficient_densenet.execution import shared
 from efficient_densenet.execution.plan import parts

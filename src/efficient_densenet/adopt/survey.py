@@ -13,7 +13,7 @@ from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart,
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.head import ends_with_a_head
 from efficient_densenet.adopt.look import Look, find, look
-from efficient_densenet.adopt.record import NotDenseError
+from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 
 _LEAVES = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.Linear)

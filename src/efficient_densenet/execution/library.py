@@ -25,7 +25,8 @@ from efficient_densenet.ops.reference import Statistics, statistics_dtype
 # them, one behind the other; for each norm whether it uses the batch's statistics instead; the rest as in `Stage`.
 _STAGE = (
     "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] constants, bool[] uses_batch, float[] eps, "
-    "Tensor[] weights, Tensor[] biases, Tensor[] masks, float[] mask_scales, int[] sources, int per_layer, int pool, str keep, str group"
+    "Tensor[] weights, Tensor[] biases, Tensor[] masks, float[] mask_scales, int[] sources, "
+    "int per_layer, int pool, str keep, str group"
 )
 
 
