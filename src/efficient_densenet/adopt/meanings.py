@@ -144,11 +144,11 @@ class Meanings:
         """What the tensor is; None where it does not depend on the input."""
         if not isinstance(tensor, Tensor) or id(tensor) in self.owners:
             return None
-        storage = storage(tensor)
-        if storage not in self.known:
+        address = storage(tensor)
+        if address not in self.known:
             return None
-        found = self.known[storage].get(_geometry(tensor))
-        if found is None and storage in self.written:
+        found = self.known[address].get(_geometry(tensor))
+        if found is None and address in self.written:
             return Other("it writes into a part of a tensor")
         return None if found is None else found[0]
 
