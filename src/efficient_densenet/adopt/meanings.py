@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
+_NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
 _SIZES = {"shape", "size", "numel", "nelement", "__len__", "stride", "is_contiguous"}
 
 
@@ -183,6 +184,9 @@ class Meanings:
     def before(self, packet: Any, args: Sequence[Any]) -> None:
         """An operation is about to run."""
 
+    def before_norm(self, x: Any, vectors: Sequence[Tensor]) -> None:
+        """A norm with these vectors is about to run, and may check their lengths before any operation does."""
+
     def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
         """It has run."""
 
@@ -216,6 +220,10 @@ class _Attributes(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
+        if name in _NORMS and args:
+            vectors = [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, Tensor)]
+            with torch._C.DisableTorchFunction():
+                self.record.before_norm(args[0], vectors)
         if name == "__get__":
             name = getattr(getattr(function, "__self__", None), "__name__", "")
         if name in _SIZES | _VALUES and args and self.record.knows(args[0]):

@@ -47,7 +47,6 @@ _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
     *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
 }
-_TELLING = _BATCH_NORMS | {_aten.convolution, _aten.mul}  # how many channels their input should have
 _EMPTY = {_aten.empty_like, _aten.new_empty}
 _COPIES = {_aten.clone, _aten.detach, _aten.alias}
 
@@ -130,24 +129,21 @@ class Record(Meanings):
 
     def before(self, packet: Any, args: Sequence[Any]) -> None:
         """Notice channels that the input should have had, before the operation fails for it."""
-        if packet not in _TELLING:
-            return
-        x: Any = args[0]
-        weight: Any = args[1]
+        if packet is _aten.convolution:
+            self._expect(args[0], args[1].shape[1] * args[8])
+        elif packet is _aten.mul and isinstance(args[1], Tensor) and args[1].dim() == args[0].dim():
+            self._expect(args[0], args[1].shape[1])
+
+    def before_norm(self, x: Any, vectors: Sequence[Tensor]) -> None:
+        if vectors:
+            self._expect(x, len(vectors[0]))
+
+    def _expect(self, x: Any, width: int) -> None:
         given = self.meaning(x)
         given = given.normed if isinstance(given, Active) else given
         given = given.source if isinstance(given, Normed) else given
-        if given != Features((0,)):
-            return
-        wanted = width = self.pieces[0].channels
-        if packet is _aten.convolution:
-            wanted = weight.shape[1] * args[8]
-        elif packet in _BATCH_NORMS:
-            wanted = next((len(t) for t in args[1:5] if t is not None), width)
-        elif isinstance(weight, Tensor) and weight.dim() == x.dim():
-            wanted = weight.shape[1]
-        if wanted not in (1, width):
-            raise OtherWidthError(wanted)
+        if given == Features((0,)) and width not in (1, self.pieces[0].channels):
+            raise OtherWidthError(width)
 
     def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
         """Give what the operation made a meaning."""

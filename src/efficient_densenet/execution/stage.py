@@ -227,7 +227,10 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     readers = _Readers(stage, norms, need_weights)
     grad = empty_like(features)
     if stage.pool:
-        readers.backward(len(stage.norms) - 1, grad_out.movedim(1, -1), features, grad, False, stage.pool)
+        # Rows of channels, as all activations here are.
+        grad_made = grad_out.movedim(1, -1).contiguous()
+        readers.backward(len(stage.norms) - 1, grad_made, features, grad, False, stage.pool)
+        del grad_made
     elif stage.head:
         of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms.affines[-1], grad, norms.through_of(-1))
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
