@@ -180,12 +180,13 @@ def test_one_value_per_channel_is_refused():
 
 
 def test_a_blocks_output_owns_its_memory_and_may_be_changed():
-    ordinary, efficient = pair(BOTTLENECK)
+    _, efficient = pair(BOTTLENECK)
     x = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
     first, second = efficient.features.denseblock1(x), efficient.features.denseblock1(x)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
     results = []
-    for block in (ordinary.features.denseblock1, efficient.features.denseblock1):
+    for network in pair(BOTTLENECK):
+        block = network.features.denseblock1
         results.append(training_step(block, x, lambda output: weighted_sum(output.add_(1))))
     assert_close(results[1], results[0])
 
