@@ -67,7 +67,8 @@ class Tensors:
         if like.dim() < 2:
             values = self._random(0, like.numel()).clone().mul_(12**-0.5).view(like.shape)
             return values if name.endswith(("bias", "mean")) else values.add_(1)
-        exponent = round(-0.5 * log2(max(1, prod(like.shape[1:]))))
+        # Near to what keeps the size of activations, and few different ones, for each takes memory.
+        exponent = 3 * round(-log2(max(1, prod(like.shape[1:]))) / 6)
         return self._random(exponent, like.numel()).view(like.shape)
 
     def _random(self, exponent: int, count: int) -> Tensor:
