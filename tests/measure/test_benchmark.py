@@ -75,8 +75,9 @@ def test_contenders_are_what_they_are_called(name, monkeypatch):
     step = TrainingStep(name, network, 2, Place("cpu"))
     block = step.network.features.denseblock1
     expected = "recompute" if name == "recompute" else not name.startswith(("ordinary", "compiled"))
-    assert block.efficient is expected or block.efficient == expected == "recompute"
-    assert expected is not True or block.keep == name.removesuffix("-plain")
+    adoption = getattr(block, "adoption", None)  # of a block that was made efficient
+    assert (adoption and adoption.way) == {True: "shared", "recompute": "recompute", False: None}[expected]
+    assert expected is not True or adoption.keep == name.removesuffix("-plain")
     assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
     assert step.images.is_contiguous(memory_format=torch.channels_last) == name.endswith("channels-last")
     if name not in COMPILED:  # which takes minutes

@@ -122,7 +122,10 @@ def _segments(
             roots = modules[i : i + length]
             # Parts that were tried one by one need not be tried together.
             each = tried and not set(roots) <= whole.keys()
-            yield _finding(name, sequence, look(roots, tensors, tried=each), (i, i + length))
+            try:
+                yield _finding(name, sequence, look(roots, tensors, tried=each), (i, i + length))
+            except NotDenseError:
+                pass  # the trial has shown that it is something else
         i += max(1, length)
 
 

@@ -181,6 +181,7 @@ class DenseNet(nn.Module):
                 width = narrowed
         self.features.add_module(f"norm{len(block_config) + 1}", nn.BatchNorm2d(width))
 
+        self.efficient = efficient  # as it was asked for; `report` tells what has become of it
         self.in_channels = in_channels
         self.num_features = width
         self.num_classes = num_classes
