@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -122,10 +123,8 @@ def _segments(
             roots = modules[i : i + length]
             # Parts that were tried one by one need not be tried together.
             each = tried and not set(roots) <= whole.keys()
-            try:
+            with suppress(NotDenseError):  # where the trial shows that it is something else
                 yield _finding(name, sequence, look(roots, tensors, tried=each), (i, i + length))
-            except NotDenseError:
-                pass  # the trial has shown that it is something else
         i += max(1, length)
 
 
