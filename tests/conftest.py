@@ -1,8 +1,23 @@
-"""Options of the tests."""
+"""Options of the tests, and which of them are slow: ``./test.sh -m "not slow"`` answers in about a minute."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+# What shows at once that something is broken: each room's definitions, and recognition as a whole.
+QUICK = {
+    *("test_imports.py", "test_errors.py", "test_ops_reference.py", "test_ops_backends.py", "test_densenet.py"),
+    *("test_recognition.py", "test_dense_block_function.py", "test_shared_memory.py", "test_python_calls.py"),
+    *("test_dialects.py", "test_convert.py"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.path).name not in QUICK:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

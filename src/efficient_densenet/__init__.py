@@ -1,7 +1,7 @@
 """DenseNets that train in a fraction of the memory, with the same results."""
 
-from efficient_densenet.adopt import dense_block, make_efficient, report, restore
-from efficient_densenet.errors import MissingExtraError, UserError
+from efficient_densenet.adopt import Entry, Report, dense_block, make_efficient, report, restore
+from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -18,7 +18,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DenseNet",
+    "EfficiencyWarning",
+    "Entry",
     "MissingExtraError",
+    "Report",
     "UserError",
     "backends",
     "dense_block",

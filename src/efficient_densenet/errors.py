@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user gave cannot work; the message says what to do instead."""
 
 
+class EfficiencyWarning(UserWarning):
+    """Something runs slower, or takes more memory, than was asked for; the message says why."""
+
+
 class MissingExtraError(UserError, ImportError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 

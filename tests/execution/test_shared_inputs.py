@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from comparison import assert_close, gradients, training_step, weighted_sum
 from torch import nn
 from twins import BOTTLENECK, IMAGENET, NETWORKS, PLAIN, images, norms, pair
 
-from efficient_densenet.execution import KEEP, Layer, Reader, Tail, obstacle, shared
+from efficient_densenet import make_efficient, report
+from efficient_densenet.execution import KEEP
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
 every_keep = pytest.mark.parametrize("keep", KEEP)
@@ -58,7 +61,7 @@ def test_memory_layouts_of_a_blocks_input_and_of_its_gradient(layout, keep):
 @pytest.mark.parametrize("pool", [0, 2])
 @pytest.mark.parametrize("size", [(11,), (5, 7), (3, 4, 5)], ids=str)
 def test_one_two_and_three_dimensions(size, pool, per_layer, keep):
-    """A block written out in PyTorch's own modules, in float64, with a drop rate of zero."""
+    """A block written out in PyTorch's own modules, in float64."""
     dims = len(size)
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
@@ -67,32 +70,24 @@ def test_one_two_and_three_dimensions(size, pool, per_layer, keep):
 
     def reader(in_channels, out_channels, kernel):
         made = conv(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-        return Reader(norm(in_channels).double(), nn.ReLU(), made.double())
+        return norm(in_channels), nn.ReLU(), made
 
     def layer(width):
-        readers = [reader(width, 6, 1), reader(6, 3, 3)] if per_layer == 2 else [reader(width, 3, 3)]
-        return Layer(nn.Sequential(*(m for r in readers for m in r[:3])), readers)
+        return nn.Sequential(*(reader(width, 6, 1) + reader(6, 3, 3) if per_layer == 2 else reader(width, 3, 3)))
 
-    layers = [layer(width) for width in (5, 8, 11)]
-    tail = Tail(*reader(14, 7, 1)[:3], average_pool(pool)) if pool else None
-    modules = nn.ModuleList([layer.module for layer in layers] + ([nn.Sequential(*tail[:4])] if tail else []))
-    assert obstacle(layers, tail) is None
+    block = Concatenating(*(layer(width) for width in (5, 8, 11)))
+    ordinary = nn.Sequential(block, nn.Sequential(*reader(14, 7, 1), average_pool(pool)) if pool else nn.Identity())
+    efficient = make_efficient(copy.deepcopy(ordinary.double()), keep)
+    assert {entry.now for entry in report(efficient).adopted} <= {"shared buffer", "joins stem and transitions"}
+    x = torch.randn(2, 5, *size, generator=generator(), dtype=torch.float64)
+    assert_close(training_step(efficient, x), training_step(ordinary, x))
 
-    def ordinary(x):
-        features = [x]
-        for module in modules[:3]:
-            features.append(module(torch.cat(features, 1)))
-        joined = torch.cat(features, 1)
-        return modules[3](joined) if pool else joined
 
-    results = []
-    for way in (ordinary, lambda x: shared.dense_block(x, layers, tail, keep)):
-        for module in modules.modules():
-            if isinstance(module, norm):
-                module.reset_running_stats()
-        modules.forward = way
-        results.append(training_step(modules, torch.randn(2, 5, *size, generator=generator(), dtype=torch.float64)))
-    assert_close(results[1], results[0])
+class Concatenating(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = torch.cat([x, layer(x)], 1)
+        return x
 
 
 def generator():
@@ -145,19 +140,20 @@ def test_one_value_per_channel_is_refused_as_in_the_ordinary_network(keep, shape
 @every_keep
 def test_a_changed_input_is_noticed_where_it_is_needed(keep):
     """With keep="inputs" alone: the others hold a copy of the block's input among the features."""
-    ordinary, efficient = pair(BOTTLENECK, keep)
+    ordinary, _ = pair(BOTTLENECK)
+    efficient = make_efficient(copy.deepcopy(ordinary.features[1:3]), keep)
     x = torch.linspace(-1, 1, 3 * 6 * 8 * 10, dtype=torch.float64).view(3, 6, 8, 10)
     expected = ordinary.features.transition1(ordinary.features.denseblock1(x))
     weighted_sum(expected).backward()
     x = x.clone()
-    output = efficient.features.denseblock1(x, efficient.features.transition1)
+    output = efficient(x)
     x.zero_()
     if keep == "inputs":
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             weighted_sum(output).backward()
     else:
         weighted_sum(output).backward()
-        assert_close(gradients(efficient), gradients(ordinary))
+        assert_close(gradients(efficient), gradients(ordinary.features[1:3]))
 
 
 @every_keep
@@ -176,9 +172,10 @@ def test_a_changed_parameter_is_noticed(keep):
 def test_running_averages_may_move_between_evaluation_and_backward(arguments, keep):
     """Frozen norms are constants of their own time, in the ordinary network through what autograd saved."""
     results = []
-    for network in pair(arguments, keep, training=False):
+    ordinary, efficient = pair(arguments, keep, training=False)
+    for network in (ordinary, efficient):
         loss = weighted_sum(network(images()))
-        if network.efficient:  # which PyTorch's batch norm would refuse
+        if network is efficient:  # which PyTorch's batch norm would refuse
             with torch.no_grad():
                 for norm in norms(network):
                     if norm is not network.features[-1]:

@@ -10,8 +10,8 @@ import torch
 from comparison import weighted_sum
 from twins import IMAGENET, images, pair
 
-from efficient_densenet import DenseNet, densenet_cifar
-from efficient_densenet.execution import KEEP, Stem, shared
+from efficient_densenet import DenseNet, densenet_cifar, make_efficient
+from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import plain_pytorch
 
@@ -26,17 +26,18 @@ def alive_after_forward(network, x):
     return sum(event.nbytes() for event in events if event.name() == "[memory]"), output
 
 
-@pytest.mark.parametrize(("keep", "middles", "features"), [("bottleneck", 1, 1), ("features", 0, 1), ("inputs", 0, 0)])
+@pytest.mark.parametrize(
+    ("keep", "bottlenecks", "features"), [("bottleneck", 1, 1), ("features", 0, 1), ("inputs", 0, 0)]
+)
 @pytest.mark.parametrize("layers", [3, 6])
-def test_bytes_kept_by_a_block_and_its_transition(keep, middles, features, layers):
+def test_bytes_kept_by_a_block_and_its_transition(keep, bottlenecks, features, layers):
     """X, the bottleneck outputs, the statistics, and a few numbers for each number of a norm: nothing else."""
     init, growth, width, pixels = 24, 8, 32, 2 * 16 * 16
-    network = DenseNet(3, init, growth, (layers, 1), 0.5, bn_size=4, efficient=True, keep=keep)
-    block, transition = network.features.denseblock1, network.features.transition1
+    parts = make_efficient(DenseNet(3, init, growth, (layers, 1), 0.5, bn_size=4).features[1:3], keep)
     x = torch.randn(2, init, 16, 16, requires_grad=True)
-    alive, output = alive_after_forward(lambda x: block(x, transition), x)
+    alive, output = alive_after_forward(parts, x)
     channels = init + layers * growth
-    kept = pixels * (features * channels + middles * layers * width)
+    kept = pixels * (features * channels + bottlenecks * layers * width)
     read = sum(init + layer * growth for layer in range(layers + 1)) + layers * width
     statistics = 2 * channels + 1 + 2 * layers * width + 3 * read
     assert alive == 4 * (kept + statistics + output.numel())
@@ -44,9 +45,16 @@ def test_bytes_kept_by_a_block_and_its_transition(keep, middles, features, layer
 
 @pytest.mark.parametrize(("keep", "convolved"), [("bottleneck", 1), ("features", 1), ("inputs", 0)])
 def test_bytes_kept_by_the_stem(keep, convolved):
-    network, x = DenseNet(3, 8, 4, (1, 1), input_size=64, efficient=True, keep=keep), torch.randn(2, 3, 64, 64)
-    parts = Stem(*list(network.features)[:4])
-    alive, output = alive_after_forward(lambda x: shared.stem(x, parts, keep), x)
+    features = DenseNet(3, 8, 4, (1, 1), input_size=64, efficient=True, keep=keep).features
+    x, pooled = torch.randn(2, 3, 64, 64), []
+    features.denseblock1.register_forward_pre_hook(lambda _module, inputs: pooled.append(inputs[0]) or 1 / 0)
+
+    def stem(x):
+        with pytest.raises(ZeroDivisionError):
+            features(x)
+        return pooled[0]
+
+    alive, output = alive_after_forward(stem, x)
     rearranged, statistics = x.numel(), 2 * 8 + 1 + 3 * 8
     assert output.numel() == 2 * 8 * 16 * 16
     assert alive == 4 * (rearranged + convolved * 2 * 8 * 32 * 32 + statistics + output.numel())

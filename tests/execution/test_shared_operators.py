@@ -12,6 +12,7 @@ from twins import BOTTLENECK, IMAGENET, images, pair
 
 from efficient_densenet import DenseNet
 from efficient_densenet.execution import KEEP, library
+from efficient_densenet.execution.plan import sources
 
 EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -25,31 +26,37 @@ def tensor(*shape):
     return torch.rand(shape, dtype=torch.float64) + 0.5
 
 
-def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True):
+def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, biased=False):
     """Two layers on four channels that make three each, and perhaps a transition; the second norm is frozen."""
     torch.manual_seed(0)
     shapes = []
     for width in (4, 7):
         shapes += [(3, width, 3, 3)] if per_layer == 1 else [(6, width, 1, 1), (3, 6, 3, 3)]
+    made = [shape[0] for shape in shapes]
     if pool:
         shapes.append((5, 10, 1, 1))
     weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    gains, biases = ([tensor(w.shape[1]) for w in weights] for _ in range(2))
+    norm_weights, norm_biases = ([tensor(w.shape[1]) for w in weights] for _ in range(2))
+    biases = [tensor(len(w)) for w in weights] if biased else []
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    for leaf in (x, *gains, *biases, *weights):
+    for leaf in (x, *norm_weights, *norm_biases, *weights, *biases):
         leaf.requires_grad_(requires_grad)
     uses_batch = [i != 1 for i in range(len(weights))]
     constants = [tensor(weights[1].shape[1]) for _ in range(2)]
     masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
-    return x, gains, biases, constants, uses_batch, [1e-5] * len(gains), weights, masks, 2.0, per_layer, pool, keep, ""
+    read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
+    eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
+    plain = (scales, read, per_layer, pool, keep, "")
+    return x, norm_weights, norm_biases, constants, uses_batch, eps, weights, biases, masks, *plain
 
 
 @pytest.mark.parametrize(
     ("per_layer", "pool", "keep", "masked"),
     [(1, 0, "features", True), (2, 2, "bottleneck", False), (2, 2, "features", False), (2, 2, "inputs", True)],
 )
-def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked):
-    arguments = stage_arguments(per_layer, pool, keep, masked)
+@pytest.mark.parametrize("biased", [False, True])
+def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biased):
+    arguments = stage_arguments(per_layer, pool, keep, masked, biased=biased)
     torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK)
 
 

@@ -83,8 +83,9 @@ def test_contenders_are_what_they_are_called(name, monkeypatch):
         return
     block = step.network.features.denseblock1
     expected = name if name == "recompute" else not name.startswith(("ordinary", "compiled", "checkpointing"))
-    assert block.efficient is expected or block.efficient == expected == "recompute"
-    assert expected is not True or block.keep == name.removesuffix("-plain")
+    adoption = getattr(block, "adoption", None)  # of a block that was made efficient
+    assert (adoption and adoption.way) == {True: "shared", "recompute": "recompute", False: None}[expected]
+    assert expected is not True or adoption.keep == name.removesuffix("-plain")
     assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
     channels_last = name.endswith("channels-last") or "budget" in name
     assert step.images.is_contiguous(memory_format=torch.channels_last) == channels_last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from efficient_densenet import DenseNet
+from efficient_densenet.adopt import decide
 from efficient_densenet.cli import main
 from efficient_densenet.measure import gradients
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.gradients import WHOLE, Difference, strain, whole_gradient
 from efficient_densenet.measure.kinks import move_zeros_into_gaps
-from efficient_densenet.models import layers
+from efficient_densenet.models import DenseLayer
 
 SMALL = ["check-gradients", "--num-init-features", "6", "--block-config", "2,2", "--input-size", "12", "--seed", "3"]
 WIDTH = 9  # channels that the second layer of the first block reads, and no other layer
@@ -36,31 +38,42 @@ class Spoil(torch.autograd.Function):
 
 def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=lambda norm: None):
     """In networks that run this way, break the second layer: its convolution's weight, or its norm after use."""
-    run_block, run_layer = layers.shared.dense_block, layers.norm_relu_conv
-    efficient = {"true": True, "recompute": "recompute", "ordinary": False}[way]
+    run_block, run_layer, forgetting = decide.shared.run, DenseLayer.forward, decide.forgetting
+    recomputing = []
 
-    def broken_block(x, block_layers, *others):
-        first, second = block_layers
-        reader = second.readers[0]
-        if reader.norm.num_features != WIDTH:
-            return run_block(x, block_layers, *others)
-        conv = SimpleNamespace(weight=spoil_weight(reader.conv.weight), out_channels=reader.conv.out_channels)
-        result = run_block(x, [first, second._replace(readers=[reader._replace(conv=conv)])], *others)
-        spoil_norm(reader.norm)
+    def broken_block(x, plan, modules, keep):
+        norm, convolution = plan.norms[1], plan.convolutions[1]
+        if norm.source != (0, WIDTH):
+            return run_block(x, plan, modules, keep)
+        modules = list(modules)
+        conv = modules[convolution.part]
+        modules[convolution.part] = SimpleNamespace(weight=spoil_weight(conv.weight), bias=None)
+        result = run_block(x, plan, modules, keep)
+        spoil_norm(modules[norm.part])
         return result
 
-    def broken_layer(inputs, norm, relu, conv, as_asked):
-        if as_asked != efficient or norm.num_features != WIDTH:
-            return run_layer(inputs, norm, relu, conv, as_asked)
-        weight = spoil_weight(conv.weight)
-        result = run_layer(inputs, norm, relu, lambda x: F.conv2d(x, weight, padding=1), as_asked)
-        spoil_norm(norm)
+    @contextmanager
+    def noted():
+        recomputing.append(True)
+        with forgetting():
+            yield
+        recomputing.pop()
+
+    def broken_layer(layer, features):
+        # Not where the forward is looked at, which is without gradients.
+        chosen = bool(recomputing) == (way == "recompute") and torch.is_grad_enabled()
+        if not chosen or layer.norm1.num_features != WIDTH:
+            return run_layer(layer, features)
+        x = layer.relu1(layer.norm1(torch.cat(list(features), 1)))
+        result = F.conv2d(x, spoil_weight(layer.conv1.weight), padding=1)
+        spoil_norm(layer.norm1)
         return result
 
     if way == "true":
-        monkeypatch.setattr(layers.shared, "dense_block", broken_block)
+        monkeypatch.setattr(decide.shared, "run", broken_block)
     else:
-        monkeypatch.setattr(layers, "norm_relu_conv", broken_layer)
+        monkeypatch.setattr(decide, "forgetting", noted)
+        monkeypatch.setattr(DenseLayer, "forward", broken_layer)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Other people's DenseNets: recognised by their structure, made efficient in place, restored.
+"""Any network's dense parts: recorded, recognised, tried, planned, run, reported, restored.
 
 >>> model = make_efficient(torchvision.models.densenet121(), keep="features")
 >>> print(report(model))
@@ -6,85 +6,89 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from torch import nn
 
-from torch import Tensor, nn
-
-from efficient_densenet.adopt import read
-from efficient_densenet.adopt.adopted import Adopted, AdoptedBlock, Adoption, adopt, classes_inside, restore
+from efficient_densenet.adopt.adopted import (
+    AdoptedNetwork,
+    AdoptedPart,
+    AdoptedSequence,
+    adopt,
+    adopted_modules,
+    adoptions,
+    restore,
+)
+from efficient_densenet.adopt.block import dense_block
+from efficient_densenet.adopt.decide import WAYS, Adoption, Segment, Way
 from efficient_densenet.adopt.report import Entry, Report, report
-from efficient_densenet.adopt.survey import survey
+from efficient_densenet.adopt.survey import Finding, networks, survey
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import check_efficient, layer_by_layer, obstacle, shared, wants_buffer
+from efficient_densenet.execution import Keep, check_keep
 
-__all__ = ["Entry", "Report", "dense_block", "make_efficient", "report", "restore"]
+__all__ = ["Entry", "Report", "Way", "dense_block", "make_efficient", "report", "restore"]
 
 
-def make_efficient(model: nn.Module, keep: str = "bottleneck") -> nn.Module:
+def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shared") -> nn.Module:
     """Make the dense blocks of any model run on the shared buffer, in place, and return the model.
 
-    Dense blocks, transitions and the sequences that run them are recognised by their structure, and only taken if a
-    trial shows that they compute what the structure says. Their objects get another class; parameters, buffers, keys,
-    hooks and modes stay the very same. Blocks of other norms, activations or convolutions recompute instead, which
-    needs more memory and is exact. See `report` for what became of each part, and `restore` to undo it.
+    Dense blocks, transitions and the sequences that run them are recognised by what they compute: their forward is
+    recorded on a few random pixels, and tried beside what would run instead. Their objects get another class;
+    parameters, buffers, keys, hooks and modes stay the very same. Blocks of other norms, activations or convolutions
+    recompute instead, which needs more memory and is exact. See `report` for what became of each part, and `restore`
+    to undo it.
 
-    Gradients agree with the ordinary model's up to rounding; running statistics move once per step. Gradients of
-    gradients are refused.
+    Gradients agree with the ordinary model's up to rounding; running statistics move once per step.
 
     Args:
-        model: from torchvision, timm, MONAI, or any other source; calling this again only changes `keep`.
+        model: from torchvision, timm, MONAI, this library, or any other source; calling this again changes `keep` and
+            `way`.
         keep: what stays in memory for backward: ``"bottleneck"`` features and bottleneck outputs (fastest),
             ``"features"`` the features alone, ``"inputs"`` the inputs of the blocks alone (smallest).
+        way: ``"shared"``, or ``"recompute"``: the ordinary operations, which forget concatenations, norms and
+            activations and compute them again in backward. It needs more memory (`keep` does not matter), is equal
+            to the ordinary model in every bit, and has gradients of gradients, which ``"shared"`` refuses.
 
     Raises:
-        UserError: `keep` is no such word, or nothing in the model is a dense block.
+        UserError: `keep` or `way` is no such word, or nothing in the model is a dense block.
     """
-    check_efficient(True, keep)
-    found = survey(model)
-    if not any(finding.task is AdoptedBlock for finding in found):
-        missed = [f"{f.name or 'the model'} ({type(f.module).__name__}): {f.reason}" for f in found if f.reason]
-        raise UserError(
-            f"{type(model).__name__} has no dense block that can be made efficient. Looked for modules whose parts are "
-            "layers of norm, activation and convolution (once or twice), each of which reads what all before it made"
-            + "".join(["; close to that came:", *(f"\n  {text}" for text in missed)] if missed else "")
-        )
-    for _, module, task, way, _ in found:
-        if task is not None:
-            tried = {} if not isinstance(module, Adopted) else module.adoption.tried
-            if task is AdoptedBlock:
-                tried[classes_inside(module)] = None
-            adopt(module, task, Adoption(keep, way, tried))
+    check_keep(keep)
+    if way not in WAYS:
+        raise UserError(f"way must be one of {', '.join(map(repr, WAYS))}, not {way!r}")
+    convert(model, keep, way)
     return model
 
 
-def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: str = "bottleneck") -> Tensor:
-    """Run dense layers on one shared buffer, in a network of one's own.
+def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
+    """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
+    if adopted_modules(model):
+        for adoption in adoptions(model):
+            adoption.keep, adoption.way = keep, way
+        return
+    findings = survey(model, tried)
+    if not any(finding.looks and finding.chain.made for finding in findings):
+        raise UserError(_nothing_found(model, findings))
+    segments: dict[nn.Module, list[Segment]] = {}
+    for finding in findings:
+        if finding.looks:
+            promised, is_stem = finding.reason is None, finding.chain.is_stem
+            name = "the stem" if finding.segment is not None and not finding.chain.made else ""
+            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=promised, is_stem=is_stem)
+            if finding.segment is None:
+                adopt(finding.module, AdoptedPart, adoption)
+            else:
+                segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
+    for network, name, looks in networks(model, findings):
+        adoption = Adoption(way, keep, looks=looks, head=True)
+        last = (Segment(-2, 0, adoption),)
+        adopt(network, AdoptedNetwork, Adoption(way, keep, segments=last, features=name))
+        segments.setdefault(network.get_submodule(name), [])
+    for sequence, some in segments.items():
+        adopt(sequence, AdoptedSequence, Adoption(way, keep, segments=tuple(some)))
 
-    Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the input's channels first, channels-last in memory.
 
-    Args:
-        x: the block's input.
-        layers: modules that consist of norm, relu and convolution, once or twice, and perhaps dropout, such as
-            ``nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, k, 3, padding=1, bias=False))``; each reads the
-            channels of `x` and of all layers before it. Only their parts run, not a forward of their own.
-        keep: as in `make_efficient`.
-
-    Raises:
-        UserError: a layer consists of something else, or does not fit the channels before it.
-    """
-    check_efficient(True, keep)
-    try:
-        found = read.block(nn.ModuleList(layers))
-    except read.NotDenseError as error:
-        raise UserError(f"these modules are no dense block: {error}") from None
-    width = found[0].readers[0].conv.in_channels
-    if x.shape[1] != width:
-        raise UserError(f"the first layer reads {width} channels, and the input has {x.shape[1]}")
-    if not wants_buffer(x, True):
-        return layer_by_layer(x, found, efficient=False)
-    reason = obstacle(found)
-    if reason is None:
-        return shared.dense_block(x, found, None, keep)
-    warnings.warn(f"a dense block does not run on the shared buffer, but recomputes: {reason}", stacklevel=2)
-    return layer_by_layer(x, found, True)  # quietly: the reason has been given
+def _nothing_found(model: nn.Module, findings: list[Finding]) -> str:
+    missed = [f"{f.name or 'the model'} ({type(f.module).__name__}): {f.reason}" for f in findings if f.reason]
+    return (
+        f"{type(model).__name__} has no dense block that can be made efficient. Looked for modules that compute layers "
+        "of norm, activation and convolution (once or twice), each of which reads what all before it made"
+        + "".join(["; close to that came:", *(f"\n  {text}" for text in missed)] if missed else "")
+    )

@@ -1,44 +1,34 @@
-"""What other people's blocks, transitions and sequences become: objects of a subclass of their own class.
+"""What parts of a network become: objects of a subclass of their own class.
 
-Changing the class of an object, and nothing in it, keeps its keys, hooks, parameters and copies right. Each class here
-has one task, to run on the shared buffer where that is possible at this call, and the original `forward` where not.
+Changing the class of an object, and nothing in it, keeps its keys, hooks, parameters and copies right. There are three
+tasks: a dense block, transition or stem by itself; a sequence, which runs some of its modules as one; and a whole
+network, whose head joins the last block.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.adopt import read, trial
+from efficient_densenet.adopt.conditions import hooked
+from efficient_densenet.adopt.decide import SHARED, Adoption, at_call, decide, run_as
+from efficient_densenet.adopt.head import Head, head_of
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import layer_by_layer, obstacle, run_reader, shared, wants_buffer
-from efficient_densenet.execution.hooks import has_hooks
-from efficient_densenet.execution.joining import run_in_order
+from efficient_densenet.execution import shared
+from efficient_densenet.execution.recompute import forgetting
 
-SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
-
-
-@dataclass
-class Adoption:
-    """What an adopted module remembers.
-
-    Attributes:
-        keep: as in `execution.shared`.
-        way: how it ran when it was adopted.
-        tried: for each set of classes of its parts with which it was tried, the disagreement if there was one.
-    """
-
-    keep: str
-    way: str
-    tried: dict[frozenset[type], str | None] = field(default_factory=dict)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Adopted:
+class Adopted(nn.Module):
     """Of every adopted module: `original` is the class that it had before."""
 
     original: ClassVar[type[nn.Module]]
@@ -60,55 +50,115 @@ class Adopted:
             "torch.jit.script cannot read an adopted DenseNet: use torch.jit.trace, or script restore(model)"
         )
 
-
-class AdoptedBlock(Adopted):
-    """A dense block."""
-
-    def forward(self: Any, x: Tensor, transition: nn.Module | None = None) -> Tensor:
-        """The features; or what `transition` makes of them, if it is to run on the same buffer."""
-        if not isinstance(x, Tensor) or not wants_buffer(x, True):
-            return _then(self.original.forward(self, x), transition)
-        reason = disagreement(self)
-        if reason is None:
-            layers = read.block(self)
-            tail = None if transition is None else read.transition(transition)
-            reason = obstacle(layers, tail)
-            if reason is None:
-                made = shared.dense_block(x, layers, tail, self.adoption.keep)
-                # What is handed out may be changed in place; what is kept for backward may not.
-                return made.clone() if tail is None and made.requires_grad else made
-            if not has_hooks(inside(self)):
-                if self.adoption.way == SHARED:
-                    _warn(f"does not run on the shared buffer, but recomputes: {reason}")
-                return _then(layer_by_layer(x, layers, "recompute"), transition)
-        _warn(f"runs the ordinary way: {reason}")
-        return _then(self.original.forward(self, x), transition)
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        """What `forward` does."""
+        raise NotImplementedError
 
 
-class AdoptedTransition(Adopted):
-    """A transition that runs by itself, because what its block makes is used elsewhere too."""
+class AdoptedPart(Adopted):
+    """A dense block, a transition, a block with its transition, or a stem."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        tail = read.transition(self)
-        if tail is None or not wants_buffer(x, True) or has_hooks(inside(self)):
-            return self.original.forward(self, x)
-        if obstacle([], tail) is None:
-            return shared.dense_block(x, [], tail, self.adoption.keep)
-        return tail.pool(run_reader([x], tail.reader, "recompute"))
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        def ordinary() -> Any:
+            return self.original.forward(self, *arguments, **named)
+
+        x = one_tensor(self.adoption, arguments, named)
+        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, self, self.adoption, ordinary)
 
 
 class AdoptedSequence(Adopted):
-    """What runs adopted blocks one after the other: it joins each with its transition, and the parts of the stem."""
+    """A sequence, some of whose modules run as one."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not wants_buffer(x, True):
-            return self.original.forward(self, x)
-        return run_in_order(x, list(self), read.stem, _can_join, self.adoption.keep)
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        x = one_tensor(self.adoption, arguments, named)
+        decision = at_call(x, self, self.adoption)
+        if decision is None:
+            return self.run_modules(list(self), x)
+        return run_as(decision, x, self, self.adoption, lambda: self.original.forward(self, *arguments, **named))
+
+    def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+        """Run all modules, or the first ones."""
+        i = 0
+        for start, stop, adoption in self.adoption.segments:
+            if stop > len(modules):
+                break
+            if adoption.is_stem and start > i:
+                x = in_order(modules[i : start - 1], x)
+                x = _run_stem(modules[start - 1], modules[start:stop], x, adoption)
+            else:
+                x = in_order(modules[i:start], x)
+                x = run_segment(modules[start:stop], x, adoption)
+            i = stop
+        return in_order(modules[i:], x)
+
+
+class AdoptedNetwork(Adopted):
+    """A network whose head, relu and mean over all pixels, runs on the buffer of its features' last block."""
+
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        x = one_tensor(self.adoption, arguments, named)
+        features: Any = getattr(self, self.adoption.features, None)
+        usual = isinstance(features, AdoptedSequence) and len(features._modules) > 1
+        # While compiling there is nothing to look at.
+        if usual and at_call(x, self, self.adoption) is None and not torch.compiler.is_compiling():
+            head = head_of(self, features, self.adoption.heads, x.shape)
+            if head is not None:
+                return self.run_head(features, head, x)
+        return self.original.forward(self, *arguments, **named)
+
+    def run_head(self: Any, features: Any, head: Head, x: Tensor) -> Tensor:
+        *first, block, norm = list(features)
+        x = features.run_modules(first, x)
+        (segment,) = self.adoption.segments
+        decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
+        if decision.way == SHARED:
+            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep)
+        else:  # the block tells why, if it does not run on its buffer either
+            x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
+        return self.get_submodule(head.classifier)(x) if head.classifier else x
+
+
+def _run_stem(convolution: nn.Module, modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
+    """A convolution, and norm, relu and max pool of what it makes; with ``keep="inputs"`` that is not kept either."""
+    if isinstance(x, Tensor):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
+    # A compiler decides by itself what to compute again.
+    forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    plain = type(convolution).forward in [kind.forward for kind in CONVOLUTIONS] and not hooked([convolution])
+    with forgetting(convolutions=True) if forget and plain else nullcontext():
+        return run_segment(modules, in_order([convolution], x), adoption)
+
+
+def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        if isinstance(module, _BatchNorm) and isinstance(x, Tensor) and x.device.type == "cpu":
+            # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.
+            x = x.contiguous()
+        x = module(x)
+    return x
+
+
+def run_segment(modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
+    decision = decide(x, modules, adoption, own_hooks=False)
+    if decision.way != SHARED and any(isinstance(module, Adopted) for module in modules):
+        return in_order(modules, x)  # they decide by themselves, and tell why
+    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x))
+
+
+def one_tensor(adoption: Adoption, arguments: tuple, named: dict[str, Any]) -> Any:
+    """The one argument of a call, by position or by its name; or all of them, where there are more."""
+    if len(arguments) == 1 and not named:
+        return arguments[0]
+    if not arguments and len(named) == 1 and adoption.argument in named:
+        return named[adoption.argument]
+    return (*arguments, *named.values())
 
 
 def adopt(module: Any, task: type[Adopted], adoption: Adoption) -> None:
-    """Give `module` its task, or another `keep`. Nothing else in it changes."""
-    module.__class__ = _adopted_class(original_class(module), task)
+    """Give `module` its task, or another `adoption`. Nothing else in it changes."""
+    original = original_class(module)
+    adoption.argument = next(iter(list(inspect.signature(original.forward).parameters)[1:2]), "")
+    module.__class__ = _adopted_class(original, task)
     module.adoption = adoption
 
 
@@ -120,8 +170,15 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def adopted_modules(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, Adopted))
+def adopted_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Adopted)]
+
+
+def adoptions(model: nn.Module) -> Iterator[Adoption]:
+    """All that is remembered of parts of `model`."""
+    for module in adopted_modules(model):
+        yield module.adoption
+        yield from [segment.adoption for segment in module.adoption.segments]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -133,56 +190,24 @@ def runs_in_order(module: nn.Module) -> bool:
     return original_class(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
 
 
-def disagreement(block: nn.Module) -> str | None:
-    """`trial.disagreement`, tried once for the classes that the parts of the block have now."""
-    if any("forward" in module.__dict__ for module in block.modules()):
-        return "the forward of a module inside it was replaced"
-    if isinstance(block, Adopted):
-        if torch.compiler.is_compiling():  # a trial is nothing to compile
-            return next(iter(block.adoption.tried.values()), None)
-        tried = block.adoption.tried
-        classes = classes_inside(block)
-        if classes not in tried:
-            tried[classes] = _try(block)
-        return tried[classes]
-    return _try(block)
-
-
-def _try(block: nn.Module) -> str | None:
-    try:
-        return trial.disagreement(block, original_class(block).forward)
-    except read.NotDenseError as error:
-        return str(error)
-
-
-def classes_inside(block: nn.Module) -> frozenset[type]:
-    return frozenset(type(module) for module in inside(block))
-
-
-def inside(module: nn.Module) -> list[nn.Module]:
-    """All modules in it; its own hooks are called whatever happens inside."""
-    return list(module.modules())[1:]
-
-
-def _can_join(block: nn.Module, following: nn.Module) -> bool:
-    return isinstance(block, AdoptedBlock) and runs_in_order(following) and read.transition(following) is not None
-
-
-def _then(features: Tensor, transition: nn.Module | None) -> Tensor:
-    return features if transition is None else transition(features)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"a dense block that was made efficient {text}", stacklevel=3)
-
-
 _classes: dict[tuple[type, type], type] = {}
 
 
 def _adopted_class(original: type[nn.Module], task: type[Adopted]) -> type[nn.Module]:
     """One class for each original class and task."""
     if (original, task) not in _classes:
-        members = {"original": original, "task": task, "__module__": __name__, "__doc__": original.__doc__}
+
+        @functools.wraps(original.forward)  # which tracers read the signature of
+        def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+            return self.run(*arguments, **named)
+
+        members = {
+            "original": original,
+            "task": task,
+            "forward": forward,
+            "__module__": __name__,
+            "__doc__": original.__doc__,
+        }
         _classes[original, task] = type(f"Efficient{original.__name__}", (task, original), members)
     return _classes[original, task]
 

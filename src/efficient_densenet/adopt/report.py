@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
-from efficient_densenet.adopt import read
 from efficient_densenet.adopt.adopted import (
-    ORDINARY,
-    RECOMPUTE,
-    SHARED,
-    Adopted,
-    AdoptedBlock,
+    CONVOLUTIONS,
+    AdoptedPart,
     AdoptedSequence,
-    AdoptedTransition,
+    adopted_modules,
     original_class,
 )
-from efficient_densenet.adopt.survey import Finding, stem_of, survey
+from efficient_densenet.adopt.chain import Chain
+from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
+from efficient_densenet.adopt.survey import survey
+from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Stem
-from efficient_densenet.execution.hooks import modes_kept, no_hooks
-from efficient_densenet.execution.parts import MAX_POOLS
+from efficient_densenet.execution import Keep, check_keep
+from efficient_densenet.execution.plan import parts
+
+_JOINS = "joins stem and transitions"
 
 
 @dataclass(frozen=True)
@@ -105,122 +103,162 @@ class Report:
         return (entry.name or "(the model)", entry.was, now, entry.channels, *memory)
 
 
-def report(model: nn.Module, keep: str | None = None, image: Sequence[int] | None = None) -> Report:
+def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | None = None) -> Report:
     """What became of the parts of a model; or, for a model that was not made efficient, what would.
 
-    Memory is what stems, dense blocks and transitions keep for the backward pass, by the structure of their parts: an
-    estimate, which leaves out what lies between them, the small statistics, dropout masks, and gradients.
+    Memory is what stems, dense blocks and transitions keep for the backward pass, by what they compute: an estimate,
+    which leaves out what lies between them, the small statistics, dropout masks, and gradients.
 
     Args:
-        keep: as in `make_efficient`; for parts that are not adopted yet.
+        keep: as in `make_efficient`; for a model that is not adopted yet.
         image: the shape ``(C, *spatial)`` of one image, to tell memory in MB per image, not in values per pixel.
 
     Raises:
-        UserError: the model cannot run on such an image.
+        UserError: `keep` is no such word, or the model cannot run on such an image.
     """
-    findings = survey(model)
-    if image is None:
-        return Report(tuple(_entry(finding, keep) for finding in findings))
-    pixels = _pixels(model, [f.module for f in findings if f.task] + list(_stem_convolutions(findings)), image)
+    if keep is not None:
+        check_keep(keep)
+    found = _parts(model, keep or "bottleneck")
+    pixels = None if image is None else _pixels(model, image)
     entries = []
-    for finding in findings:
-        if finding.task is None or finding.module in pixels:
-            entries.append(_entry(finding, keep, pixels))
-        else:
-            entries.append(
-                _entry(finding._replace(way=ORDINARY, reason="the model does not call it in one piece"), keep)
-            )
-    return Report(tuple(entries), tuple(image))
+    for part in found:
+        if pixels is not None and part.way and part.module not in pixels:
+            part = part._replace(way=ORDINARY, reason="the model does not call it in one piece")
+        entries.append(_entry(part, None if pixels is None else pixels.get(part.first)))
+    return Report(tuple(entries), None if image is None else tuple(image))
 
 
-def _entry(finding: Finding, keep: str | None, all_pixels: dict[nn.Module, int] | None = None) -> Entry:
-    name, module, task, way, reason = finding
-    original = original_class(module)
+class _Part(NamedTuple):
+    """A part of a model, as it is or would be.
+
+    `first` is the module that gets its input; `stem` the convolution before a stem, of a sequence that joins parts.
+    """
+
+    name: str
+    module: nn.Module
+    first: nn.Module
+    chain: Chain | None
+    way: str
+    keep: str
+    reason: str
+    stem: nn.Module | None = None
+
+
+def _parts(model: nn.Module, keep: str) -> list[_Part]:
+    found: list[_Part] = []
+    joining: dict[nn.Module, _Part] = {}
+    whole: set[nn.Module] = set()
+    for name, module, segment, decision, kept in _findings(model, keep):
+        way, reason, chain = decision.way, decision.reason or "", decision.chain
+        if segment is None:
+            whole.add(module)
+            found.append(_Part(name, module, module, chain, way, kept, reason))
+            continue
+        children = list(module.children())
+        roots = children[slice(*segment)]
+        sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
+        if chain is not None and not chain.made:
+            before = children[segment[0] - 1] if segment[0] else None
+            stem = before if isinstance(before, CONVOLUTIONS) else None
+            note = reason and f"the stem keeps more: {reason}"
+            joining[module] = sequence._replace(chain=chain, stem=stem, first=stem or roots[0], keep=kept, reason=note)
+        elif not whole & set(roots):
+            inside = f"{name}[{segment[0]}:{segment[1]}]"
+            found.append(_Part(inside, roots[0], roots[0], chain, way, kept, reason))
+    return [*found, *joining.values()]
+
+
+def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
+    """Name, module, its segment if it is a sequence, how that runs, and what it keeps."""
+    if not adopted_modules(model):
+        for name, module, looks, segment, reason in survey(model):
+            way = "" if not looks else SHARED if reason is None else RECOMPUTE
+            yield name, module, segment, Decision(way, reason, looks[0].chain if looks else None), keep
+        return
+    sequences = []
+    for name, module in model.named_modules():
+        if isinstance(module, AdoptedPart):
+            adoption = module.adoption
+            yield name, module, None, standing([module], adoption, own_hooks=True), adoption.keep
+        elif isinstance(module, AdoptedSequence):
+            sequences.append((name, module))
+    for name, sequence in sequences:
+        for start, stop, adoption in sequence.adoption.segments:
+            roots = list(sequence.children())[start:stop]
+            yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
+    for finding in survey(model):
+        if not finding.looks:
+            yield finding.name, finding.module, None, Decision("", finding.reason), keep
+
+
+def _entry(part: _Part, pixels: int | None) -> Entry:
+    original = original_class(part.module)
     was = f"{original.__module__.split('.')[0]} {original.__name__}"
-    if task is None:
-        return Entry(name, was, "", "", reason)
-    pixels = None if all_pixels is None else all_pixels[module]
-    kept = module.adoption.keep if isinstance(module, Adopted) else keep or "bottleneck"
-    if task is AdoptedBlock:
-        return Entry(name, was, way, kept if way == SHARED else "", reason, *_block_values(module, way, kept), pixels)
-    if task is AdoptedTransition:
-        return Entry(name, was, way, "", reason, *_transition_values(module, way), pixels)
-    stem = stem_of(module)
-    now = ORDINARY if way == ORDINARY else "joins stem and transitions"
-    if stem is None:
-        return Entry(name, was, now, "", reason)
-    pixels = None if all_pixels is None else all_pixels[stem.conv]
-    return Entry(name, was, now, "", reason, *_stem_values(stem, kept, bool(reason)), pixels)
+    if part.chain is None:
+        return Entry(part.name, was, part.way, "", part.reason)
+    if part.stem is not None or part.way == _JOINS:
+        if part.stem is None:
+            return Entry(part.name, was, part.way, "", part.reason)
+        values = _stem_values(part.stem, part.keep, bool(part.reason))
+        return Entry(part.name, was, part.way, "", part.reason, *values, pixels)
+    kept = part.keep if part.way == SHARED and part.chain.made else ""
+    return Entry(part.name, was, part.way, kept, part.reason, *_values(part, part.chain), pixels)
 
 
-def _stem_convolutions(findings: Sequence[Finding]) -> Iterator[nn.Module]:
-    stems = (stem_of(finding.module) for finding in findings if finding.task is AdoptedSequence)
-    return (stem.conv for stem in stems if stem is not None)
-
-
-def _block_values(module: nn.Module, way: str, keep: str) -> tuple[str, float, float]:
-    layers = read.block(module)
-    reads = [layer.readers[0].conv.in_channels for layer in layers]
-    middle = sum(layer.readers[0].conv.out_channels for layer in layers if len(layer.readers) == 2)
-    made = reads[-1] + layers[-1].readers[-1].conv.out_channels
+def _values(part: _Part, chain: Chain) -> tuple[str, float, float]:
+    """Channels, and the values that are kept per pixel of the input, before and after."""
+    made, bottlenecks = chain.width + sum(chain.made), sum(chain.bottlenecks)
+    reads = [chain.width + sum(chain.made[:i]) for i in range(len(chain.made))]
     # Of each layer its concatenated input, the bottleneck output, and both again as activations. Libraries that
     # checkpoint keep the inputs of the concatenation, and the rest of it for one layer at a time.
-    checkpointed = any(getattr(layer.module, flag, False) for layer in layers for flag in _CHECKPOINTED)
-    before = (made if checkpointed else 2 * sum(reads)) + 2 * middle
-    after = {
-        SHARED: {"bottleneck": made + middle, "features": made, "inputs": reads[0]}[keep],
-        RECOMPUTE: made + middle,
-        ORDINARY: before,
-    }
-    return f"{reads[0]} → {made}", before, after[way]
+    checkpoints = any(getattr(module, flag, False) for module in part.module.modules() for flag in _CHECKPOINTED)
+    before = after = 0.0
+    if chain.made:
+        before = (made if checkpoints else 2 * sum(reads)) + 2 * bottlenecks
+        after = {"bottleneck": made + bottlenecks, "features": made, "inputs": chain.width}[part.keep]
+        after = {SHARED: after, RECOMPUTE: made + bottlenecks}.get(part.way, before)
+    if chain.tail:
+        # What the block made is counted with the block, once it is kept there; an average pool keeps its input.
+        of_tail = 2 * made + chain.tail
+        before += of_tail
+        after += {SHARED: 0, RECOMPUTE: chain.tail}.get(part.way, of_tail)
+    return f"{chain.width} → {chain.tail or made}", before, after
 
 
 _CHECKPOINTED = ("memory_efficient", "grad_checkpointing", "efficient")
 
 
-def _transition_values(module: nn.Module, way: str) -> tuple[str, float, float]:
-    tail: Any = read.transition(module)
-    reads, makes = tail.conv.in_channels, tail.conv.out_channels
-    # What the block made is counted with the block, once it is kept there; an average pool keeps its input.
-    before = 2 * reads + makes
-    return f"{reads} → {makes}", before, {SHARED: 0, RECOMPUTE: makes, ORDINARY: before}[way]
-
-
-def _stem_values(stem: Stem, keep: str, keeps_more: bool) -> tuple[str, float, float]:
-    reads, makes = stem.conv.in_channels, stem.conv.out_channels
-    maps = makes / prod(stem.conv.stride)
+def _stem_values(conv: Any, keep: str, keeps_more: bool) -> tuple[str, float, float]:
+    reads, makes = conv.in_channels, conv.out_channels
+    maps = makes / prod(conv.stride)
     # A max pool keeps indices of eight bytes, for a quarter of the pixels in two dimensions.
-    indices = 2 * maps / 2 ** len(stem.conv.stride) if isinstance(stem.pool, MAX_POOLS) else 0
+    indices = 2 * maps / 2 ** len(conv.stride)
     after = reads + maps + indices if keeps_more else reads + maps * (keep != "inputs")
     return f"{reads} → {makes}", reads + 2 * maps + indices, after
 
 
-def _pixels(model: nn.Module, modules: Sequence[nn.Module], image: Sequence[int]) -> dict[nn.Module, int]:
-    """The pixels that these modules of `model` get for one image.
+def _pixels(model: nn.Module, image: Sequence[int]) -> dict[nn.Module, int]:
+    """The pixels that each module of `model` gets for one image; without those that are not called.
 
-    Found without computing anything; where the model looks at the values of its images, from an image of zeros.
+    Found without computing anything; where the model looks at the values of its images, from random ones.
     """
     found: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, inputs: tuple) -> None:
-        if inputs and isinstance(inputs[0], torch.Tensor):
+        if inputs and isinstance(inputs[0], Tensor):
             found[module] = prod(inputs[0].shape[2:])
 
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    with torch.no_grad(), modes_kept(model), no_hooks(model):
-        model.eval()
-        hooks = [module.register_forward_pre_hook(note) for module in modules]
-        try:
-            state = {name: t.to("meta") for name, t in tensors.items()}
-            functional_call(model, state, (torch.empty(1, *image, device="meta"),))
-        except Exception:
-            like = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(0))
+    modules = parts([model])
+    for device in ("meta", "cpu"):
+        tensors = Tensors(device)
+        with on_trial(modules, tensors):
+            for module in modules:
+                module.__dict__["training"] = False
+                module._forward_pre_hooks[0] = note
             try:
-                model(like.new_zeros(1, *image))
+                model(tensors.activation(1, *image))
+                return found
             except Exception as error:
-                shape, reason = "×".join(map(str, image)), str(error).partition("\n")[0]
-                raise UserError(f"the model does not run on an image of {shape}: {reason}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return found
+                reason = str(error).partition("\n")[0]
+    shape = "×".join(map(str, image))
+    raise UserError(f"the model does not run on an image of {shape}: {reason}")

@@ -2,105 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.adopt import read
-from efficient_densenet.adopt.adopted import (
-    ORDINARY,
-    RECOMPUTE,
-    SHARED,
-    Adopted,
-    AdoptedBlock,
-    AdoptedSequence,
-    AdoptedTransition,
-    disagreement,
-    inside,
-    runs_in_order,
-)
-from efficient_densenet.execution import Stem, obstacle
-from efficient_densenet.execution.hooks import has_hooks, runs
-from efficient_densenet.execution.parts import CONVOLUTIONS, stem_obstacle
-from efficient_densenet.models import DenseBlock
+from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, runs_in_order
+from efficient_densenet.adopt.chain import Chain
+from efficient_densenet.adopt.head import ends_with_a_head
+from efficient_densenet.adopt.look import Look, find, look
+from efficient_densenet.adopt.meanings import NotDenseError
+from efficient_densenet.adopt.trial import Tensors
+
+_LEAVES = (*CONVOLUTIONS, nn.modules.batchnorm._NormBase, nn.Linear)
+
+
+_WINDOW = 6  # modules to look at first, for where a run of them ends
 
 
 class Finding(NamedTuple):
-    """A module that looks like a part of a DenseNet.
+    """A module, or some of a sequence that run as one, that look like a part of a DenseNet.
 
     Attributes:
         name: in the model; empty for the model itself.
-        module: the module.
-        task: what it would become; None where it stays as it is.
-        way: how it would run; empty where it stays as it is.
+        module: the module, or the sequence.
+        looks: what it computes in evaluation and in training; empty where it stays as it is.
+        segment: first and last (exclusive) of the sequence's modules; None for a whole module.
         reason: why it does not run on the shared buffer, if so.
     """
 
     name: str
     module: nn.Module
-    task: type[Adopted] | None
-    way: str
-    reason: str = ""
+    looks: tuple[Look, ...]
+    segment: tuple[int, int] | None = None
+    reason: str | None = None
+
+    @property
+    def chain(self) -> Chain:
+        chain = self.looks[0].chain
+        assert chain is not None
+        return chain
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        if self.segment is None:
+            return [self.module]
+        return list(self.module.children())[slice(*self.segment)]
 
 
-def survey(model: nn.Module) -> list[Finding]:
-    """Every dense block, every transition, and the sequences that run them, in the order of the model."""
+def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
+    """Every dense block and transition, and every run of modules in a sequence that is one, in the model's order.
+
+    Args:
+        model: is left as it is, and what is adopted in it is left out.
+        tried: as in `look.look`.
+    """
     findings: list[Finding] = []
-    taken: set[nn.Module] = set()  # with all inside, by a block or transition that was found
-    left: set[nn.Module] = set()  # inside what was left, for the reason given there
+    tensors = Tensors("cpu")
+    inside: set[nn.Module] = set()  # what was found, with all in it
+    left: set[nn.Module] = set()  # what was left, for the reason given there, with all in it
     for name, module in model.named_modules():
-        if module in taken:
+        if isinstance(module, AdoptedPart):
+            inside.update(module.modules())
+        if module in inside:
             continue
-        finding = _block(name, module) or _transition(name, module)
-        if finding is not None and (finding.task is not None or module not in left):
+        finding = _whole(name, module, tensors, tried)
+        if finding is not None and module in left and (not finding.looks or len(finding.chain.made) < 2):
+            continue  # a layer or a part of one, of a block that is none
+        if finding is not None:
             findings.append(finding)
-            (left if finding.task is None else taken).update(module.modules())
-    return [*findings, *_sequences(model, {f.module for f in findings if f.task is AdoptedBlock})]
-
-
-def _block(name: str, module: nn.Module) -> Finding | None:
-    if isinstance(module, DenseBlock):
-        return Finding(name, module, None, "", "it is of this library: build the network with efficient=True")
-    try:
-        layers = read.block(module)
-    except read.NotDenseError as error:
-        return Finding(name, module, None, "", str(error)) if _looks_dense(module) else None
-    differs = disagreement(module)
-    if differs is not None:
-        return Finding(name, module, None, "", differs)
-    reason = obstacle(layers)
-    return Finding(name, module, AdoptedBlock, _way(module, reason), reason or "")
-
-
-def _transition(name: str, module: nn.Module) -> Finding | None:
-    tail = read.transition(module) if runs_in_order(module) else None
-    if tail is None:
-        return None
-    reason = obstacle([], tail)
-    return Finding(name, module, AdoptedTransition, _way(module, reason), reason or "")
-
-
-def _way(module: nn.Module, reason: str | None) -> str:
-    if reason is None:
-        return SHARED
-    return ORDINARY if has_hooks(inside(module)) else RECOMPUTE
-
-
-def _sequences(model: nn.Module, blocks: set[nn.Module]) -> Iterator[Finding]:
+            (inside if finding.looks else left).update(module.modules())
+    whole = {finding.module: finding.chain for finding in findings if finding.looks}
     for name, module in model.named_modules():
-        if module not in blocks and runs_in_order(module) and blocks & set(module.children()):
-            stem = stem_of(module)
-            reason = "" if stem is None else stem_obstacle(stem) or ""
-            yield Finding(name, module, AdoptedSequence, SHARED, reason and f"the stem keeps more: {reason}")
+        if module not in inside and runs_in_order(module) and not isinstance(module, Adopted):
+            findings += _segments(name, module, whole, tensors, tried)
+    return findings
 
 
-def stem_of(sequence: Any) -> Stem | None:
-    """The stem that an adopted sequence runs as one."""
-    modules = list(sequence)
-    found = (read.stem(modules[i:]) for i in range(len(modules)))
-    return next((stem for stem, _ in filter(None, found)), None)
+def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
+    """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
+    if isinstance(module, _LEAVES) or not any(p.dim() > 2 for p in module.parameters()):
+        return None
+    try:
+        looks = look([module], tensors, tried=tried)
+    except NotDenseError as error:
+        return Finding(name, module, (), None, str(error)) if _looks_dense(module) else None
+    finding = _finding(name, module, looks, None)
+    chain = finding.chain
+    if not _by_itself(chain) or (runs_in_order(module) and chain.made and chain.tail_reason):
+        return None
+    return finding
+
+
+def _joins(chain: Chain) -> bool:
+    """Whether there is anything that its parts can share."""
+    return len(chain.made) > 1 or chain.tail > 0
+
+
+def _by_itself(chain: Chain) -> bool:
+    """Whether a module that computes this is worth adopting by itself."""
+    return bool(chain.made) or chain.is_stem or (chain.tail > 0 and chain.pools)
+
+
+def _finding(name: str, module: nn.Module, looks: Sequence[Look], segment: tuple[int, int] | None) -> Finding:
+    reason = next((one.reason for one in looks if one.reason is not None), None)
+    return Finding(name, module, tuple(looks), segment, reason)
+
+
+def _segments(
+    name: str, sequence: nn.Module, whole: dict[nn.Module, Chain], tensors: Tensors, tried: bool
+) -> Iterator[Finding]:
+    """The runs of modules in a sequence that are to be run as one."""
+    modules, i = list(sequence.children()), 0
+    while i < len(modules):
+        length = 0 if isinstance(modules[i], _LEAVES[:3]) else _run(modules[i:], whole, tensors)
+        if length and not (length == 1 and modules[i] in whole):
+            roots = modules[i : i + length]
+            # Parts that were tried one by one need not be tried together.
+            each = tried and not set(roots) <= whole.keys()
+            with suppress(NotDenseError):  # where the trial shows that it is something else
+                yield _finding(name, sequence, look(roots, tensors, tried=each), (i, i + length))
+        i += max(1, length)
+
+
+def _run(modules: Sequence[nn.Module], whole: dict[nn.Module, Chain], tensors: Tensors) -> int:
+    """How many of these modules, from the first, are to run as one."""
+    if modules[0] in whole and (len(modules) == 1 or modules[1] in whole):
+        first, second = whole[modules[0]], None if len(modules) == 1 else whole[modules[1]]
+        if first.plan is not None and not first.tail and (second is None or (not second.made and not second.is_stem)):
+            fits = second is not None and second.plan is not None and second.width == first.width + sum(first.made)
+            return 2 if fits and not first.plan.output else 1
+    window, chains = _WINDOW, find(modules[:_WINDOW], tensors)
+    while len(chains) == window < len(modules):
+        window *= 2
+        chains = find(modules[:window], tensors)
+    return _longest(chains)
+
+
+def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn.Module, str, list[Look]]]:
+    """Networks whose head can join the last block of their features.
+
+    Returns:
+        Each network, the name of its features, and what their last block and norm compute with the head.
+    """
+    blocks = {f.module for f in findings if f.looks and f.segment is None and f.chain.made and not f.chain.tail}
+    for network in list(model.modules()):
+        for name, features in network.named_children():
+            if runs_in_order(features) and not runs_in_order(network) and len(features) > 1:  # type: ignore[arg-type]
+                *_, block, norm = features.children()
+                if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
+                    try:
+                        yield network, name, look([block, norm], Tensors("cpu"), tried=False, head=True)
+                    except NotDenseError:
+                        continue
+
+
+def _longest(chains: Sequence[Chain | None]) -> int:
+    """The longest run that fits the shared buffer, but for its layers perhaps; else the longest that is anything."""
+    useful = [(n, c) for n, c in enumerate(chains, start=1) if c is not None and _by_itself(c) and _joins(c)]
+    fitting = [n for n, chain in useful if chain.tail_reason is None]
+    return max(fitting or [n for n, _ in useful], default=0)
 
 
 def _looks_dense(module: nn.Module) -> bool:
@@ -109,7 +173,7 @@ def _looks_dense(module: nn.Module) -> bool:
     for child in module.children():
         convolutions = [m for m in child.modules() if isinstance(m, CONVOLUTIONS)]
         has_norm = any("norm" in type(m).__name__.lower() for m in child.modules())
-        if not convolutions or not has_norm or runs(child, *CONVOLUTIONS):
+        if not convolutions or not has_norm or isinstance(child, CONVOLUTIONS):
             return False
         widths.append(convolutions[0].in_channels)
     return len(widths) > 1 and all(b > a for a, b in pairwise(widths))

@@ -1,112 +1,173 @@
-"""Try whether a module does what its structure suggests, with random weights, without touching its own.
+"""Try modules on random tensors, with random weights, and leave no trace in them.
 
-A name or a structure promises nothing: a layer may add a residual, scale its output, or use its parts in another
-order. So the module's own forward runs beside the function that its parts make, as plain PyTorch operations, on a few
-random pixels: in evaluation and in training, with dropout from the same seed, and the buffers are compared too.
+While they are on trial, modules have other dictionaries: with tensors of the trial in place of their own, no hooks,
+and copies of plain lists and dictionaries. Afterwards they have the very dictionaries back that they had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from math import log2, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.modules import module as global_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
-from efficient_densenet.adopt import read
-from efficient_densenet.execution import Reader, layer_by_layer
-from efficient_densenet.execution.hooks import modes_kept, no_hooks
+_HOOKS = [
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+]
+_CONTAINERS = (list, dict, set)
+_OF_PYTORCH = ("_parameters", "_buffers", "_modules")
+_NOTHING = object()
+_SOME_PRIME = 7919
 
-_CPU = torch.device("cpu")
-_SIZE = (5, 4, 3)  # pixels: odd and even, and enough for a 3×3 window to have an inside
-_TOLERANCE = 1e-3  # relative, in float32: another function is off by more than a tenth
 
+class Tensors:
+    """Tensors of a trial in place of a module's own: as large, in single precision, random, and not to be changed.
 
-def disagreement(block: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> str | None:
-    """How the block's own `forward` differs from the one that `read.block` makes of its parts; None if it does not.
-
-    Nothing of the block changes. Its parameters are random in the trial, so that no zero hides a difference.
+    The large ones are views of a few random values: nothing is copied, however large the model is.
     """
-    layers = read.block(block)
-    readers = [reader for layer in layers for reader in layer.readers]
-    dims = len(readers[0].conv.kernel_size)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, readers[0].conv.in_channels, *_SIZE[:dims], generator=generator, device=_CPU)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), no_hooks(block), modes_kept(block):
-        state = {f"block.{name}": _random(name, t, generator) for name, t in _state(block)}
-        for training in (False, True):
-            for module in block.modules():
-                # One process alone cannot try how norms agree with those of other processes.
-                module.training = training and not isinstance(module, nn.SyncBatchNorm)
-            try:
-                own = _run(_Forward(block, forward), state, x)
-                rebuilt = _run(_Forward(block, _rebuilt), state, x)
-            except Exception as error:  # whatever it is: the module stays as it is, and the report says why
-                return f"it could not be tried: {type(error).__name__}: {error}"
-            if own.keys() != rebuilt.keys():
-                return "its output is no tensor of features"
-            for name, expected in own.items():
-                if not _agree(rebuilt[name], expected):
-                    what = "its output" if name == "output" else name.removeprefix("block.")
-                    return f"{what} is another than that of dense layers made of the same parts"
-        if any(_draws_random_numbers(reader, generator) for reader in readers):
-            return "its norm or activation is random"  # and cannot be computed again
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator().manual_seed(0)
+        self.pools: dict[int, Tensor] = {}
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def instead_of(self, name: str, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.made:  # one that is tied stays tied
+            self.made[id(tensor)] = self._make(name, tensor), tensor
+        return self.made[id(tensor)][0]
+
+    def activation(self, *shape: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=torch.float32, device=self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
+
+    def _make(self, name: str, like: Tensor) -> Tensor:
+        dtype = torch.float32 if like.is_floating_point() else like.dtype
+        if self.device.type == "meta":
+            return torch.empty(like.shape, dtype=dtype, device=self.device)
+        if not like.is_floating_point():
+            return torch.zeros(like.shape, dtype=dtype, device=self.device)
+        # Vectors may be written to, and what is no bias and no mean must not be negative.
+        if like.dim() < 2:
+            values = self._random(0, like.numel()).clone().mul_(12**-0.5).view(like.shape)
+            return values if name.endswith(("bias", "mean")) else values.add_(1)
+        # Near to what keeps the size of activations, and few different ones, for each takes memory.
+        exponent = 3 * round(-log2(max(1, prod(like.shape[1:]))) / 6)
+        return self._random(exponent, like.numel()).view(like.shape)
+
+    def _random(self, exponent: int, count: int) -> Tensor:
+        """Uniform, of a standard deviation of two to this power."""
+        start = _SOME_PRIME * len(self.made) % 100_003
+        if exponent not in self.pools or len(self.pools[exponent]) < start + count:
+            size = 2 ** (start + count).bit_length()
+            pool = torch.rand(size, generator=self.generator, dtype=torch.float32, device=self.device)
+            self.pools[exponent] = pool.sub_(0.5).mul_(12**0.5 * 2.0**exponent)
+        return self.pools[exponent][start : start + count]
+
+
+@contextmanager
+def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
+    """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace."""
+    kept = [(module, module.__dict__, type(module)) for module in modules]
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(tensors.device)
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_random_states_kept())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
+        stack.enter_context(_no_global_hooks())
+        try:
+            for module, attributes, kind in kept:
+                object.__setattr__(module, "__dict__", _instead_of(attributes, tensors))
+                object.__setattr__(module, "__class__", kind.__dict__.get("original", kind))
+            yield
+        finally:
+            for module, attributes, kind in kept:
+                object.__setattr__(module, "__dict__", attributes)
+                object.__setattr__(module, "__class__", kind)
+
+
+def stored(modules: Sequence[nn.Module], before: Sequence[dict[str, Any]]) -> str | None:
+    """The name of an attribute that a forward has stored in one of the modules since `before`, if any."""
+    for module, attributes in zip(modules, before, strict=True):
+        for name, value in module.__dict__.items():
+            old = attributes.get(name, _NOTHING)
+            if old is not value and (type(value) not in _CONTAINERS or old != (type(value), len(value))):
+                return name
     return None
 
 
-class _Forward(nn.Module):
-    """A function of a block and an input, as a module, so that the block's tensors can be replaced in it."""
-
-    def __init__(self, block: nn.Module, run: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.block = block
-        self.run = run
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self.block, x)
+def attributes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """What `stored` compares with; of lists, dictionaries and sets it is the length."""
+    found = [dict(module.__dict__) for module in modules]
+    for some in found:
+        for name, value in some.items():
+            if type(value) in _CONTAINERS:
+                some[name] = type(value), len(value)
+    return found
 
 
-def _rebuilt(block: nn.Module, x: Tensor) -> Tensor:
-    return layer_by_layer(x, read.block(block), efficient=False)
+def _instead_of(attributes: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    found = dict(attributes)
+    for name, value in attributes.items():
+        if type(value) in _CONTAINERS and value and name not in _OF_PYTORCH:
+            found[name] = _copy(value)
+    for kind in ("_parameters", "_buffers"):
+        found[kind] = {k: None if t is None else tensors.instead_of(k, t) for k, t in attributes[kind].items()}
+    for name in _HOOKS:
+        found[name] = OrderedDict()
+    found.pop("_compiled_call_impl", None)
+    return found
 
 
-def _run(forward: nn.Module, state: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The output, and the buffers after it."""
-    state = {name: t.clone() if t.dim() < 2 else t for name, t in state.items()}  # the small ones may move
+def _copy(value: Any) -> Any:
+    """Of plain lists, dictionaries and sets, also inside one another; whatever else is in them stays the same."""
+    if type(value) is list:
+        return [_copy(v) for v in value]
+    if type(value) is dict:
+        return {k: _copy(v) for k, v in value.items()}
+    return set(value) if type(value) is set else value
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        output = functional_call(forward, state, (x.clone(),))
-    found = {name: state[name] for name, _ in forward.named_buffers() if name in state}
-    return {"output": output, **found} if isinstance(output, Tensor) else found
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    return bool((a.double() - b.double()).abs().max() <= _TOLERANCE * b.double().abs().max())
-
-
-def _state(block: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*block.named_parameters(), *block.named_buffers()]
-
-
-def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype, device=_CPU)
-    values = torch.rand(like.shape, generator=generator, device=_CPU)
-    if like.dim() < 2:
-        return values - 0.5 if name.endswith(("bias", "mean")) else values + 0.5
-    fan_in = like[0].numel()
-    return values.sub_(0.5).mul_((12 / fan_in) ** 0.5)
-
-
-def _draws_random_numbers(reader: Reader, generator: torch.Generator) -> bool:
-    """In training, as the modules of its block are now."""
-    both = nn.ModuleList([reader.norm] if reader.fused else [reader.norm, reader.relu])
-    state = {f"block.{name}": _random(name, t, generator) for name, t in _state(both)}
-    x = torch.zeros(2, reader.conv.in_channels, *_SIZE[: len(reader.conv.kernel_size)], device=_CPU)
-    with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
-        functional_call(_Forward(both, lambda modules, x: nn.Sequential(*modules)(x)), state, (x,))
-        return not torch.equal(before, torch.get_rng_state())
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """Without the hooks on all modules of the process, which are for the user's own calls."""
+    names = [name for name in vars(global_hooks) if name.startswith(("_global_forward", "_global_backward"))]
+    kept = {name: getattr(global_hooks, name) for name in names}
+    for name in names:
+        setattr(global_hooks, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(global_hooks, name, hooks)

@@ -1,4 +1,4 @@
-"""Room for activations, channels-last in memory."""
+"""Empty activations, channels-last in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from math import prod
 from torch import Tensor
 
 
-def room(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+def empty_activation(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """An empty ``(N, channels, *size)``, channels-last in memory, and no view, which could not be changed in place."""
     shape = (x.shape[0], *size, channels)
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
     return x.new_empty_strided((shape[0], channels, *size), (strides[0], 1, *strides[1:-1]))
 
 
-def beside(x: Tensor, channels: int | None = None) -> Tensor:
+def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """An empty tensor like ``x: (N, *spatial, C)``, contiguous, perhaps of other channels."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] if channels is None else channels))

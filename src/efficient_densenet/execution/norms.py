@@ -23,10 +23,6 @@ class Norm(NamedTuple):
     constants: Statistics | None
     eps: float
 
-    @property
-    def uses_batch(self) -> bool:
-        return self.constants is None
-
 
 class Folded(NamedTuple):
     """The statistics of some channels, and norms that read slices of these channels, folded.
@@ -42,60 +38,66 @@ class Folded(NamedTuple):
 class Norms:
     """Some norms, each of which reads a slice of the same channels, of activations like `x`."""
 
-    def __init__(self, x: Tensor, norms: Sequence[Norm], sources: Sequence[slice], folded: Folded, group: str) -> None:
-        self.run, self.rows = ops.backend(x), rows(x)
+    def __init__(
+        self, x: Tensor, norms: Sequence[Norm], sources: Sequence[tuple[int, int]], folded: Folded, group: str
+    ) -> None:
+        self.run = ops.backend(x)
+        self.rows = x.numel() // x.shape[-1]
         self.norms, self.sources, self.group, self.total = norms, sources, group, folded.total
         self.means, self.variances = folded.statistics.unbind()
-        self.vectors = folded.vectors.split([source.stop - source.start for source in sources], 1)
+        self.affines: list[Affine] = []
         self.through: Tensor | None = None
         # By their first channel, where those channels end whose statistics a norm uses.
         self.used: dict[int, int] = {}
-        for norm, source in zip(norms, sources, strict=True):
-            if norm.uses_batch:
-                self.used[source.start] = max(source.stop, self.used.get(source.start, 0))
+        vectors = folded.vectors.split([stop - start for start, stop in sources], 1)
+        for norm, (start, stop), vector in zip(norms, sources, vectors, strict=True):
+            if norm.constants is None:
+                mean = self.means.narrow(0, start, stop - start)
+                self.used[start] = max(stop, self.used.get(start, 0))
+            else:
+                mean = norm.constants.mean.to(self.means.dtype)
+            self.affines.append(Affine(mean, *vector.unbind()))
 
-    def place(self, channels: slice) -> Statistics:
-        """Where the statistics of these channels are."""
-        return Statistics(_part(self.means, channels), _part(self.variances, channels))
+    def statistics(self, start: int, stop: int) -> Statistics:
+        """Those of these channels: to be read, or to be overwritten."""
+        count = stop - start
+        return Statistics(self.means.narrow(0, start, count), self.variances.narrow(0, start, count))
 
-    def share(self, channels: slice) -> None:
+    def share(self, start: int, stop: int) -> None:
         """Merge the statistics of these channels with those of the other processes."""
-        if self.group:
-            share_statistics(self.place(channels), self.rows, self.total, self.group)
+        share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
 
     def fold(self, i: int) -> Affine:
         """Norm `i` for the statistics that there are by now."""
-        norm, affine = self.norms[i], self[i]
-        statistics = norm.constants or Statistics(affine.mean, _part(self.variances, self.sources[i]))
+        norm, affine = self.norms[i], self.affines[i]
+        statistics = norm.constants
+        if statistics is None:
+            start, stop = self.sources[i]
+            statistics = Statistics(affine.mean, self.variances.narrow(0, start, stop - start))
         self.run.fold_norm(statistics, norm.weight, norm.bias, norm.eps, affine)
         return affine
 
-    def __getitem__(self, i: int) -> Affine:
-        """Norm `i`, folded before."""
-        constants, inverse_scale_shift = self.norms[i].constants, self.vectors[i].unbind()
-        if constants is None:
-            return Affine(_part(self.means, self.sources[i]), *inverse_scale_shift)
-        return Affine(constants.mean.to(self.means.dtype), *inverse_scale_shift)
-
     def begin_backward(self) -> None:
-        """Make room to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
+        """Make a place to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
         if self.used:
             self.through = self.means.new_zeros((2, len(self.means)))
 
     def through_of(self, i: int) -> Tensor | None:
         """Where norm `i` adds what flows through its statistics, if it uses the batch's."""
-        if self.through is None or not self.norms[i].uses_batch:
+        if self.through is None or self.norms[i].constants is not None:
             return None
-        return _part(self.through, self.sources[i])
+        start, stop = self.sources[i]
+        return self.through.narrow(1, start, stop - start)
 
-    def finish(self, grad: Tensor, x: Tensor, channels: slice, out: Tensor) -> None:
+    def finish(self, grad: Tensor, x: Tensor, start: int, stop: int, out: Tensor) -> None:
         """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
-        used = max(self.used.get(0, 0), self.used.get(channels.start, 0))
-        if self.through is None or used < channels.stop:
+        used = max(self.used.get(0, 0), self.used.get(start, 0))
+        if self.through is None or used < stop:
             out.copy_(grad)
         else:
-            through = all_sums(_part(self.through, channels), self.group)
-            self.run.finish(grad, x, _part(self.means, channels), through, self.total, out)
+            count = stop - start
+            through = all_sums(self.through.narrow(1, start, count), self.group)
+            self.run.finish(grad, x, self.means.narrow(0, start, count), through, self.total, out)
 
     def parameter_gradients(self, i: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of the parameters."""
@@ -103,21 +105,11 @@ class Norms:
         return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
 
 
-def _part(x: Tensor, channels: slice) -> Tensor:
-    """``x[..., channels]``, which takes twice as long to say."""
-    return x.narrow(-1, channels.start, channels.stop - channels.start)
-
-
 def blank(x: Tensor, channels: int, read: int) -> Folded:
-    """Room for the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
+    """For the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
     dtype = statistics_dtype(x.dtype)
     return Folded(
         x.new_zeros((2, channels), dtype=dtype),
-        x.new_full((), rows(x), dtype=dtype),
+        x.new_full((), x.numel() // x.shape[-1], dtype=dtype),
         x.new_empty((3, read), dtype=dtype),
     )
-
-
-def rows(x: Tensor) -> int:
-    """The values of each channel, in this process."""
-    return x.numel() // x.shape[-1]

@@ -1,63 +1,64 @@
-"""Forget the concatenation and the activation after forward; compute them again in backward, bit for bit.
+"""Forget what concatenations, norms and activations make; compute it again in backward, bit for bit.
 
 The autograd graph is the ordinary one, node for node: only what its nodes *store* is replaced, through saved-tensor
 hooks, by a promise to compute it again. So the sums of backward run in the ordinary order, gradients of gradients
 exist, and every result equals the ordinary one in its last bit.
 
-The recomputation runs norm and activation alone, never the convolution, on the features that are alive anyway. It
-changes nothing: the norm's buffers are replaced by copies while it runs, so running statistics and
-`num_batches_tracked` move once per step, however often backward runs. (Checkpointing that re-runs the whole layer
-moves them twice: https://github.com/pytorch/pytorch/issues/96136.)
+Which operation made a tensor is known from a dispatch mode, which sees every operation that any code runs. Nothing is
+asked of modules: their own forward runs, once, with their hooks, whatever it is. In backward only the operations
+listed here run again, never a convolution and nothing random, on tensors that are alive anyway. Running statistics
+are left out of that, so they move once per step, however often backward runs. (Checkpointing that runs a whole layer
+again moves them twice: https://github.com/pytorch/pytorch/issues/96136.)
 
-Saved for backward: references to the inputs, and the small tensors (weights, batch statistics). Extra time: one
-concatenation, norm and activation per convolution, in backward.
+Saved for backward: references to the inputs of the forgotten operations, and small tensors (weights, batch
+statistics). Extra time: one concatenation, norm and activation per convolution, in backward.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.execution import concatenate
-
-
-def norm_relu_conv(inputs: Sequence[Tensor], norm: nn.Module, relu: nn.Module, conv: nn.Module) -> Tensor:
-    """The function of `concatenate.norm_relu_conv`, bit for bit, storing neither concatenation nor activation.
-
-    Norm and activation must be without hooks, which would see the second run too.
-    """
-    prologue = _Prologue(inputs, norm, relu)
-    with saved_tensors_hooks(prologue.pack, prologue.unpack):
-        return conv(prologue.run())
+_aten = torch.ops.aten
+# Arguments 3, 4 and 5 are the running statistics and whether the batch's own are used instead.
+_BATCH_NORMS = {
+    _aten.native_batch_norm,
+    _aten._native_batch_norm_legit,
+    _aten.cudnn_batch_norm,
+    _aten.miopen_batch_norm,
+}
+_NAMES = """
+    cat batch_norm_elemt native_group_norm native_layer_norm _fused_rms_norm relu threshold leaky_relu elu celu hardtanh
+    hardswish hardsigmoid silu mish gelu softplus sigmoid tanh _prelu_kernel clamp clamp_min mul add sub div _to_copy
+"""
+_CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
+_AUTOCAST = [
+    getattr(torch._C.DispatchKey, name)
+    for name in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS", "AutocastHPU", "AutocastPrivateUse1")
+    if hasattr(torch._C.DispatchKey, name)
+]
 
 
 @contextmanager
-def forgotten(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """``module(x)``, for which everything that runs in this context saves a promise to compute it again.
+def forgetting(convolutions: bool = False) -> Iterator[None]:
+    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again.
 
-    Kept for backward: `x`, once. The module must be without randomness, and without hooks.
+    Args:
+        convolutions: forget the results of convolutions too, at the price of running them again.
     """
-    again, source, autocast = _Stage(module), _Kept(x, x._version), _autocast(x.device.type)
-    output = module(x)
-    made = weakref.ref(output)  # not itself, which the hooks would keep
-
-    def pack(tensor: Tensor) -> _Kept | None:
-        return None if tensor is made() else _Kept(tensor, tensor._version)
-
-    def unpack(packed: _Kept | None) -> Tensor:
-        if packed is not None:
-            return _unchanged(packed)
-        with torch.no_grad(), autocast:
-            return again.rerun(_unchanged(source))
-
-    with saved_tensors_hooks(pack, unpack):
-        yield output
+    recorder = _Recorder(_CHEAP | {_aten.convolution} if convolutions else _CHEAP)
+    with saved_tensors_hooks(recorder.pack, _unpack), recorder:
+        try:
+            yield
+        finally:
+            recorder.results.clear()  # the graph, which they belong to, keeps the recorder
 
 
 class _Kept(NamedTuple):
@@ -66,119 +67,186 @@ class _Kept(NamedTuple):
     tensor: Tensor
     version: int
 
-
-class _Forgotten(NamedTuple):
-    """The promise that the tensor saved in this place by the run is the one saved in this place by a rerun."""
-
-    place: int
-
-
-class _Prologue:
-    """``activation(norm(concat(inputs)))``: run once, forgotten, and rerun when backward asks for it."""
-
-    def __init__(self, inputs: Sequence[Tensor], norm: nn.Module, activation: nn.Module) -> None:
-        self.inputs = [_Kept(x, x._version) for x in inputs]
-        self.stages = [_Stage(norm), _Stage(activation)]
-        # Everything of the concatenation's size is forgotten; what is smaller is kept.
-        self.shape = torch.Size((inputs[0].shape[0], sum(x.shape[1] for x in inputs), *inputs[0].shape[2:]))
-        self.autocast = _autocast(inputs[0].device.type)
-        self.num_saved = 0
-        self.activated: weakref.ref[Tensor] | None = None  # known once the run is over; weak, for it is forgotten
-        self.recomputed: dict[int, Tensor] = {}
-
-    def run(self) -> Tensor:
-        """The forward pass, by the modules themselves. To be called under the hooks `pack` and `unpack`."""
-        x = concatenate.concat([kept.tensor for kept in self.inputs])
-        for stage in self.stages:
-            x = stage.module(x)
-        self.activated = weakref.ref(x)
-        return x
-
-    def pack(self, tensor: Tensor) -> _Kept | _Forgotten:
-        if self.activated is not None:  # the run is over, and the convolution saves its input and weight
-            return _Forgotten(self.num_saved) if tensor is self.activated() else _Kept(tensor, tensor._version)
-        index, self.num_saved = self.num_saved, self.num_saved + 1
-        return _Forgotten(index) if tensor.shape == self.shape else _Kept(tensor, tensor._version)
-
-    def unpack(self, packed: _Kept | _Forgotten) -> Tensor:
-        if isinstance(packed, _Kept):
-            return _unchanged(packed)
-        if packed.place not in self.recomputed:
-            recomputed = self._rerun()
-            if not _when_backward_ends(recomputed.clear):
-                return recomputed[packed.place]
-            self.recomputed = recomputed
-        # Handed out once per backward: the memory goes as soon as the last node has used it.
-        return self.recomputed.pop(packed.place)
-
-    def _rerun(self) -> dict[int, Tensor]:
-        saved: list[Tensor] = []
-
-        def save(x: Tensor) -> Tensor:
-            saved.append(x.detach())
-            return saved[-1]
-
-        leaves = [_unchanged(x).detach().requires_grad_(x.tensor.requires_grad) for x in self.inputs]
-        with (
-            torch.enable_grad(),
-            self.autocast,
-            saved_tensors_hooks(save, lambda x: x),
-        ):
-            x = concatenate.concat(leaves)
-            for stage in self.stages:
-                x = stage.rerun(x)
-        return {i: x for i, x in enumerate([*saved, x.detach()]) if x.shape == self.shape}
+    def value(self) -> Tensor:
+        """The tensor, if it still holds what forward saw."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}, and backward "
+                f"needs version {self.version} of it"
+            )
+        return self.tensor
 
 
-class _Stage:
-    """A module as it was at the time of its call: parameters, mode, and the buffers that its result depends on."""
+class _Result:
+    """The result of an operation that is cheap to compute again, and how.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.training = module.training
-        self.parameters = {k: _Kept(p, p._version) for k, p in module.named_parameters()}
-        # In evaluation the result depends on the buffers, which a later training step may change: copy them now.
-        # In training it depends on the batch alone.
-        self.buffers = None if module.training else _clones(module)
+    What was computed again stays until every promise of it was kept, or backward ends.
+    """
 
-    def rerun(self, x: Tensor) -> Tensor:
-        state = {k: _unchanged(p) for k, p in self.parameters.items()}
-        state |= _clones(self.module) if self.buffers is None else self.buffers
-        with _mode(self.module, self.training):
-            return torch.func.functional_call(self.module, state, (x,)) if state else self.module(x)
+    def __init__(self, function: Any, arguments: Sequence[Any], named: dict[str, Any]) -> None:
+        self.function, self.arguments, self.named = function, arguments, named
+        self.uses = 0  # promises that backward may ask to be kept
+        self.left = 0  # of these, in the running backward
+        self.again: Tensor | None = None
+
+    def use(self) -> None:
+        self.uses += 1
+        if self.uses == 1:
+            for promise in _promises(self.arguments):
+                promise.result.use()
+
+    def value(self) -> Tensor:
+        if self.again is None:
+            arguments = [_value(argument) for argument in self.arguments]
+            with torch.no_grad():
+                made = self.function(*arguments, **self.named)
+            made = made[0] if isinstance(made, tuple | list) else made
+            if self.uses == 1 or not _when_backward_ends(self._forget):
+                return made
+            self.again, self.left = made, self.uses
+        made, self.left = self.again, self.left - 1
+        if self.left == 0:
+            self.again = None
+        return made
+
+    def _forget(self) -> None:
+        self.again = None
 
 
-def _clones(module: nn.Module) -> dict[str, Tensor]:
-    return {k: b.detach().clone() for k, b in module.named_buffers()}
+class _Promise(NamedTuple):
+    """A saved tensor that will be computed again: a view of the result of an operation."""
+
+    result: _Result
+    size: Sequence[int]
+    stride: Sequence[int]
+    offset: Any
+
+    def value(self) -> Tensor:
+        return self.result.value().as_strided(self.size, self.stride, self.offset)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes which operation made each tensor, and has autograd save promises of what can be computed again."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would import the compiler, which takes seconds, and nothing here is compiled
+
+    def __init__(self, cheap: frozenset[Any]) -> None:
+        super().__init__()
+        self.cheap = cheap
+        # By the address of a storage, which stays taken as long as somebody refers to it, even weakly.
+        self.results: dict[int, tuple[StorageWeakRef, _Result]] = {}
+
+    def pack(self, tensor: Tensor) -> _Kept | _Promise:
+        """What autograd saves in place of `tensor`: of an input before, of an output after `__torch_dispatch__`."""
+        reference = self._reference(tensor)
+        if isinstance(reference, _Promise):
+            reference.result.use()
+        return reference
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        cheap, in_place = self._cheap(function)
+        result = None if cheap is None else self._result(cheap, args, named, in_place)
+        output = function(*args, **named)
+        if in_place and isinstance(args[0], Tensor):
+            self.results.pop(args[0].untyped_storage()._cdata, None)
+        if result is not None:
+            made = output[0] if isinstance(output, tuple | list) else output
+            if _is_whole(made) and _holds_little(result, made):
+                storage = made.untyped_storage()
+                self.results[storage._cdata] = StorageWeakRef(storage), result
+        return output
+
+    def _cheap(self, function: Any) -> tuple[Any, bool]:
+        """The operation to run again, out of place, if `function` is cheap; and whether it writes to its argument."""
+        if not function._schema.is_mutable or function.overloadpacket in self.cheap:
+            return function if function.overloadpacket in self.cheap else None, False
+        name = function.overloadpacket.__name__
+        packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        overload = function._overloadname
+        if packet is None or packet not in self.cheap or overload not in packet.overloads():
+            return None, True
+        return getattr(packet, overload), True
+
+    def _result(self, cheap: Any, args: Sequence[Any], named: dict[str, Any], in_place: bool) -> _Result | None:
+        if cheap is _aten.cat.default:
+            parts: list[Any] = []
+            for tensor in args[0]:
+                part = self._reference(tensor)
+                parts += _pieces(part, tensor, args[1:]) or [part]
+            return _Result(cheap, [parts, *args[1:]], named)
+        arguments = [self._reference(a) if isinstance(a, Tensor) else a for a in args]
+        if in_place and not isinstance(arguments[0], _Promise):
+            return None  # what it was computed from is gone
+        if cheap.overloadpacket in _BATCH_NORMS and cheap._overloadname == "default":
+            training, running = args[5], args[3:5]
+            # In evaluation the result depends on them, and a later training step may move them.
+            arguments[3:5] = [None if training or t is None else _Kept(t.clone(), 0) for t in running]
+        return _Result(cheap, arguments, named)
+
+    def _reference(self, tensor: Tensor) -> _Kept | _Promise:
+        found = self.results.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
+        if found is None:
+            return _Kept(tensor, 0 if tensor.is_inference() else tensor._version)
+        return _Promise(found[1], tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _pieces(part: _Kept | _Promise, tensor: Tensor, dim: Sequence[Any]) -> list[Any] | None:
+    """What a concatenation along the same dimension was made of: concatenated at once, nothing is copied twice."""
+    if not isinstance(part, _Promise) or part.result.function is not _aten.cat.default or not _is_whole(tensor):
+        return None
+    pieces, *other = part.result.arguments
+    return list(pieces) if other == list(dim) else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is an activation, and all of its memory."""
+    if tensor.dim() < 3 or not _has_storage(tensor):
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+
+
+def _holds_little(result: _Result, made: Tensor) -> bool:
+    """Whether keeping what it is computed from takes no more memory than keeping it."""
+    if result.function is _aten.cat.default:
+        return True
+    held = [a for a in result.arguments if isinstance(a, _Kept) and a.tensor.numel() >= made.numel()]
+    return len(held) <= 1
+
+
+def _promises(arguments: Sequence[Any]) -> Iterator[_Promise]:
+    for argument in arguments:
+        if isinstance(argument, _Promise):
+            yield argument
+        elif isinstance(argument, list):
+            yield from _promises(argument)
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, _Kept | _Promise):
+        return argument.value()
+    return [_value(a) for a in argument] if isinstance(argument, list) else argument
+
+
+def _unpack(packed: _Kept | _Promise) -> Tensor:
+    with _no_autocast():
+        return packed.value()
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    now = module.training
-    module.training = training
-    try:
+def _no_autocast() -> Iterator[None]:
+    """The operations were recorded below mixed precision, with the casts that it had made."""
+    with ExitStack() as stack:
+        for key in _AUTOCAST:
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)))
         yield
-    finally:
-        module.training = now
-
-
-def _unchanged(kept: _Kept) -> Tensor:
-    """The kept tensor, if it still holds what forward saw: the check that autograd makes where no hooks are."""
-    if kept.tensor._version != kept.version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"a tensor of shape {tuple(kept.tensor.shape)} is at version {kept.tensor._version}, and backward "
-            f"needs version {kept.version} of it"
-        )
-    return kept.tensor
-
-
-def _autocast(device: str) -> AbstractContextManager[object]:
-    """A context that sets mixed precision as it is now, to be entered in backward."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    enabled = torch.is_autocast_enabled(device)
-    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=enabled)
 
 
 def _when_backward_ends(callback: Callable[[], None]) -> bool:

@@ -1,8 +1,6 @@
-"""One buffer for a whole dense block: what modules hold, handed to the engine in `stage`.
+"""One buffer for a whole dense block: a plan and the modules that it names, handed to the engine in `stage`.
 
 The semantics of batch norm live here: which statistics a norm uses at this call, and how its running averages move.
-Everything is read from the modules at the time of the call, so that freezing, converting to SyncBatchNorm or replacing
-a part later takes effect.
 
 Source: the buffer and the recomputed norm are from Pleiss et al., "Memory-Efficient Implementation of DenseNets", 2017;
 statistics once per channel, the correction applied once, and pooling first are derived in docs/algorithm.md.
@@ -11,158 +9,170 @@ statistics once per channel, the correction applied once, and pooling first are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from efficient_densenet.execution.hooks import has_hooks, runs
-from efficient_densenet.execution.library import norm_relu_max_pool_forward, stage_forward
-from efficient_densenet.execution.parts import (
-    CONVOLUTIONS,
-    Dropout,
-    Head,
-    Layer,
-    Stem,
-    Tail,
-    all_norms,
-    all_readers,
-    window,
+from efficient_densenet.execution.library import (
+    norm_relu_max_pool_forward,
+    stage_forward,
+    stage_without_gradients,
+    stem_without_gradients,
 )
-from efficient_densenet.execution.recompute import forgotten
-from efficient_densenet.execution.stage import sources
+from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
 
-KEEP = ("bottleneck", "features", "inputs")
+# Found here, for PyTorch 2.11 cannot compile the question.
+_WITH_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+)
 
 
-def dense_block(x: Tensor, layers: Sequence[Layer], tail: Tail | Head | None, keep: str) -> Tensor:
-    """Run a dense block, and the transition or the head behind it if there is one, on one buffer.
+def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tensor:
+    """Run what `plan` describes on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
     ``(N, C, *(spatial // pool))``; or, with a head, ``(N, C_0 + Σk)``. The result is channels-last in memory.
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
     ``"features"`` the features alone, ``"inputs"`` only `x`; but the features too where no transition follows, which
-    somebody else or the head needs. Gradients of gradients are refused.
+    somebody else or the head needs. A stem keeps `x`. Gradients of gradients are refused.
 
     Args:
-        x: the block's input.
-        layers: without obstacles, see `parts.obstacle`; there may be none if there is a transition.
-        tail: norm, relu, 1×1 convolution and average pool behind the block; or norm, relu and the mean over all pixels.
+        x: its input.
+        plan: see `Plan`.
+        modules: those that it names, in the order of `plan.parts`.
         keep: one of `KEEP`.
     """
-    norms = all_norms(layers, tail)
-    x, weights = _autocast(x, [reader.conv.weight for reader in all_readers(layers, tail)])
-    uses_batch = [_uses_batch(norm) for norm in norms]
-    group = _sync_group(norms)
-    if any(uses_batch):
-        _check_values_per_channel(x, group)
-    dropout, per_layer = (layers[0].dropout, len(layers[0].readers)) if layers else (Dropout(), 1)
-    made = [weight.shape[0] for weight in weights[: per_layer * len(layers)]]
-    last_weights = weights[per_layer - 1 : len(made) : per_layer]
-    output, statistics, count, *_ = stage_forward(
+    x, weights, biases = _convolutions(x, plan, modules)
+    norms = _norms(x, plan, modules)
+    # Without gradients there is nothing that an operator would have to hide from autograd.
+    operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if plan.max_pool:
+        output, statistics, count, _ = (norm_relu_max_pool_forward if operator else stem_without_gradients)(
+            x, norms.weights[0], norms.biases[0], norms.constants, norms.eps[0], norms.group
+        )
+        _move_running_averages(norms.moving, statistics, count)
+        return output
+    masks, scales = _masks(x, plan, modules)
+    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(
         x,
-        [_affine(norm.weight, norm, x, 1.0) for norm in norms],
-        [_affine(norm.bias, norm, x, 0.0) for norm in norms],
-        _constants(norms, uses_batch),
-        uses_batch,
-        [norm.eps for norm in norms],
+        norms.weights,
+        norms.biases,
+        norms.constants,
+        norms.uses_batch,
+        norms.eps,
         weights,
-        [_dropout_mask(x, weight, dropout) for weight in last_weights] if dropout.rate else [],
-        1 / (1 - dropout.rate),
-        per_layer,
-        window(tail.pool) if isinstance(tail, Tail) else 0,
-        keep if layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
-        "" if group is None else group.group_name,
+        biases,
+        masks,
+        scales,
+        [channel for norm in plan.norms for channel in norm.source],
+        plan.per_layer,
+        plan.pool,
+        keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
+        norms.group,
     )
-    _move_running_averages(norms, sources(x.shape[1], made, per_layer, tail is not None), statistics, count)
-    return output
+    _move_running_averages(norms.moving, statistics, count)
+    for step in plan.steps:
+        output = step(output)
+    return _arranged(output, plan.output, 1)
 
 
-def stem(x: Tensor, parts: Stem, keep: str) -> Tensor:
-    """The stem of an ImageNet network: a convolution, and `norm_relu_max_pool` of what it makes.
+def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The input, and weights and biases of all convolutions, in the type that autocast asks for."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for part, (weight_name, bias_name), order, dilation in plan.convolutions:
+        weight = getattr(modules[part], weight_name)
+        if order:
+            weight = _arranged(weight, order, 1)
+        weights.append(_dilated(weight, dilation) if dilation else weight)
+        biases.append(None if bias_name is None else getattr(modules[part], bias_name))
+    given = []
+    if any(bias is not None for bias in biases):
+        given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    device = x.device.type
+    # As it would cast a convolution's arguments.
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
+    return x, weights, given
 
-    Kept for backward: the convolution's input and output; with ``keep="inputs"`` the input alone.
-    """
-    x, conv = _channels_last(x), parts.conv
-    # A compiler decides by itself what to compute again.
-    forget = keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not forget or has_hooks([conv]) or not runs(conv, *CONVOLUTIONS):
-        return norm_relu_max_pool(conv(x), parts.norm)
-    with forgotten(conv, x) as made:
-        return norm_relu_max_pool(made, parts.norm)
+
+def _arranged(x: Tensor, order: Ranges, dim: int) -> Tensor:
+    """The pieces of `x` along `dim` in this order."""
+    if not order:
+        return x
+    pieces = [x.narrow(dim, start, count) for start, count in order]
+    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
 
-def norm_relu_max_pool(x: Tensor, norm: Any) -> Tensor:
-    """The stem's norm, relu and max pool (window 3, stride 2, padding 1), keeping `x` alone for backward.
+def _dilated(weight: Tensor, dilation: Sequence[int]) -> Tensor:
+    """The weight with zeros between its taps, which the operations need not know of."""
+    size = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    wide = weight.new_zeros((*weight.shape[:2], *size))
+    taps: tuple[Any, ...] = (..., *[slice(None, None, d) for d in dilation])
+    wide[taps] = weight
+    return wide
 
-    Shapes: ``(N, C, *spatial)`` → ``(N, C, *⌈spatial/2⌉)``, channels-last in memory.
-    """
-    group = _sync_group([norm])
-    uses_batch = _uses_batch(norm)
-    if uses_batch:
+
+class _Norms(NamedTuple):
+    """What the engine needs of the norms at this call, and how their running averages will move."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    constants: list[Tensor]
+    uses_batch: list[bool]
+    eps: list[float]
+    moving: list[_Moving]
+    group: str
+
+
+class _Moving(NamedTuple):
+    """The running averages of a norm that follow the statistics of the channels that it reads."""
+
+    norm: Norm
+    mean: Tensor
+    variance: Tensor
+    tracked: Tensor | None
+    momentum: float | None
+
+
+def _norms(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> _Norms:
+    found = _Norms([], [], [], [], [], [], "")
+    for norm in plan.norms:
+        module: Any = modules[norm.part]
+        tensors: list[Any] = [None if name is None else getattr(module, name) for name in norm.names]
+        start, stop = norm.source
+        for into, tensor, otherwise in zip(found[:2], tensors[:2], (1.0, 0.0), strict=True):
+            if tensor is None:
+                tensor = torch.full((stop - start,), otherwise, dtype=x.dtype, device=x.device)
+            into.append(_arranged(tensor, norm.order, 0) if norm.order else tensor)
+        mean, variance = tensors[2:]
+        training = module.training and not norm.frozen
+        uses_batch = training or mean is None
+        found.uses_batch.append(uses_batch)
+        found.eps.append(module.eps if norm.eps is None else norm.eps)
+        if not uses_batch:
+            for tensor in (mean, variance):
+                # A copy, for a later training step may move the original.
+                tensor = tensor.clone() if torch.is_grad_enabled() else tensor
+                found.constants.append(_arranged(tensor, norm.order, 0))
+        elif training and mean is not None:
+            if norm.momentum is not None:
+                found.moving.append(_Moving(norm, mean, variance, None, norm.momentum))
+            elif module.track_running_stats:
+                found.moving.append(_Moving(norm, mean, variance, module.num_batches_tracked, module.momentum))
+    group = _sync_group([modules[norm.part] for norm in plan.norms])
+    if any(found.uses_batch):
         _check_values_per_channel(x, group)
-    output, statistics, count, _ = norm_relu_max_pool_forward(
-        x,
-        _affine(norm.weight, norm, x, 1.0),
-        _affine(norm.bias, norm, x, 0.0),
-        _constants([norm], [uses_batch]),
-        norm.eps,
-        "" if group is None else group.group_name,
-    )
-    _move_running_averages([norm], [slice(None)], statistics, count)
-    return output
-
-
-def _uses_batch(norm: Any) -> bool:
-    return norm.training or norm.running_mean is None
+    return found._replace(group="" if group is None else group.group_name)
 
 
 def _check_values_per_channel(x: Tensor, group: torch.distributed.ProcessGroup | None) -> None:
     if group is None and x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-
-
-def _autocast(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """In the type that autocast asks for, as it would cast a convolution's arguments."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weights
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), [w.to(dtype) for w in weights]
-
-
-def _affine(parameter: Tensor | None, norm: Any, x: Tensor, otherwise: float) -> Tensor:
-    if parameter is not None:
-        return parameter
-    return torch.full((norm.num_features,), otherwise, dtype=x.dtype, device=x.device)
-
-
-def _constants(norms: Sequence[Any], uses_batch: Sequence[bool]) -> list[Tensor]:
-    """Running means and variances where they are used; copies, for a later training step may move the originals."""
-    pairs = [(n.running_mean, n.running_var) for n, batch in zip(norms, uses_batch, strict=True) if not batch]
-    return [t.clone() if torch.is_grad_enabled() else t for pair in pairs for t in pair]
-
-
-def _dropout_mask(x: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
-    """True where a value stays, drawn as dropout draws it for the output of the convolution with this weight.
-
-    Single values are drawn in the order of the memory. Features are always channels-last here; in the ordinary network
-    they are as the weights are, which ``network.to(memory_format=...)`` decides.
-    """
-    size = [1] * (x.dim() - 2) if dropout.whole_channels else x.shape[2:]
-    ones = torch.ones((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device)
-    if not dropout.whole_channels and _is_channels_last(weight):
-        ones = _channels_last(ones)
-    return dropout(ones) != 0
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
 
 
 def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
@@ -176,47 +186,86 @@ def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
     return None
 
 
+def _masks(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[list[Tensor], list[float]]:
+    """For each layer where dropout leaves values, and by what it multiplies them; nothing without dropout."""
+    if not any(plan.dropouts):
+        return [], []
+    last = plan.convolutions[plan.per_layer - 1 : plan.layers * plan.per_layer : plan.per_layer]
+    masks, scales = [], []
+    for convolution, dropouts in zip(last, plan.dropouts, strict=True):
+        weight = getattr(modules[convolution.part], convolution.names[0])
+        mask, scale = torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device), 1.0
+        for dropout in dropouts:
+            mask = mask & _mask(x, weight, dropout)
+            scale *= 1 / (1 - dropout.rate) if dropout.rate < 1 else 0.0
+        masks.append(mask)
+        scales.append(scale)
+    return masks, scales
+
+
+def _mask(x: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
+    """True where a value stays, drawn as dropout draws it for the output of the convolution with this weight.
+
+    Single values are drawn in the order of the memory. Features are always channels-last here; in the ordinary network
+    they are as the weights are, which ``network.to(memory_format=...)`` decides.
+    """
+    size = [1] * (x.dim() - 2) if dropout.whole_channels else x.shape[2:]
+    ones = torch.ones((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device)
+    if dropout.whole_channels:
+        return torch.feature_dropout(ones, dropout.rate, True) != 0
+    if not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
+        ones = ones.movedim(1, -1).contiguous().movedim(-1, 1)
+    return F.dropout(ones, dropout.rate) != 0
+
+
 @torch.no_grad()
-def _move_running_averages(norms: Sequence[Any], read: Sequence[slice], statistics: Tensor, count: Tensor) -> None:
+def _move_running_averages(moving: Sequence[_Moving], statistics: Tensor, count: Tensor) -> None:
     """As batch norms do it: by the mean and the unbiased variance of the batch, once per call in training.
 
     Those with one momentum all at once: one by one, it takes longer to start than to do.
     """
-    moving = [
-        (norm, source)
-        for norm, source in zip(norms, read, strict=True)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
     if not moving:
         return
     mean, variance = statistics[0], statistics[1] * (count / (count - 1))
     # A norm that reads in several places moves once for each, one after the other.
-    rounds: list[dict[Any, slice]] = []
-    for norm, source in moving:
-        free = next((some for some in rounds if norm not in some), None)
-        if free is None:
-            rounds.append(free := {})
-        free[norm] = source
+    rounds: list[dict[int, _Moving]] = []
+    for one in moving:
+        for some in rounds:
+            if one.norm.part not in some:
+                some[one.norm.part] = one
+                break
+        else:
+            rounds.append({one.norm.part: one})
     for some in rounds:
-        _move_once(some, mean, variance)
+        _move_once(list(some.values()), mean, variance)
 
 
-def _move_once(norms: dict[Any, slice], mean: Tensor, variance: Tensor) -> None:
+def _move_once(moving: Sequence[_Moving], mean: Tensor, variance: Tensor) -> None:
     """The running averages of norms that are all different, each by the statistics of the channels that it reads."""
-    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counts = [one.tracked for one in moving if one.tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for norm, source in norms.items():
-        averages, dtype = [norm.running_mean, norm.running_var], norm.running_mean.dtype
-        batch = [mean[source].to(dtype), variance[source].to(dtype)]
-        if norm.momentum is None:  # a cumulative average
-            weight = 1.0 / norm.num_batches_tracked.to(dtype)
+    for norm, running_mean, running_variance, tracked, momentum in moving:
+        start, stop = norm.source
+        averages, dtype = [running_mean, running_variance], running_mean.dtype
+        batch = [mean[start:stop].to(dtype), variance[start:stop].to(dtype)]
+        if norm.order:
+            batch = [_restored(values, norm.order) for values in batch]
+        if momentum is None:  # a cumulative average
+            assert tracked is not None
+            weight = 1.0 / tracked.to(dtype)
             for average, value in zip(averages, batch, strict=True):
                 average.lerp_(value, weight)
         else:
-            all_averages, all_values = together.setdefault(norm.momentum, ([], []))
+            all_averages, all_values = together.setdefault(momentum, ([], []))
             all_averages += averages
             all_values += batch
     for momentum, (all_averages, all_values) in together.items():
         torch._foreach_lerp_(all_averages, all_values, momentum)
+
+
+def _restored(values: Tensor, order: Ranges) -> Tensor:
+    """The inverse of `_arranged`, of a vector."""
+    pieces = values.split([count for _, count in order])
+    return torch.cat([piece for _, piece in sorted(zip(order, pieces, strict=True), key=lambda both: both[0])])

@@ -1,7 +1,6 @@
 """What a DenseNet is: layers, blocks, transitions, the network, and the variants that have names."""
 
-from efficient_densenet.models.densenet import DenseNet
-from efficient_densenet.models.layers import DenseBlock, DenseLayer, Transition
+from efficient_densenet.models.densenet import DenseBlock, DenseLayer, DenseNet, Transition
 from efficient_densenet.models.variants import (
     VARIANTS,
     build,

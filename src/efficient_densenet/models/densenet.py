@@ -1,71 +1,99 @@
-"""The DenseNet: stem, dense blocks with transitions between them, final norm, classifier."""
+"""The DenseNet, as ordinary PyTorch: dense layers, blocks, transitions, and the network of them.
+
+Parameters and buffers have torchvision's names. How the network is to run is no business of this file:
+`DenseNet(efficient=...)` builds it and hands it to `adopt`, as `make_efficient` does with any other network.
+
+Source: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", CVPR 2017.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.adopt import convert
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Efficient, Head, Stem, check_efficient, norm_relu_conv, obstacle, wants_buffer
-from efficient_densenet.execution.hooks import has_hooks, runs
-from efficient_densenet.execution.joining import run_in_order
-from efficient_densenet.models.layers import DenseBlock, Transition
+from efficient_densenet.execution import Efficient, Keep, check_efficient
 
 _MAX_CIFAR_SIZE = 32  # larger inputs get the ImageNet stem
 
 
-class _Features(nn.Sequential):
-    """Everything before the classifier, under torchvision's names.
+class DenseLayer(nn.Module):
+    """One layer of a dense block: it reads all features made so far and makes `growth_rate` new ones.
 
-    It runs its children in order, but the stem's norm, activation and pool as one, and a transition together with the
-    block before it, so that the efficient network need not keep what lies between them.
+    With a bottleneck (`bn_size` given, DenseNet-BC), on ``C`` input channels and ``k = growth_rate``:
+    ``conv3x3(relu(norm(conv1x1(relu(norm(x))))))`` with ``C → bn_size·k → k`` channels.
+    Without: ``conv3x3(relu(norm(x)))`` with ``C → k``. Dropout with `drop_rate` follows.
+
+    Shapes: a sequence of ``(N, C_i, H, W)`` with ``ΣC_i = C`` → ``(N, k, H, W)``.
     """
 
-    @property
-    def efficient(self) -> Efficient:
-        """As the blocks are."""
-        return next((m.efficient for m in self if isinstance(m, DenseBlock)), False)
+    def __init__(
+        self, num_input_features: int, growth_rate: int, bn_size: int | None = None, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        if bn_size is None:
+            self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(num_input_features, bn_size * growth_rate, kernel_size=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(bn_size * growth_rate, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.has_bottleneck = bn_size is not None
+        self.drop_rate = drop_rate
 
-    @property
-    def keep(self) -> str:
-        """As the blocks do."""
-        return next((m.keep for m in self if isinstance(m, DenseBlock)), "bottleneck")
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        x = self.conv1(self.relu1(self.norm1(torch.cat(list(features), 1))))
+        if self.has_bottleneck:
+            x = self.conv2(self.relu2(self.norm2(x)))
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
+
+
+class DenseBlock(nn.Module):
+    """Dense layers, each of which reads the block's input and what all layers before it made.
+
+    Shapes: ``(N, C, H, W)`` → ``(N, C + num_layers·growth_rate, H, W)``, the input's channels first.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            layer = DenseLayer(num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate)
+            self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        modules = list(self)
-        if wants_buffer(x, self.efficient):
-            return run_in_order(x, modules, self._read_stem, _can_join, self.keep)
-        found = self._read_stem(modules)
-        if found is not None:
-            stem, taken = found
-            x = norm_relu_conv([stem.conv(x)], *stem[1:4], self.efficient)
-            del modules[:taken]
-        for module in modules:
-            x = module(x)
-        return x
-
-    def pooled(self, x: Tensor) -> Tensor | None:
-        """The head's ``(N, C)`` on the buffer of the last block, or None where its parts must run one by one."""
-        *modules, last = self
-        head = Head(last)
-        if not wants_buffer(x, self.efficient) or has_hooks([self]) or obstacle([], head) is not None:
-            return None
-        if not modules or not runs(modules[-1], DenseBlock) or has_hooks(modules[-1:]):
-            return None
-        return run_in_order(x, modules, self._read_stem, _can_join, self.keep, head)
-
-    def _read_stem(self, modules: Sequence[nn.Module]) -> tuple[Stem, int] | None:
-        is_stem = list(self._modules)[:4] == ["conv0", "norm0", "relu0", "pool0"] and modules[0] is self[0]
-        return (Stem(modules[0], modules[1], modules[2], modules[3]), 4) if is_stem else None
+        features = [x]
+        for layer in self.children():
+            features.append(layer(features))
+        return torch.cat(features, 1)
 
 
-def _can_join(block: nn.Module, following: nn.Module) -> bool:
-    return runs(block, DenseBlock) and runs(following, Transition)
+class Transition(nn.Sequential):
+    """Between two dense blocks: ``pool(conv1x1(relu(norm(x))))``, fewer channels and half the resolution.
+
+    Shapes: ``(N, C, H, W)`` → ``(N, C', ⌊H/2⌋, ⌊W/2⌋)``.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_input_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
 
 class DenseNet(nn.Module):
@@ -89,7 +117,8 @@ class DenseNet(nn.Module):
         num_classes: outputs of the classifier; 0: no classifier, the network returns the pooled features.
         efficient: False keeps all activations. ``"recompute"`` keeps the features and the bottleneck outputs alone and
             is bit-identical to False. True runs each block on one buffer, the smallest and fastest; results agree
-            with False up to rounding, and there are no gradients of gradients.
+            with False up to rounding, and there are no gradients of gradients. `make_efficient` and `restore` change
+            this later.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
             ``"inputs"`` only the inputs of the blocks and of the stem, and the last block's features (smallest: runs
@@ -112,7 +141,7 @@ class DenseNet(nn.Module):
         drop_rate: float = 0.0,
         num_classes: int = 100,
         efficient: Efficient = False,
-        keep: str = "bottleneck",
+        keep: Keep = "bottleneck",
     ) -> None:
         super().__init__()
         _check_count("in_channels", in_channels)
@@ -134,27 +163,12 @@ class DenseNet(nn.Module):
         _check_number("compression", compression, 0 < _as_number(compression) <= 1, "above 0 and at most 1")
         _check_number("drop_rate", drop_rate, 0 <= _as_number(drop_rate) < 1, "at least 0 and below 1")
         check_efficient(efficient, keep)
-        self.efficient = efficient
 
-        self.features = _Features()
-        if input_size > _MAX_CIFAR_SIZE:
-            self.features.add_module(
-                "conv0",
-                nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False),
-            )
-            self.features.add_module("norm0", nn.BatchNorm2d(num_init_features))
-            self.features.add_module("relu0", nn.ReLU(inplace=True))
-            self.features.add_module("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
-        else:
-            self.features.add_module(
-                "conv0", nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
-            )
-
+        self.features = nn.Sequential(_stem(in_channels, num_init_features, input_size))
         width = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
-            self.features.add_module(
-                f"denseblock{i}", DenseBlock(num_layers, width, growth_rate, bn_size, drop_rate, efficient, keep)
-            )
+            block = DenseBlock(num_layers, width, growth_rate, bn_size, drop_rate)
+            self.features.add_module(f"denseblock{i}", block)
             width += num_layers * growth_rate
             if i < len(block_config):
                 narrowed = int(width * compression)
@@ -163,10 +177,11 @@ class DenseNet(nn.Module):
                         f"compression {compression} leaves no channel of the {width} after block {i}; "
                         "use a larger compression or more features"
                     )
-                self.features.add_module(f"transition{i}", Transition(width, narrowed, efficient))
+                self.features.add_module(f"transition{i}", Transition(width, narrowed))
                 width = narrowed
         self.features.add_module(f"norm{len(block_config) + 1}", nn.BatchNorm2d(width))
 
+        self.efficient = efficient  # as it was asked for; `report` tells what has become of it
         self.in_channels = in_channels
         self.num_features = width
         self.num_classes = num_classes
@@ -177,6 +192,8 @@ class DenseNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+        if efficient:
+            convert(self, keep, "recompute" if efficient == "recompute" else "shared", tried=False)
 
     def _classifier(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
@@ -186,29 +203,13 @@ class DenseNet(nn.Module):
         return classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_plain() and isinstance(x, Tensor):
-            self._check_input(x)
-            pooled = self.features.pooled(x)
-            if pooled is not None:
-                return self.classifier(pooled)
         return self.forward_head(self.forward_features(x))
-
-    def _is_plain(self) -> bool:
-        """Whether nobody has put something in the place of what `forward` calls."""
-        own = (type(self).forward_features, type(self).forward_head)
-        if own != (DenseNet.forward_features, DenseNet.forward_head) or not runs(self.features, _Features):
-            return False
-        here = {"forward_features", "forward_head"} & self.__dict__.keys()
-        return not here and self.features._compiled_call_impl is None
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
         if isinstance(x, Tensor):  # not a proxy of torch.fx, of which nothing is known yet
             self._check_input(x)
-        # In place only what a norm made, which does not need it again, and nobody looks at.
-        last = [self.features, *self.features.children()][-1]
-        own = runs(self.features, _Features) and runs(last, _BatchNorm, nn.SyncBatchNorm)
-        return F.relu(self.features(x), inplace=own and not has_hooks([self.features, last]))
+        return F.relu(self.features(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps → logits ``(N, num_classes)``; with `pre_logits` the pooled features ``(N, num_features)``."""
@@ -238,6 +239,17 @@ class DenseNet(nn.Module):
                 f"{self.min_input_size}×{self.min_input_size}: enlarge them, or use fewer blocks or a stem for small "
                 "images (input_size up to 32)"
             )
+
+
+def _stem(in_channels: int, num_init_features: int, input_size: int) -> OrderedDict[str, nn.Module]:
+    if input_size <= _MAX_CIFAR_SIZE:
+        return OrderedDict(conv0=nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False))
+    return OrderedDict(
+        conv0=nn.Conv2d(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False),
+        norm0=nn.BatchNorm2d(num_init_features),
+        relu0=nn.ReLU(inplace=True),
+        pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+    )
 
 
 def _as_number(value: object) -> float:

@@ -1,0 +1,286 @@
+"""From the record of a forward to what it is: dense layers, each of which reads all made before, and a tail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
+from efficient_densenet.adopt.record import Record
+from efficient_densenet.execution.plan import Norm, Plan, Ranges, Step, sources
+
+_AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
+_MAX_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a module, or several in a row, compute: dense layers, a transition, both, or a stem.
+
+    Attributes:
+        width: channels of the input.
+        made: channels that each layer makes.
+        bottlenecks: channels of each layer's bottleneck output; empty without bottlenecks.
+        tail: channels that the transition or stem makes; 0 without one.
+        is_stem: whether the tail is one.
+        pools: whether the transition or stem makes the resolution smaller, or has a pool at least.
+        plan: how it runs on the shared buffer, if it can.
+        reason: why not. For the layers, if there are any, whatever follows.
+        tail_reason: why the tail cannot run there, if so, whether the layers can or not.
+    """
+
+    width: int
+    made: tuple[int, ...]
+    bottlenecks: tuple[int, ...]
+    tail: int
+    is_stem: bool
+    pools: bool
+    plan: Plan | None
+    reason: str | None
+    tail_reason: str | None
+
+
+def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
+    """What the record of a forward that returned this tensor is.
+
+    Args:
+        record, made: the record, and what came out.
+        head: whether it is dense layers and a norm, which relu and the mean over all pixels follow.
+
+    Raises:
+        NotDenseError: neither dense layers nor a transition nor a stem.
+    """
+    output = record.meaning(made)
+    if isinstance(output, Other):
+        raise NotDenseError(output.reason)
+    if head:
+        if not isinstance(output, Normed):
+            raise NotDenseError("it does not end with a norm")
+        output = record.new_piece(Piece(0, Active(output, None)))
+    last, steps = _last(record, output)
+    layers = _layers(record, output, last)
+    if last is None and (not layers or not isinstance(output, Features)):
+        raise NotDenseError("what it returns is not a concatenation of features")
+    width = record.pieces[0].channels
+    growths = tuple(record.pieces[layer[-1]].channels for layer in layers)
+    bottlenecks = tuple(record.pieces[layer[0]].channels for layer in layers if len(layer) == 2)
+    is_stem = not head and last is not None and last.convolution is None and last.obstacle is None
+    reason = _layers_obstacle(record, layers)
+    tail_reason = None if last is None else _tail_obstacle(last, steps, is_stem)
+    reason = reason or tail_reason or _norms_obstacle(record)
+    plan = None if reason is not None else _plan(record, output, layers, last, steps, is_stem)
+    tail = 0 if last is None else last.channels
+    pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
+    return Chain(width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+
+
+def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
+    """What a transition or a stem made, and what followed; None where features come out."""
+    steps: tuple[Step, ...] = ()
+    if isinstance(output, Stepped):
+        number, steps = output
+    elif isinstance(output, Features) and len(output.pieces) == 1 and output.pieces != (0,):
+        (number,) = output.pieces
+    else:
+        return None, ()
+    piece = record.pieces[number]
+    if 0 not in _read(piece):
+        raise NotDenseError("what it returns does not depend on all its features")
+    drops = [Step(torch.feature_dropout if d.whole_channels else F.dropout, (d.rate, True)) for d in piece.dropouts]
+    return piece, (*drops, *steps)
+
+
+def _read(piece: Piece) -> tuple[int, ...]:
+    """The pieces that its norm reads."""
+    if piece.source is None:
+        return ()
+    return (piece.source.normed if isinstance(piece.source, Active) else piece.source).source.pieces
+
+
+def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, ...]]:
+    """The pieces that each layer made, in their order: its bottleneck output, if it has one, and its features.
+
+    Raises:
+        NotDenseError: a layer, or what follows, reads other features than all that were made before it.
+    """
+    end = _read(last) if last is not None else output.pieces if isinstance(output, Features) else ()
+    found: list[tuple[int, ...]] = []
+    wanted = {piece for piece in end if piece != 0}
+    for number in sorted(wanted):
+        piece = record.pieces[number]
+        if piece.source is None or (piece.convolution is None and piece.obstacle is None):
+            raise NotDenseError("it concatenates what no convolution made")
+        chain = [number]
+        while (
+            len(chain) < 3
+            and len(_read(record.pieces[chain[0]])) == 1
+            and not wanted.union({0}) & set(_read(record.pieces[chain[0]]))
+        ):
+            chain.insert(0, *_read(record.pieces[chain[0]]))
+        found.append(tuple(chain))
+    known = {0}
+    for i, layer in enumerate(found, start=1):
+        read = _read(record.pieces[layer[0]])
+        if set(read) != known or len(read) != len(known):
+            raise NotDenseError(f"its layer {i} does not read all features that were made before it, each once")
+        known.add(layer[-1])
+    if last is not None and (set(end) != known or len(end) != len(known)):
+        raise NotDenseError("its last convolution does not read all features, each once")
+    if last is None and (len(end) != len(set(end)) or not known - {0} <= set(end)):
+        raise NotDenseError("it does not return all features that its layers made, each once")
+    return found
+
+
+# ---- obstacles to the shared buffer ----------------------------------------------------------------------------
+
+
+def _layers_obstacle(record: Record, layers: Sequence[tuple[int, ...]]) -> str | None:
+    for layer in layers:
+        for number in layer:
+            reason = _obstacle(record.pieces[number])
+            if reason is not None:
+                return reason
+        if len(layer) > 2:
+            return "a layer has more than two convolutions"
+        if len(layer) == 2 and record.pieces[layer[0]].dropouts:
+            return "there is dropout between the two convolutions of a layer"
+    return None if len({len(layer) for layer in layers}) <= 1 else "its layers are not all of one form"
+
+
+def _tail_obstacle(piece: Piece, steps: Sequence[Step], is_stem: bool) -> str | None:
+    reason = _obstacle(piece)
+    if reason is None and is_stem and not _is_stems_pool(steps):
+        return "it does not end with the max pool of a DenseNet's stem (window 3, stride 2, padding 1)"
+    return reason
+
+
+def _obstacle(piece: Piece) -> str | None:
+    source = piece.source
+    assert source is not None
+    normed = source.normed if isinstance(source, Active) else source
+    if normed.obstacle is not None:
+        return normed.obstacle
+    if not isinstance(source, Active):
+        return "there is no rectifier between a norm and what follows it"
+    return source.obstacle or piece.obstacle
+
+
+def _norms_obstacle(record: Record) -> str | None:
+    """Synchronised norms and others cannot share statistics."""
+    norms = [_norm(piece) for piece in record.pieces]
+    kinds = {record.synchronises.get(norm.part) for norm in norms if norm is not None and not norm.frozen} - {None}
+    return "some of its norms are synchronised and others are not" if len(kinds) > 1 else None
+
+
+def _norm(piece: Piece) -> Norm | None:
+    source = piece.source
+    return source.normed.norm if isinstance(source, Active) else None if source is None else source.norm
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    record: Record,
+    output: Any,
+    layers: Sequence[tuple[int, ...]],
+    last: Piece | None,
+    steps: tuple[Step, ...],
+    is_stem: bool,
+) -> Plan:
+    pieces = record.pieces
+    chain = [pieces[number] for layer in layers for number in layer]
+    per_layer = len(layers[0]) if layers else 1
+    width = pieces[0].channels
+    read = sources(width, [piece.channels for piece in chain], per_layer, last is not None)
+    chain += [] if last is None else [last]
+    norms, convolutions = [], []
+    for piece, source in zip(chain, read, strict=True):
+        norm, order = _norm(piece), _order(record, _read(piece))
+        assert norm is not None
+        norms.append(norm._replace(source=source, order=order))
+        if piece.convolution is not None:
+            convolutions.append(piece.convolution._replace(order=order))
+    pool = 0
+    if last is not None and last.convolution is not None:
+        pool, steps = _pool_first(last, steps)
+    features = output.pieces if last is None else ()
+    return Plan(
+        width,
+        tuple(piece.channels for piece in chain if piece.convolution is not None),
+        tuple(norms),
+        tuple(convolutions),
+        per_layer,
+        tuple(pieces[layer[-1]].dropouts for layer in layers),
+        pool,
+        () if is_stem else steps,
+        is_stem,
+        _positions(record, layers, features),
+    )
+
+
+def _order(record: Record, read: Sequence[int]) -> Ranges:
+    """Where the oldest, the second oldest, ... of the pieces that a norm reads lie among its channels."""
+    places, at = {}, 0
+    for number in read:
+        places[number] = (at, record.pieces[number].channels)
+        at += record.pieces[number].channels
+    return () if list(read) == sorted(read) else tuple(places[number] for number in sorted(read))
+
+
+def _positions(record: Record, layers: Sequence[tuple[int, ...]], output: Sequence[int]) -> Ranges:
+    """Where the pieces that come out lie in the buffer; empty where they are all of it in its order."""
+    held = [0, *(layer[-1] for layer in layers)]
+    if not output or list(output) == held:
+        return ()
+    places, at = {}, 0
+    for number in held:
+        places[number] = (at, record.pieces[number].channels)
+        at += record.pieces[number].channels
+    ranges: list[tuple[int, int]] = []
+    for start, count in (places[number] for number in output):
+        if ranges and sum(ranges[-1]) == start:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
+        else:
+            ranges.append((start, count))
+    return tuple(ranges)
+
+
+def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, ...]]:
+    """The average pool that may run before the convolution, 1 if there is none; and what is left to run behind it."""
+    pool, taken = _pool(steps, _AVERAGE_POOLS)
+    if pool is None or set(last.kernel) != {1}:
+        return 1, steps
+    window, *more = pool
+    size: int = window[0]
+    defaults: list[Any] = [[], [0], False, True, None]
+    stride, padding, ceil_mode, _, divisor = more + defaults[len(more) :]
+    simple = list(stride or window) == list(window) and not any(padding) and not ceil_mode and divisor is None
+    return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
+
+
+def _is_stems_pool(steps: Sequence[Step]) -> bool:
+    pool, taken = _pool(steps, _MAX_POOLS)
+    if pool is None or taken != len(steps):
+        return False
+    defaults: list[Any] = [[1], False]
+    dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
+    return [set(p) for p in (*pool[:3], dilation)] == [{3}, {2}, {1}, {1}] and not ceil_mode
+
+
+def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None, int]:
+    """The arguments of the pool of this kind that `steps` begin with, and how many of them it takes.
+
+    In one dimension it is a pool in two, on lines.
+    """
+    of_lines = [step.function.overloadpacket.__name__ for step in steps[:3] if hasattr(step.function, "overloadpacket")]
+    if len(of_lines) == 3 and of_lines[0] == "unsqueeze" and of_lines[1] in names and of_lines[2] == "squeeze":
+        return [a[1:] if isinstance(a, list) and len(a) == 2 else a for a in steps[1].arguments], 3
+    if of_lines and of_lines[0] in names:
+        return list(steps[0].arguments), 1
+    return None, 0

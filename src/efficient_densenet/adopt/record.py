@@ -1,0 +1,380 @@
+"""What a module computes, from a record of its own forward: a dense block, a transition, a stem, or something else.
+
+The forward runs on a few random pixels, and a dispatch mode sees every operation. Each tensor that depends on the input
+gets a meaning: features (which pieces, in which order), normed, activated, made by a convolution. How modules are
+named, nested, ordered or shared does not matter; they are asked only where the tensors of an operation belong.
+
+An operation with no meaning here is not yet a reason to give up: a module between an activation and new features may
+be a convolution of another kind, and one between features and a convolution may be a norm of another kind. Such a block
+is a dense block all the same, though not for the shared buffer. Where nothing explains an operation, it is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from efficient_densenet.adopt.meanings import (
+    Active,
+    Features,
+    Meanings,
+    Noise,
+    Normed,
+    NotDenseError,
+    Other,
+    OtherWidthError,
+    Piece,
+    Scaled,
+    Stepped,
+    Zero,
+    storage,
+)
+from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
+
+_aten = torch.ops.aten
+_BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What may follow the convolution of a transition, or the rectifier of a stem.
+_STEPS = {
+    *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
+    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
+}
+_EMPTY = {_aten.empty_like, _aten.new_empty}
+_COPIES = {_aten.clone, _aten.detach, _aten.alias}
+
+
+class _Call(NamedTuple):
+    """A module whose forward is running; what it got, and of how many channels; how many convolutions ran before."""
+
+    module: nn.Module
+    given: Any
+    channels: int
+    convolutions: int
+
+
+class Record(Meanings):
+    """The meaning of each tensor so far, in terms of dense layers.
+
+    Attributes:
+        synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
+        pieces: see `Piece`.
+        size: of the input, in pixels.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
+        super().__init__(modules)
+        self.synchronises = synchronises
+        self.pieces: list[Piece] = []
+        self.size = torch.Size()
+        self.calls: list[_Call] = []
+        self.convolutions = 0
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run the module, which must return a tensor; the first one gets the input.
+
+        Raises:
+            NotDenseError: it does something else.
+            OtherWidthError: the input has the wrong channels.
+        """
+        if not self.pieces:
+            self.pieces.append(Piece(x.shape[1]))
+            self.size = x.shape[2:]
+            self.set(x, Features((0,)))
+        output = self.watch(module, x)
+        if not isinstance(output, Tensor):
+            raise NotDenseError(f"it returns {type(output).__name__}, not a tensor of features")
+        return output
+
+    def new_piece(self, piece: Piece) -> Features:
+        self.pieces.append(piece)
+        return Features((len(self.pieces) - 1,))
+
+    # ---- modules -----------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
+        channels = x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0
+        self.calls.append(_Call(module, given, channels, self.convolutions))
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """Give what a module made a meaning, where its operations have none by themselves."""
+        call = self.calls.pop()
+        if not isinstance(self.meaning(output), Other):
+            return
+        name = type(module).__name__
+        if isinstance(call.given, Features) and _is_norm(module):
+            self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
+        elif isinstance(call.given, Normed | Active):
+            if self.convolutions > call.convolutions:
+                plain = type(module).forward in [kind.forward for kind in _CONVOLUTIONS]
+                kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
+                reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
+                self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
+            else:
+                self.set(output, _active(call.given, f"{name} is not ReLU"))
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost one whose forward is running."""
+        return self.calls[-1].module if self.calls else None
+
+    # ---- operations --------------------------------------------------------------------------------------------
+
+    def before(self, packet: Any, args: Sequence[Any]) -> None:
+        """Notice channels that the input should have had, before the operation fails for it."""
+        if packet is _aten.convolution:
+            self._expect(args[0], args[1].shape[1] * args[8])
+        elif packet is _aten.mul and isinstance(args[1], Tensor) and args[1].dim() == args[0].dim():
+            self._expect(args[0], args[1].shape[1])
+
+    def before_norm(self, x: Any, vectors: Sequence[Tensor]) -> None:
+        if vectors:
+            self._expect(x, len(vectors[0]))
+
+    def _expect(self, x: Any, width: int) -> None:
+        given = self.meaning(x)
+        given = given.normed if isinstance(given, Active) else given
+        given = given.source if isinstance(given, Normed) else given
+        if given == Features((0,)) and width not in (1, self.pieces[0].channels):
+            raise OtherWidthError(width)
+
+    def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+        """Give what the operation made a meaning."""
+        made = output[0] if isinstance(output, tuple | list) else output
+        packet = function.overloadpacket
+        meanings = [m for m in map(self.meaning, _flat(args)) if m is not None]
+        if packet is _aten.zeros and made.dim() == 0:
+            self.set(made, Zero())
+        if not meanings or not any(not isinstance(m, Zero) for m in meanings):
+            return
+        in_place = packet.__name__.endswith("_")
+        if in_place:
+            packet = getattr(_aten, packet.__name__.removesuffix("_"), packet)
+        meaning = self._operation(packet, function, args, named, made, meanings)
+        if in_place:
+            self.written.add(storage(made))
+            self.known[storage(made)] = {}
+        self.set(made, meaning)
+
+    def _operation(
+        self, packet: Any, function: Any, args: Sequence[Any], named: dict[str, Any], made: Any, meanings: list[Any]
+    ) -> Any:
+        x = self.meaning(args[0])
+        if not isinstance(made, Tensor):
+            raise NotDenseError("its forward looks at the values of its features")
+        if packet is _aten.cat:
+            return self._cat(args, named, made)
+        if packet in _EMPTY:
+            return Noise(made.shape)
+        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args):
+            return x
+        if isinstance(x, Noise):
+            return self._noise(x, packet, args)
+        if packet is _aten.mul and isinstance(self.meaning(args[1]), Noise | Zero):
+            return self._dropout(x, self.meaning(args[1]), made)
+        if isinstance(x, Features):
+            if packet in _BATCH_NORMS and len(args) == 8:
+                return self._batch_norm(x, args)
+            if packet is _aten.mul and _per_channel(args[1], made):
+                return Scaled(x, args[1])
+            if packet is _aten.slice and args[1] % made.dim() == 1:
+                return self._slice(x, args[2:])
+        if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
+            return self._frozen_norm(x)
+        if isinstance(x, Normed | Active):
+            if packet is _aten.convolution:
+                return self._convolution(x, args, made)
+            if packet in _STEPS:
+                return Stepped(self.new_piece(Piece(made.shape[1], x)).pieces[0], (Step(function, tuple(args[1:])),))
+            if torch.Tag.nondeterministic_seeded in function.tags or any(isinstance(m, Noise) for m in meanings):
+                raise NotDenseError("its norm or activation is random")
+            if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
+                rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
+                return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
+        if packet in _STEPS and not named:
+            step = Step(function, tuple(args[1:]))
+            if isinstance(x, Stepped):
+                return x._replace(steps=(*x.steps, step))
+            if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
+                return Stepped(x.pieces[0], (step,))
+        return self._other(packet, meanings)
+
+    def _other(self, packet: Any, meanings: list[Any]) -> Other:
+        self.convolutions += packet is _aten.convolution
+        other = next((m for m in meanings if isinstance(m, Other)), None)
+        if other is None:
+            reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
+            if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
+                raise NotDenseError(reason)
+            other = Other(reason)
+        return other
+
+    def _inside_a_norm(self) -> bool:
+        return any(_is_norm(call.module) for call in self.calls)
+
+    def _name(self, packet: Any) -> str:
+        """Of the module that does it, if that does nothing else, or of the operation."""
+        module = self.module
+        if module is not None and not module._modules and (not module._parameters or _is_norm(module)):
+            return type(module).__name__
+        return packet.__name__
+
+    def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
+        dim = args[1] if len(args) > 1 else named.get("dim", 0)
+        meanings = [self.meaning(t) for t in args[0]]
+        for meaning in meanings:
+            if isinstance(meaning, Other):
+                raise NotDenseError(meaning.reason)
+            if not isinstance(meaning, Features):
+                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
+        if dim % made.dim() != 1:
+            raise NotDenseError("it concatenates along another dimension than channels")
+        return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
+
+    def _slice(self, x: Features, args: Sequence[Any]) -> Features | Other:
+        start, stop, step = (*args, None, None, 1)[:3] if len(args) < 3 else args
+        width = sum(self.pieces[p].channels for p in x.pieces)
+        start, stop, _ = slice(start, stop).indices(width)
+        kept, at = [], 0
+        for piece in x.pieces:
+            end = at + self.pieces[piece].channels
+            if start <= at and end <= stop:
+                kept.append(piece)
+            elif max(start, at) < min(stop, end):
+                return Other("its forward takes a part of what a layer made")
+            at = end
+        return Features(tuple(kept)) if step in (None, 1) else Other("its forward takes a part of what a layer made")
+
+    # ---- norms -------------------------------------------------------------------------------------------------
+
+    def _batch_norm(self, x: Features, args: Sequence[Any]) -> Normed:
+        tensors, (training, momentum, eps) = args[1:5], args[5:]
+        found = [None if t is None else self.owners.get(id(t)) for t in tensors]
+        module: Any = self.module
+        names: Any = _OF_A_NORM
+        part = self.numbers.get(module, -1)
+        own = isinstance(module, _BatchNorm) and all(f in (None, (part, n)) for f, n in zip(found, names, strict=True))
+        if not own:
+            parts = {f[0] for f in found if f is not None}
+            if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):
+                return Normed(x, None, "the tensors of a norm are computed, or belong to several modules")
+            (part,) = parts
+            names = tuple(None if f is None else f[1] for f in found)
+            module = self.modules[part]
+        uses_batch = module.training or tensors[2] is None
+        if training and not uses_batch:
+            return Normed(x, None, f"{type(module).__name__} uses the batch's statistics in evaluation")
+        norm = Norm(
+            part,
+            names,
+            (0, 0),
+            (),
+            None if own and module.eps == eps else eps,
+            None if own else momentum,
+            uses_batch and not training,
+        )
+        return Normed(x, norm, None)
+
+    def _frozen_norm(self, x: Scaled) -> Normed:
+        """A scale and a shift made of a norm's tensors; whether they are made so is tried."""
+        module: Any = self.module
+        if module in self.numbers and all(isinstance(getattr(module, n, None), Tensor) for n in _OF_A_NORM):
+            eps = None if isinstance(getattr(module, "eps", None), float) else 1e-5
+            return Normed(x.source, Norm(self.numbers[module], _OF_A_NORM, (0, 0), (), eps, 0.0, True), None)
+        name = "it" if module is None else type(module).__name__
+        return Normed(x.source, None, f"{name} scales and shifts, and is not a norm of known tensors")
+
+    # ---- convolutions ------------------------------------------------------------------------------------------
+
+    def _convolution(self, x: Active | Normed, args: Sequence[Any], made: Tensor) -> Features:
+        self.convolutions += 1
+        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        module: Any = self.module
+        owner = self.owners.get(id(weight))
+        of_bias = None if bias is None else self.owners.get(id(bias))
+        kernel = weight.shape[2:]
+        same = all(k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True))
+        obstacle = convolution = None
+        if not same or set(stride) != {1} or transposed or groups != 1:
+            known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
+            obstacle = _no_plain_convolution(known)
+        elif type(module).forward in [kind.forward for kind in _CONVOLUTIONS] if module is not None else False:
+            convolution = Convolution(self.numbers[module], ("weight", "bias"))
+        elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
+            convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
+        else:
+            obstacle = f"the weight of {'a convolution' if module is None else type(module).__name__} is computed"
+        if convolution is not None and set(dilation) != {1}:
+            convolution = convolution._replace(dilation=tuple(dilation))
+        return self.new_piece(Piece(made.shape[1], x, convolution, obstacle, tuple(kernel)))
+
+    # ---- dropout -----------------------------------------------------------------------------------------------
+
+    def _noise(self, noise: Noise, packet: Any, args: Sequence[Any]) -> Noise | Other:
+        if packet is _aten.bernoulli and noise.rate is None:
+            return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
+        if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
+            return noise._replace(scaled=True)
+        return Other("its forward uses random numbers other than those of dropout")
+
+    def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
+        if isinstance(x, Normed | Active):
+            raise NotDenseError("its norm or activation is random")
+        dropout = Dropout(1.0, False)
+        if isinstance(noise, Noise):
+            whole = noise.shape[:2] == made.shape[:2] and set(noise.shape[2:]) == {1}
+            if not noise.scaled or noise.rate is None or not (whole or noise.shape == made.shape):
+                return Other("it drops something else than single values or whole channels")
+            # Of a single pixel, single values are whole channels.
+            dropout = Dropout(noise.rate, whole and noise.shape != made.shape)
+        if isinstance(x, Stepped):
+            function = torch.feature_dropout if dropout.whole_channels else F.dropout
+            return x._replace(steps=(*x.steps, Step(function, (dropout.rate, True))))
+        if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
+            piece = self.pieces[x.pieces[0]]
+            return self.new_piece(replace(piece, dropouts=(*piece.dropouts, dropout)))
+        return Other("there is dropout in front of a norm")
+
+
+def _active(x: Normed | Active, obstacle: str | None) -> Active:
+    if isinstance(x, Active):
+        return x if obstacle is None or x.obstacle is not None else Active(x.normed, obstacle)
+    return Active(x, obstacle)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A norm of PyTorch's, or one of another library with a weight for each channel."""
+    if isinstance(module, _NORMS) or "norm" not in type(module).__name__.lower():
+        return isinstance(module, _NORMS)
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def _no_plain_convolution(convolution: object) -> str:
+    return f"{convolution} is not a plain convolution that keeps the resolution"
+
+
+def _changes_nothing(packet: Any, args: Sequence[Any]) -> bool:
+    """Whether it multiplies by one or adds zero, numbers that may change: then the module is looked at again."""
+    if packet in (_aten.mul, _aten.div):
+        return type(args[1]) in (int, float) and args[1] == 1
+    return packet in (_aten.add, _aten.sub) and type(args[1]) in (int, float) and args[1] == 0
+
+
+def _per_channel(x: Any, like: Tensor) -> bool:
+    """Whether `x` has one number for each channel of `like`."""
+    return isinstance(x, Tensor) and x.dim() == like.dim() and x.numel() == x.shape[1] == like.shape[1]
+
+
+def _flat(arguments: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for argument in arguments:
+        found += _flat(argument) if isinstance(argument, list | tuple) else [argument]
+    return found
