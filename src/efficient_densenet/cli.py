@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
+from efficient_densenet import __version__
 from efficient_densenet.errors import UserError
 
 
@@ -59,6 +60,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efficient-densenet", description="DenseNets that train in a fraction of the memory."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         subparser = subparsers.add_parser(

@@ -44,6 +44,7 @@ def test_parts_that_a_model_calls_one_by_one_are_no_promise(capsys):
     [
         ("densenet121", "names no model"),
         ("torchvision:", "names no model"),
+        (":densenet121", "names no model"),
         ("torchvision:densenet999", "was not found"),
         ("no_such_package:Net", "install it with: pip install no_such_package"),
         ("timm:no_such_model", "could not be built"),

@@ -11,7 +11,7 @@ from comparison import assert_close, assert_identical, training_step
 from torch import nn
 
 import efficient_densenet
-from efficient_densenet import DenseNet, UserError, densenet121, densenet_cifar
+from efficient_densenet import DenseNet, EfficiencyWarning, UserError, densenet121, densenet_cifar, ops
 from efficient_densenet.models import build
 
 every_way = pytest.mark.parametrize("efficient", [False, "recompute", True])
@@ -181,3 +181,11 @@ def test_smallest_input(input_size, blocks):
 def test_wrong_input_shape(shape):
     with pytest.raises(UserError, match=re.escape(f"(N, 3, H, W), not {shape}")):
         densenet_cifar(22, 4)(torch.randn(shape))
+
+
+def test_where_the_buffer_would_be_slower_than_recomputing_it_is_not_used(monkeypatch):
+    """As on GPUs without kernels of ours."""
+    network = DenseNet(num_init_features=8, block_config=(2, 2), efficient=True)
+    monkeypatch.setattr(ops, "slower_than_recomputing", lambda x: "the buffer is slower here")
+    with pytest.warns(EfficiencyWarning, match="the buffer is slower here"):
+        network(torch.randn(2, 3, 32, 32)).sum().backward()

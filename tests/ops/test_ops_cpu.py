@@ -277,6 +277,8 @@ def test_kernels_are_built_where_there_is_a_compiler():
 
 @kernels
 def test_backends_tell_what_is_in_use():
+    printed = str(efficient_densenet.backends()).splitlines()
+    assert printed[0].startswith("cpu: _kernels") and any("convolutions in bfloat16 are" in line for line in printed)
     assert "_kernels" in efficient_densenet.backends()["cpu"]
     assert "on PyTorch's threads" in library.load().description
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
@@ -126,7 +127,10 @@ def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
         return None
     if not isinstance(x, Tensor):
         return Decision(RECOMPUTE, "it was called with other arguments than one tensor")
-    return Decision(RECOMPUTE) if adoption.way == "recompute" else None
+    if adoption.way == "recompute":
+        return Decision(RECOMPUTE)
+    slower = ops.slower_than_recomputing(x)
+    return None if slower is None else Decision(RECOMPUTE, slower)
 
 
 def standing(

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
-    source, colon, attribute = name.partition(":")
-    if not colon or not attribute:
+    source, _, attribute = name.partition(":")
+    if not source or not attribute:
         raise UserError(f"{name!r} names no model: write for example torchvision:densenet121 or mypackage.nets:Net")
     if source == "torchvision":
         source = "torchvision.models"

@@ -46,10 +46,19 @@ def plain_pytorch() -> Iterator[None]:
         _plain_alone = before
 
 
-def backends() -> dict[str, str]:
+class Backends(dict[str, str]):
+    """What runs on each kind of device, and why; printed, a line for each fact."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{device}: {what}".replace("; ", f"\n{' ' * len(device)}  ") for device, what in self.items())
+
+
+def backends() -> Backends:
     """What runs on each kind of device, and why: words for people."""
-    return {
-        "cpu": cpu.describe(),
-        "cuda": triton.available(),
-        "everything else": "plain PyTorch",
-    }
+    return Backends(
+        {
+            "cpu": cpu.describe(),
+            "cuda": triton.available(),
+            "everything else": "plain PyTorch",
+        }
+    )
