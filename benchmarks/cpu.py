@@ -5,6 +5,7 @@ What is held to AVX2 is held to it in all contenders: our kernels, PyTorch's and
     python benchmarks/cpu.py                                # everything: most of an hour, for compiling takes minutes
     python benchmarks/cpu.py --sections training            # this again; the other sections stay as they are
     python benchmarks/cpu.py --contenders ordinary,ordinary-channels-last,bottleneck,features   # without torch.compile
+    python benchmarks/cpu.py --sections evaluation --contenders ordinary-channels-last,bottleneck,onnxruntime,openvino
     python benchmarks/cpu.py --sections                     # nothing: only write the table again
 
 The measurements go to ``results/cpu.json`` beside this file, by processor, each section with its hardware, versions,
@@ -76,12 +77,12 @@ class Contest:
         title: in the results.
         how: of the job, beside the network and the batch: ``dtype``, and ``training``, False for forward alone under
             `torch.inference_mode`.
-        instructions: the level that all contenders are held to; None: the best there is.
+        instructions: the level that all contenders are held to; empty: the best there is.
     """
 
     title: str
     how: dict[str, Any]
-    instructions: str | None = None
+    instructions: str = ""
 
     def __call__(self, plan: Plan) -> list[Record]:
         if not self.how.get("training", True):
@@ -91,9 +92,14 @@ class Contest:
     def _row(self, plan: Plan, row: Row) -> Record:
         progress(f"{row.name}, batch {row.batch_size} {self.title}")
         job = job_of(row.network, row.batch_size) | {"warmup": 1} | self.how
-        environment = HELD[self.instructions] if self.instructions else None
         results = contest.run(
-            plan.contenders, job, plan.rounds, "cpu", num_devices=1, threads=None, environment=environment
+            plan.contenders,
+            job,
+            plan.rounds,
+            "cpu",
+            num_devices=1,
+            threads=None,
+            environment=HELD.get(self.instructions),
         )
         return {
             "network": row.name,
@@ -106,7 +112,7 @@ class Contest:
 def profile(plan: Plan) -> list[Record]:
     """Milliseconds of a training step in norm–relu–convolutions, in the passes by themselves, and elsewhere.
 
-    Elsewhere are the first convolution, the head, PyTorch's and Python's own time; and page faults are counted.
+    Elsewhere are the first convolution, the classifier, PyTorch's and Python's own time; and page faults are counted.
     """
     records = []
     for row in plan.rows:
@@ -134,7 +140,10 @@ CONTESTS = {
 PROFILE_TITLE = "Where the time of a step goes, in float32"
 SECTIONS: dict[str, Callable[[Plan], list[Record]]] = {**CONTESTS, "profile": profile}
 _CONVOLUTIONS = ("norm_relu_conv", "norm_relu_conv_backward")
-_PASSES = ("statistics", "finish", "norm_relu_max_pool", "norm_relu_max_pool_backward")
+_PASSES = (
+    *("fold_norm", "statistics", "finish", "norm_relu_max_pool", "norm_relu_max_pool_backward"),
+    *("norm_relu_mean", "norm_relu_mean_backward"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,12 +244,12 @@ def _page_faults(step: TrainingStep, steps: int = 3) -> Record:
 def _times(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
-        others = [r["F+B"] for r in record["summary"] if r["contender"] in (*ORDINARY, *COMPILED)]
+        ordinary = [r["F+B"] for r in record["summary"] if r["contender"] in (*ORDINARY, *COMPILED)]
         for r in record["summary"]:
             times = [f"{r[part]['median']:,.0f}" for part in ("F", "B")]
-            ratio = f"{r['F+B'] / min(others):.3f}"
+            ratio = f"{r['F+B'] / min(ordinary):.3f}"
             rows.append([f"{record['network']}, batch {record['batch_size']}", r["contender"], *times, ratio])
-    return table(["network", "contender", "F ms", "B ms", "F+B to the fastest other"], rows)
+    return table(["network", "contender", "F ms", "B ms", "F+B to the fastest ordinary"], rows)
 
 
 def _profile_table(records: Sequence[Record]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -316,3 +317,92 @@ def test_recomputing_is_exact_and_has_gradients_of_gradients():
     assert {entry.now for entry in report(efficient).adopted} <= BUFFER
     with pytest.raises(ValueError, match="way must be one of 'shared', 'recompute', not 'magic'"):
         make_efficient(ordinary, way="magic")
+
+
+class Hiding(Loop):
+    """A norm in a plain list, which does not register it, and containers that the forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.log, self.counts = [nn.BatchNorm2d(6)], [], Counter()
+
+    def forward(self, x):
+        self.log.append(x.shape)
+        self.counts["calls"] += 1
+        self.hidden[0](x)
+        return super().forward(x)
+
+
+def followed(block):
+    """With another block behind it, so that something is found."""
+    return nn.Sequential(block, nn.Conv2d(18, 6, 1), Loop()).double()
+
+
+def test_the_trial_leaves_alone_what_no_module_registers():
+    ordinary = Hiding().double()
+    ordinary.hidden[0].double()
+    efficient = make_efficient(copy.deepcopy(followed(ordinary)))[0]
+    assert efficient.log == [] and not efficient.counts
+    assert_equal = torch.testing.assert_close
+    assert_equal(efficient.hidden[0].state_dict(), ordinary.hidden[0].state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    ordinary(x), efficient(x)
+    assert efficient.counts == ordinary.counts and efficient.log == ordinary.log
+    assert_equal(efficient.hidden[0].state_dict(), ordinary.hidden[0].state_dict())
+
+
+class Switched(Loop):
+    """What it computes hangs on the value of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("doubled", torch.tensor(True))
+
+    def forward(self, x):
+        made = super().forward(x)
+        return 2 * made if self.doubled else made
+
+
+def test_a_forward_that_looks_at_the_value_of_a_buffer_runs_itself():
+    ordinary = Switched().double()
+    efficient = make_efficient(copy.deepcopy(followed(ordinary)))[0]
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(efficient(x), ordinary(x))
+        ordinary.doubled.fill_(False)
+        efficient.doubled.fill_(False)
+
+
+def test_a_model_is_recognised_in_inference_mode_and_trains_afterwards():
+    ordinary = Loop().double()
+    efficient = copy.deepcopy(ordinary)
+    with torch.inference_mode():
+        make_efficient(efficient)
+    assert {entry.now for entry in report(efficient).adopted} <= BUFFER
+    compare(ordinary, efficient)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that does something to its weight where only a method of PyTorch's own shows it."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("kind", ["dropout before the pool", "standardised weights"])
+def test_parts_that_do_more_than_they_seem(kind):
+    if kind == "dropout before the pool":
+        tail = nn.Sequential(
+            nn.BatchNorm2d(18), nn.ReLU(), nn.Conv2d(18, 9, 1, bias=False), nn.Dropout(0.0), nn.AvgPool2d(2)
+        )
+        ordinary = nn.Sequential(Loop(), tail)
+    else:
+        ordinary = nn.Sequential(Loop())
+        for part in ordinary[0].net:
+            part[2] = Standardised(part[2].in_channels, 4, 3, padding=1, bias=False)
+    compare(ordinary.double(), make_efficient(copy.deepcopy(ordinary.double())))
+
+
+def test_a_scripted_module_inside_is_left_alone():
+    ordinary = nn.Sequential(Loop(), torch.jit.script(nn.Tanh())).double()
+    compare(ordinary, make_efficient(copy.deepcopy(ordinary)))

@@ -30,6 +30,10 @@ events: list[str] | None = None
 def note(event, arguments):
     if events is None or (event == "exec" and "/encodings/" in arguments[0].co_filename):  # Python imports a codec
         return
+    if event == "os.listdir" and sys._getframe(1).f_code.co_filename.startswith(
+        "<frozen importlib"
+    ):  # and looks for it
+        return
     if event.startswith(FORBIDDEN) or (event == "open" and "w" in str(arguments[1])):
         events.append(event)
 

@@ -187,7 +187,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def runs_in_order(module: nn.Module) -> bool:
     """Whether it is a sequence that runs its parts one after the other, or was one before it was adopted."""
-    return original_class(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+    return (
+        getattr(original_class(module), "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
+    )
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -278,7 +278,7 @@ def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None
 
     In one dimension it is a pool in two, on lines.
     """
-    of_lines = [step.function.overloadpacket.__name__ for step in steps[:3] if hasattr(step.function, "overloadpacket")]
+    of_lines = [getattr(getattr(step.function, "overloadpacket", None), "__name__", "") for step in steps[:3]]
     if len(of_lines) == 3 and of_lines[0] == "unsqueeze" and of_lines[1] in names and of_lines[2] == "squeeze":
         return [a[1:] if isinstance(a, list) and len(a) == 2 else a for a in steps[1].arguments], 3
     if of_lines and of_lines[0] in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ _PLAIN = frozenset({
     *(int, float, bool, str, bytes, complex, type(None), tuple, frozenset, torch.dtype, torch.device, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type),
 })  # fmt: skip
-_CONTAINERS = frozenset({list, dict, set})
+CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 # What replicas have, and what PyTorch itself keeps in these.
 _NOT_COMPARED = frozenset({
     *("_is_replica", "_former_parameters", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -53,9 +54,9 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
                 if name not in _NOT_COMPARED:
                     found.append(name)
                     found.append(value)
-            elif of in _CONTAINERS and value and name not in _NOT_COMPARED:
+            elif of in CONTAINERS and value and name not in _NOT_COMPARED:
                 found.append(name)
-                found.append(_frozen(value))
+                found.append(frozen(value))
         if kind not in kinds:
             kinds.add(kind)
             for base in kind.__mro__:
@@ -73,13 +74,15 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
     return list(order), tuple(found)
 
 
-def _frozen(value: Any) -> Any:
-    """A plain container as it is now; what is not plain in it is left out."""
+def frozen(value: Any) -> Any:
+    """A plain container as it is now; of what is not plain in it, the type alone."""
     if type(value) in _PLAIN:
         return value
-    if type(value) is dict:
-        return tuple([(k, _frozen(v)) for k, v in value.items()])
-    return tuple([_frozen(v) for v in value]) if type(value) in (list, set) else type(value)
+    if type(value) not in CONTAINERS:
+        return type(value)
+    if isinstance(value, dict):
+        return tuple([(k, frozen(v)) for k, v in value.items()])
+    return tuple([frozen(v) for v in value])
 
 
 def hooked(modules: Sequence[nn.Module]) -> bool:

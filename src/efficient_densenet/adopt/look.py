@@ -134,6 +134,8 @@ def _look(
     name = stored(modules, before)
     if name is not None:
         chain = replace(chain, plan=None, reason=f"its forward stores {name!r} in a module")
+    elif record.looks_at_values:
+        chain = replace(chain, plan=None, reason="its forward looks at the values of weights or buffers")
     elif tried and chain.plan is not None:
         if head:
             output = output.relu().mean(tuple(range(2, output.dim())))

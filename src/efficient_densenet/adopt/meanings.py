@@ -127,6 +127,8 @@ class Meanings:
         # Memory that was written to: what is not known to be something else has none of its former meanings.
         self.written: set[int] = set()
         self.looks_at_sizes = False
+        self.looks_at_values = False  # of tensors that do not depend on the input, such as buffers
+        self.made: dict[int, Tensor] = {}
 
     def watch(self, module: nn.Module, x: Tensor) -> Any:
         """Run the module, and show every operation in it, and every module, to the methods below."""
@@ -206,9 +208,25 @@ class _Operations(TorchDispatchMode):
         named = kwargs or {}
         with torch._C.DisableTorchFunction():  # or the record would see its own questions
             self.record.before(function.overloadpacket, args)
+            for tensor in _written(function, args):
+                if id(tensor) not in self.record.owners and storage(tensor) not in self.record.made:
+                    raise NotDenseError("its forward writes to a tensor of something else")
             output = function(*args, **named)
+            for tensor in output if isinstance(output, tuple | list) else (output,):
+                if isinstance(tensor, Tensor):
+                    self.record.made[storage(tensor)] = tensor  # which keeps the address from being used again
             self.record.after(function, args, named, output)
         return output
+
+
+def _written(function: Any, args: Sequence[Any]) -> list[Tensor]:
+    """The tensors that the operation writes to."""
+    if function.overloadpacket.__name__ in ("native_batch_norm", "_native_batch_norm_legit") and len(args) == 8:
+        return [t for t in args[3:5] if t is not None and args[5]]
+    written = [
+        a for a, s in zip(args, function._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+    ]
+    return [t for t in written if isinstance(t, Tensor)]
 
 
 class _Attributes(TorchFunctionMode):
@@ -226,6 +244,9 @@ class _Attributes(TorchFunctionMode):
                 self.record.before_norm(args[0], vectors)
         if name == "__get__":
             name = getattr(getattr(function, "__self__", None), "__name__", "")
+        if name in _VALUES and args and isinstance(args[0], Tensor) and not self.record.knows(args[0]):
+            module = self.record.module
+            self.record.looks_at_values |= module is None or not type(module).__module__.startswith("torch.nn.")
         if name in _SIZES | _VALUES and args and self.record.knows(args[0]):
             if name in _VALUES:
                 raise NotDenseError("its forward looks at the values of its features")

@@ -113,7 +113,7 @@ class Record(Meanings):
             self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
-                plain = type(module).forward in [kind.forward for kind in _CONVOLUTIONS]
+                plain = _is_plain(module)
                 kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
                 reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
                 self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
@@ -260,7 +260,9 @@ class Record(Meanings):
         module: Any = self.module
         names: Any = _OF_A_NORM
         part = self.numbers.get(module, -1)
-        own = isinstance(module, _BatchNorm) and all(f in (None, (part, n)) for f, n in zip(found, names, strict=True))
+        own = isinstance(module, _BatchNorm) and all(
+            t is None or f == (part, n) for t, f, n in zip(tensors, found, names, strict=True)
+        )
         if not own:
             parts = {f[0] for f in found if f is not None}
             if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):
@@ -305,7 +307,7 @@ class Record(Meanings):
         if not same or set(stride) != {1} or transposed or groups != 1:
             known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
-        elif type(module).forward in [kind.forward for kind in _CONVOLUTIONS] if module is not None else False:
+        elif _is_plain(module):
             convolution = Convolution(self.numbers[module], ("weight", "bias"))
         elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
             convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
@@ -347,6 +349,18 @@ def _active(x: Normed | Active, obstacle: str | None) -> Active:
     if isinstance(x, Active):
         return x if obstacle is None or x.obstacle is not None else Active(x.normed, obstacle)
     return Active(x, obstacle)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it computes what PyTorch's own convolutions do."""
+    return (
+        any(
+            type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+            for kind in _CONVOLUTIONS
+        )
+        if isinstance(module, _CONVOLUTIONS)
+        else False
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

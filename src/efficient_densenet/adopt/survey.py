@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, runs_in_order
 from efficient_densenet.adopt.chain import Chain
@@ -84,7 +85,7 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
 
 def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
-    if isinstance(module, _LEAVES) or not any(p.dim() > 2 for p in module.parameters()):
+    if isinstance(module, _LEAVES) or not any(not is_lazy(p) and p.dim() > 2 for p in module.parameters()):
         return None
     try:
         looks = look([module], tensors, tried=tried)

@@ -6,6 +6,7 @@ and copies of plain lists and dictionaries. Afterwards they have the very dictio
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import warnings
@@ -18,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
+
+from efficient_densenet.adopt.conditions import CONTAINERS, frozen
 
 _HOOKS = [
     "_forward_hooks",
@@ -29,7 +33,6 @@ _HOOKS = [
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 ]
-_CONTAINERS = (list, dict, set)
 _OF_PYTORCH = ("_parameters", "_buffers", "_modules")
 _NOTHING = object()
 _SOME_PRIME = 7919
@@ -48,6 +51,8 @@ class Tensors:
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def instead_of(self, name: str, tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):
+            return tensor
         if id(tensor) not in self.made:  # one that is tied stays tied
             self.made[id(tensor)] = self._make(name, tensor), tensor
         return self.made[id(tensor)][0]
@@ -89,6 +94,7 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(tensors.device)
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.inference_mode(False))  # in which a record would see other operations
         stack.enter_context(torch.no_grad())
         stack.enter_context(_random_states_kept())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
@@ -109,25 +115,25 @@ def stored(modules: Sequence[nn.Module], before: Sequence[dict[str, Any]]) -> st
     for module, attributes in zip(modules, before, strict=True):
         for name, value in module.__dict__.items():
             old = attributes.get(name, _NOTHING)
-            if old is not value and (type(value) not in _CONTAINERS or old != (type(value), len(value))):
+            if old is not value and (type(value) not in CONTAINERS or old != (type(value), frozen(value))):
                 return name
     return None
 
 
 def attributes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    """What `stored` compares with; of lists, dictionaries and sets it is the length."""
+    """What `stored` compares with; of containers it is what is plain in them."""
     found = [dict(module.__dict__) for module in modules]
     for some in found:
         for name, value in some.items():
-            if type(value) in _CONTAINERS:
-                some[name] = type(value), len(value)
+            if type(value) in CONTAINERS:
+                some[name] = type(value), frozen(value)
     return found
 
 
 def _instead_of(attributes: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     found = dict(attributes)
     for name, value in attributes.items():
-        if type(value) in _CONTAINERS and value and name not in _OF_PYTORCH:
+        if type(value) in CONTAINERS and name not in _OF_PYTORCH:
             found[name] = _copy(value)
     for kind in ("_parameters", "_buffers"):
         found[kind] = {k: None if t is None else tensors.instead_of(k, t) for k, t in attributes[kind].items()}
@@ -138,12 +144,12 @@ def _instead_of(attributes: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
-    """Of plain lists, dictionaries and sets, also inside one another; whatever else is in them stays the same."""
+    """Of plain containers, also inside one another; whatever else is in them stays the same."""
     if type(value) is list:
         return [_copy(v) for v in value]
     if type(value) is dict:
         return {k: _copy(v) for k, v in value.items()}
-    return set(value) if type(value) is set else value
+    return copy.copy(value) if type(value) in CONTAINERS else value
 
 
 @contextmanager

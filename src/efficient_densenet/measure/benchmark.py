@@ -100,7 +100,7 @@ def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[d
             arguments.device,
             num_devices,
             arguments.threads,
-            HELD[arguments.instructions] if arguments.instructions else None,
+            HELD.get(arguments.instructions),
         )
     rows = contest.summarize(results)
     return {"results": results, "summary": rows}, report.times_table(rows)
@@ -112,6 +112,6 @@ def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) 
     if arguments.instructions:
         raise UserError("--max-batch measures memory, which no instructions change: leave --instructions away")
     devices.check(arguments.device, num_devices=1, batch_size=1)
-    network.check_images(1)
+    network.check_images(1, training=not arguments.evaluation)
     results = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)
     return {"results": results}, report.batches_table(results)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, store and print the verdicts; 0 if all are right, else 1."""
+    """Check, or with --show look up, and print the verdicts; 1 if kernels are wrong or could not be checked, else 0."""
     if not 0 <= arguments.gpu < torch.cuda.device_count():
         raise UserError(f"there is no GPU number {arguments.gpu}: PyTorch sees {torch.cuda.device_count()} of them")
     device = torch.device("cuda", arguments.gpu)

@@ -92,7 +92,7 @@ class Difference(NamedTuple):
     rank: int = 0
 
     def share(self, error: float) -> float:
-        """An error as a share of `size`; infinite where it is no number."""
+        """An error as a share of `size`; infinite where it is NaN."""
         if math.isnan(error):
             return math.inf
         return error / self.size if self.size > 0 else error
@@ -102,7 +102,7 @@ def compare(case: Case, place: Place) -> list[Difference]:
     """All differences after one step from the same weights, on the share of the batch that belongs to `place`."""
     with _deterministic():
         ordinary, efficient, reference = _networks(case, place)
-        other_form = copy.deepcopy(ordinary)
+        other_form = copy.deepcopy(ordinary)  # before a step moves its statistics
         expected, actual = _step(case, place, ordinary), _step(case, place, efficient)
         exact = expected
         if reference is not None:

@@ -129,9 +129,8 @@ def damage_named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (*_DAMAGED, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # which a declared position outside the file gives
+        # A declared position outside the file gives EINVAL; any other OSError is about the disk, not about the file.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         reason = shortened(str(error)) or type(error).__name__
         raise UserError(

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled, pieces, row_stride
+from efficient_densenet.ops.convolution import (
+    convolve,
+    convolve_backward,
+    convolve_pooled,
+    pieces,
+    row_stride,
+    stride_of_rows,
+)
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import TYPES, load
 from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
@@ -46,7 +53,10 @@ def describe() -> str:
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
     dtype = into.scale.dtype
-    constants = [t.to(dtype).contiguous() for t in (*statistics, weight, bias)]
+    constants = [*statistics, weight, bias]
+    for i, vector in enumerate(constants):
+        if vector.dtype != dtype or not vector.is_contiguous():
+            constants[i] = vector.to(dtype).contiguous()
     load().kernels.fold_norm(
         TYPES[dtype], *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
     )
@@ -314,14 +324,17 @@ def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
 
 def _matrix(x: Tensor) -> tuple[int, int]:
     """Data, and the distance from row to row, of a slice of the channels of a contiguous ``(n, *spatial, C)``."""
-    stride = row_stride(x)
+    stride = stride_of_rows(x.shape, x.stride())
     assert stride is not None, f"{x.shape} with strides {x.stride()} is no slice of channels"
     return x.data_ptr(), stride
 
 
 def _constants(*vectors: Tensor) -> list[int]:
-    assert all(v.is_contiguous() for v in vectors)
-    return [v.data_ptr() for v in vectors]
+    pointers = []
+    for vector in vectors:
+        assert vector.is_contiguous()
+        pointers.append(vector.data_ptr())
+    return pointers
 
 
 def _images(x: Tensor) -> tuple[int, int, int]:

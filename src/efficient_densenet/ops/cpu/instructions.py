@@ -1,8 +1,8 @@
 """Which instructions the kernels use, and what runs a convolution with them: a kernel of ours, or PyTorch.
 
-The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md). A kernel of ours gains by making the rectified
-prefix, and by using the result, without a way through memory. That pays unless PyTorch's convolution has instructions
-that ours has not: the tiles of AMX, which multiply bfloat16 several times faster than anything else on the processor.
+The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md). A kernel of ours is faster because the rectified
+prefix and the result stay in the cache between the steps. That holds unless PyTorch's convolution has instructions that
+ours has not: the tiles of AMX, which multiply bfloat16 several times faster than anything else on the processor.
 """
 
 from __future__ import annotations

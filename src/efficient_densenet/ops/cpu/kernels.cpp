@@ -1,4 +1,5 @@
-// The passes between the convolutions, on a CPU: each reads what it needs once and writes what it must once.
+// The kernels for a CPU: whole norm–relu–convolutions, and the passes between PyTorch's convolutions. Each reads what it
+// needs once and writes what it must once.
 //
 // The mathematics is in ../reference.py; the headers hold the loops, compiled here for several instruction sets, of which
 // `ed_start` takes the best that the processor has. There is no Python and no PyTorch in this file: a plain shared
@@ -272,9 +273,6 @@ EXPORT int ed_start(void *parallel, void *thread, void *team, int limit) {
   return instructions;
 }
 
-// Whether there are kernels for whole convolutions, `ed_convolve` and `ed_convolve_backward`, at this level.
-EXPORT int ed_convolves() { return !X86 || instructions >= kAvx2; }
-
 static Grid grid_of(const Index *sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
 template <class E> static Weight<E> weight_of(const void *data, const Index *sizes) {
   return {static_cast<const E *>(data), sizes[4], sizes[5], sizes[3] * sizes[3], sizes[6], sizes[7], sizes[8]};
@@ -299,7 +297,7 @@ template <class E> static Weight<E> weight_of(const void *data, const Index *siz
     return BF16_PRODUCT(call);                                                                                         \
   }
 
-// Whether the kernel for a 3×3 window gains anything over images of this size.
+// Whether the kernel for a 3×3 window is faster than PyTorch's for images of this size.
 EXPORT int ed_suits(int type, Index height, Index width) {
   return (type == kBfloat16 && instructions >= kAvx512Bf16) || FLOAT_PRODUCT(suits_winograd(height, width));
 }

@@ -119,7 +119,7 @@ def open_library(path: Path, level: Instructions = BEST) -> Loaded:
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
     kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
     level = Instructions(kernels.ed_start(*functions, level))
-    convolves = [dtype for dtype in TYPES if kernels.ed_convolves() and convolutions(level, dtype).ours]
+    convolves = [dtype for dtype in TYPES if convolutions(level, dtype).ours]
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
     return Loaded(kernels, f"{path.name}, {level.option}, {threads}", path, level, frozenset(convolves))
 

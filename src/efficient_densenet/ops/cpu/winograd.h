@@ -220,7 +220,7 @@ void multiply_positions(const float *from, Positions at, Index tiles, Index firs
   }
 }
 
-// Whether the tiles cover the image well enough to gain anything.
+// Whether the tiles cover the image well enough to be faster.
 inline bool suits_winograd(Index height, Index width) {
   return (height + 1) / 2 * ((width + 1) / 2) * 20 < height * width * 9;
 }
