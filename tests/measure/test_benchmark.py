@@ -234,6 +234,7 @@ def test_leaves_no_process_behind(number, code, tmp_path, tmp_path_factory):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))},  # SIGKILL leaves its files there
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
     ) as process:
         assert process.stderr is not None
         while "round" not in process.stderr.readline():
