@@ -6,8 +6,8 @@ The runtimes are extras; a contender whose package is missing says how to instal
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet.errors import require
 from efficient_densenet.measure.networks import Network
+from efficient_densenet.models.densenet import DenseLayer
 
 
 def checkpointing(network: Network) -> nn.Module:
@@ -24,23 +25,23 @@ def checkpointing(network: Network) -> nn.Module:
     averages then move twice in each step, as they do there.
     """
     ordinary = network.build()
-    for name, layer in ordinary.named_modules():
-        if name.rpartition(".")[2].startswith("denselayer"):
-            _checkpoint_first_convolution(layer)
+    for module in ordinary.modules():
+        if isinstance(module, DenseLayer):
+            _checkpoint_first_convolution(module)
     return ordinary
 
 
-def _checkpoint_first_convolution(layer: Any) -> None:
+def _checkpoint_first_convolution(layer: DenseLayer) -> None:
     def first(*inputs: Tensor) -> Tensor:
         return layer.conv1(layer.relu1(layer.norm1(torch.cat(inputs, 1))))
 
-    def forward(inputs: Any) -> Tensor:
-        x = checkpoint(first, *([inputs] if isinstance(inputs, Tensor) else inputs), use_reentrant=False)
-        if hasattr(layer, "conv2"):
+    def forward(features: Sequence[Tensor]) -> Tensor:
+        x = checkpoint(first, *features, use_reentrant=False)
+        if layer.has_bottleneck:
             x = layer.conv2(layer.relu2(layer.norm2(x)))
         return nn.functional.dropout(x, layer.drop_rate, layer.training)
 
-    layer.forward = forward
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 class ONNXRuntime(nn.Module):

@@ -67,11 +67,11 @@ def norm_relu_conv(
 ) -> None:
     moments = _no_moments(out) if into else None
     if pool > 1 or not _convolve(x, norm, weight, out, moments):
-        rows = 0
+        rows, identity = 0, _identity(norm)
         for images, scratch in pieces(x):
             s, here = _prologue(x[images], norm, pool, scratch), out[images]
             # What a pool has made is not negative: another rectifier changes nothing.
-            if pool > 1 and _convolve(s, _identity(norm), weight, here, None):
+            if pool > 1 and _convolve(s, identity, weight, here, None):
                 rows = _copy_moments(here, None, moments, rows)
             else:
                 y = convolve_pooled(s, weight) if pool > 1 else convolve(s, weight)
@@ -153,17 +153,16 @@ def _backward_in_passes(
     sums: Tensor,
 ) -> Tensor | None:
     """The product between the passes, by PyTorch unless a pool comes before it; the sums go to `sums`."""
-    grad_weight = None
+    grad_weight, identity = None, _identity(norm)
     if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     for images, scratch in pieces(x):
         piece, grad = x[images], grad_out[images]
         s = _prologue(piece, norm, pool, scratch)
-        g, done = torch.empty_like(s) if pool > 1 else s, _Done.NOTHING
+        done = _Done.NOTHING
         if pool > 1:
-            done, gw = _convolve_backward(
-                grad, s, _identity(norm), weight, g, False, need_weight, torch.empty_like(sums)
-            )
+            g = torch.empty_like(s)
+            done, gw = _convolve_backward(grad, s, identity, weight, g, False, need_weight, torch.zeros_like(sums))
         if done != _Done.ALL:
             g, gw = convolve_backward(grad, s, weight, need_weight)
         if need_weight:

@@ -97,8 +97,8 @@ def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
     try:
         yield _loaded
     finally:
-        # The level is a setting of the library itself, which is loaded once.
-        _loaded = open_library(before.path, before.instructions)
+        open_library(before.path, before.instructions)  # the level is a setting of the library, which is loaded once
+        _loaded = before
 
 
 def open_library(path: Path, level: Instructions = BEST) -> Loaded:
