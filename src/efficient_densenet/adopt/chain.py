@@ -23,6 +23,7 @@ class Chain:
     """What a module, or several in a row, compute: dense layers, a transition, both, or a stem.
 
     Attributes:
+        dims: spatial dimensions of the input.
         width: channels of the input.
         made: channels that each layer makes.
         bottlenecks: channels of each layer's bottleneck output; empty without bottlenecks.
@@ -34,6 +35,7 @@ class Chain:
         tail_reason: why the tail cannot run there, if so, whether the layers can or not.
     """
 
+    dims: int
     width: int
     made: tuple[int, ...]
     bottlenecks: tuple[int, ...]
@@ -76,7 +78,7 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     plan = None if reason is not None else _plan(record, output, layers, last, steps, is_stem)
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
-    return Chain(width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+    return Chain(len(record.size), width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
@@ -110,7 +112,7 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
     """
     end = _read(last) if last is not None else output.pieces if isinstance(output, Features) else ()
     found: list[tuple[int, ...]] = []
-    wanted = {piece for piece in end if piece != 0}
+    wanted = _concatenated(record, end)
     for number in sorted(wanted):
         piece = record.pieces[number]
         if piece.source is None or (piece.convolution is None and piece.obstacle is None):
@@ -131,8 +133,21 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
         known.add(layer[-1])
     if last is not None and (set(end) != known or len(end) != len(known)):
         raise NotDenseError("its last convolution does not read all features, each once")
-    if last is None and (len(end) != len(set(end)) or not known - {0} <= set(end)):
-        raise NotDenseError("it does not return all features that its layers made, each once")
+    return found
+
+
+def _concatenated(record: Record, pieces: Sequence[int]) -> set[int]:
+    """These pieces and all others that they were made of, but the input and bottleneck outputs."""
+    found: set[int] = set()
+    left = [*pieces]
+    while left:
+        number = left.pop()
+        if number != 0 and number not in found:
+            found.add(number)
+            read = _read(record.pieces[number])
+            while len(read) == 1 and read != (0,):
+                read = _read(record.pieces[read[0]])
+            left += read
     return found
 
 

@@ -15,13 +15,14 @@ from torch.fx import Proxy
 
 from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.look import Look, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
+from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.recompute import forgetting
 
@@ -32,7 +33,6 @@ WAYS: tuple[Way, ...] = get_args(Way)
 SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
 _TRACED = "it is traced, as the ordinary operations"
-_MOST_LOOKS = 50
 
 
 class Segment(NamedTuple):
@@ -113,9 +113,15 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
     if torch.compiler.is_compiling():
         return _decide_while_compiling(roots, adoption)
     decision = standing(roots, adoption, own_hooks, x.shape)
-    if decision.way == SHARED and decision.chain is not None and decision.chain.width != x.shape[1]:
-        return Decision(ORDINARY, "its input has other channels", tell=False)  # an error, which it explains itself
+    chain = decision.chain
+    if decision.way == SHARED and chain is not None and not _fits(x, chain):
+        return Decision(ORDINARY, "its input has another shape", tell=False)  # an error, which it explains itself
     return decision
+
+
+def _fits(x: Tensor, chain: Chain) -> bool:
+    pool = 1 if chain.plan is None else max(1, chain.plan.pool)
+    return x.dim() == chain.dims + 2 and x.shape[1] == chain.width and min(x.shape[2:]) >= pool
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
@@ -151,8 +157,40 @@ def standing(
     return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
 
 
+def run_shared(x: Tensor, decision: Decision, keep: Keep, channels_last: bool | None) -> tuple[Tensor, bool]:
+    """Run on the shared buffer, as decided.
+
+    Args:
+        x: the input.
+        decision: of `decide`.
+        keep: as in `make_efficient`.
+        channels_last: whether the input would be so in memory in the ordinary network; None: it is as there.
+
+    Returns:
+        What comes out, and whether that would be channels-last in the ordinary network: see `as_ordinary`.
+    """
+    plan, modules = decision.plan, decision.modules
+    if channels_last is None:
+        channels_last = is_channels_last(x)
+    made = shared.run(x, plan, modules, keep, channels_last)
+    if plan.pool or (plan.output and 0 not in dict(plan.output)):  # made by convolutions alone, without the input
+        channels_last = channels_last or shared.makes_channels_last(plan, modules)
+    # What is handed out may be changed in place; the features that are kept for backward may not.
+    if not (plan.pool or plan.max_pool or plan.head or len(plan.output) > 1) and made.requires_grad:
+        made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
+    return made, channels_last
+
+
+def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:
+    """Contiguous, as the ordinary network hands it out, unless that is channels-last; None: `x` is what it hands out.
+
+    A reader of ours needs no such copy; anybody else may view it as another shape, or draw dropout in its order.
+    """
+    return x.contiguous() if channels_last is False else x
+
+
 def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, ordinary: Callable[[], Any]) -> Any:
-    """Run as decided.
+    """Run as decided, and hand out what the ordinary network does.
 
     Args:
         decision: of `decide`.
@@ -162,11 +200,7 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
         ordinary: runs them as they are.
     """
     if decision.way == SHARED:
-        plan = decision.plan
-        made = shared.run(x, plan, decision.modules, adoption.keep)
-        # What is handed out may be changed in place; the features that are kept for backward may not.
-        whole = not (plan.pool or plan.max_pool or plan.output)
-        return made.clone() if whole and made.requires_grad else made
+        return as_ordinary(*run_shared(x, decision, adoption.keep, None))
     _say(decision, module, adoption)
     if decision.way == RECOMPUTE and torch.is_grad_enabled():
         with forgetting():
@@ -232,8 +266,8 @@ def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...
             return one
     if getattr(roots[0], "_is_replica", False):
         return Look(found, None, False, "it is a replica of something that has changed", training)
-    if len(looks) >= _MOST_LOOKS:
-        return Look(found, None, False, f"its attributes have changed more than {_MOST_LOOKS} times", training)
+    if len(looks) >= MOST_LOOKS:
+        return Look(found, None, False, f"its attributes have changed more than {MOST_LOOKS} times", training)
     try:
         looks.insert(0, look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
     except NotDenseError as error:

@@ -22,7 +22,13 @@ _SIZES = {"shape", "size", "numel", "nelement", "__len__", "stride", "is_contigu
 
 
 class NotDenseError(Exception):
-    """Why a module computes something else than what was looked for."""
+    """Why a module computes something else than what was looked for.
+
+    Attributes:
+        concatenates: whether it concatenates its input with something, as dense layers do.
+    """
+
+    concatenates = False
 
 
 class OtherWidthError(Exception):
@@ -81,9 +87,10 @@ class Zero(NamedTuple):
 
 
 class Other(NamedTuple):
-    """Computed from the input by an operation that means nothing by itself."""
+    """Computed from the input by an operation that means nothing by itself; and whether that is random."""
 
     reason: str
+    random: bool = False
 
 
 @dataclass(frozen=True)

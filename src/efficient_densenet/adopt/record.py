@@ -47,7 +47,9 @@ _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
     *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
 }
+_SPLITS = {_aten.split, _aten.split_with_sizes, _aten.unsafe_split, _aten.unsafe_split_with_sizes}
 _EMPTY = {_aten.empty_like, _aten.new_empty}
+_VIEWS = {_aten.view, _aten._unsafe_view, _aten.expand}
 _COPIES = {_aten.clone, _aten.detach, _aten.alias}
 
 
@@ -67,6 +69,7 @@ class Record(Meanings):
         synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
         pieces: see `Piece`.
         size: of the input, in pixels.
+        concatenates: whether the input was concatenated with something along the channels.
     """
 
     def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
@@ -76,6 +79,7 @@ class Record(Meanings):
         self.size = torch.Size()
         self.calls: list[_Call] = []
         self.convolutions = 0
+        self.concatenates = False
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run the module, which must return a tensor; the first one gets the input.
@@ -106,10 +110,14 @@ class Record(Meanings):
     def leave(self, module: nn.Module, output: Any) -> None:
         """Give what a module made a meaning, where its operations have none by themselves."""
         call = self.calls.pop()
-        if not isinstance(self.meaning(output), Other):
+        meaning = self.meaning(output)
+        if not isinstance(meaning, Other) or meaning.random:
             return
         name = type(module).__name__
-        if isinstance(call.given, Features) and _is_norm(module):
+        otherwise = self._made_otherwise(call.given, output, name)
+        if otherwise is not None:
+            self.set(output, otherwise)
+        elif isinstance(call.given, Features) and _is_norm(module):
             self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
@@ -157,6 +165,9 @@ class Record(Meanings):
         in_place = packet.__name__.endswith("_")
         if in_place:
             packet = getattr(_aten, packet.__name__.removesuffix("_"), packet)
+        if packet in _SPLITS:
+            self._split(args[0], output, args[2] if len(args) > 2 else named.get("dim", 0), packet)
+            return
         meaning = self._operation(packet, function, args, named, made, meanings)
         if in_place:
             self.written.add(storage(made))
@@ -173,7 +184,7 @@ class Record(Meanings):
             return self._cat(args, named, made)
         if packet in _EMPTY:
             return Noise(made.shape)
-        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args):
+        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args, made):
             return x
         if isinstance(x, Noise):
             return self._noise(x, packet, args)
@@ -184,8 +195,8 @@ class Record(Meanings):
                 return self._batch_norm(x, args)
             if packet is _aten.mul and _per_channel(args[1], made):
                 return Scaled(x, args[1])
-            if packet is _aten.slice and args[1] % made.dim() == 1:
-                return self._slice(x, args[2:])
+            if packet is _aten.slice and args[1] % made.dim() == 1 and args[4:] in ((), [], (1,), [1]):
+                return self._slice(x, *slice(*args[2:4]).indices(args[0].shape[1])[:2])
         if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
             return self._frozen_norm(x)
         if isinstance(x, Normed | Active):
@@ -211,6 +222,8 @@ class Record(Meanings):
         other = next((m for m in meanings if isinstance(m, Other)), None)
         if other is None:
             reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
+            if packet is _aten.convolution:
+                reason = "a convolution reads features without a norm and an activation in front of it"
             if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
                 raise NotDenseError(reason)
             other = Other(reason)
@@ -229,19 +242,37 @@ class Record(Meanings):
     def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
         dim = args[1] if len(args) > 1 else named.get("dim", 0)
         meanings = [self.meaning(t) for t in args[0]]
-        for meaning in meanings:
-            if isinstance(meaning, Other):
-                raise NotDenseError(meaning.reason)
-            if not isinstance(meaning, Features):
-                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
         if dim % made.dim() != 1:
             raise NotDenseError("it concatenates along another dimension than channels")
+        self.concatenates |= len(meanings) > 1 and any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+        for i, meaning in enumerate(meanings):
+            if isinstance(meaning, Other):
+                raise NotDenseError(meaning.reason)
+            if isinstance(meaning, Normed | Active):
+                normed = meaning.normed if isinstance(meaning, Active) else meaning
+                meaning = meanings[i] = self._made_otherwise(normed.source, args[0][i], "a norm")
+            if not isinstance(meaning, Features):
+                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
         return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
 
-    def _slice(self, x: Features, args: Sequence[Any]) -> Features | Other:
-        start, stop, step = (*args, None, None, 1)[:3] if len(args) < 3 else args
-        width = sum(self.pieces[p].channels for p in x.pieces)
-        start, stop, _ = slice(start, stop).indices(width)
+    def _made_otherwise(self, x: Any, made: Tensor, what: str) -> Features | None:
+        """What a layer made of its last convolution's output `x`, as if the convolution were of another kind."""
+        if not isinstance(x, Features) or len(x.pieces) != 1 or x.pieces == (0,):
+            return None
+        reason = f"there is {what} behind the last convolution of a layer"
+        return self.new_piece(Piece(made.shape[1], self.pieces[x.pieces[0]].source, None, reason))
+
+    def _split(self, x: Tensor, made: Sequence[Tensor], dim: int, packet: Any) -> None:
+        """Give each part a meaning."""
+        given, start = self.meaning(x), 0
+        for part in made:
+            stop = start + part.shape[1] if part.dim() > 1 else start
+            along_channels = isinstance(given, Features) and dim % x.dim() == 1
+            self.set(part, self._slice(given, start, stop) if along_channels else self._other(packet, [given]))
+            start = stop
+
+    def _slice(self, x: Features, start: int, stop: int) -> Features | Other:
+        """Channels from `start` to `stop` of these features."""
         kept, at = [], 0
         for piece in x.pieces:
             end = at + self.pieces[piece].channels
@@ -250,7 +281,7 @@ class Record(Meanings):
             elif max(start, at) < min(stop, end):
                 return Other("its forward takes a part of what a layer made")
             at = end
-        return Features(tuple(kept)) if step in (None, 1) else Other("its forward takes a part of what a layer made")
+        return Features(tuple(kept))
 
     # ---- norms -------------------------------------------------------------------------------------------------
 
@@ -324,11 +355,13 @@ class Record(Meanings):
             return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
         if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
             return noise._replace(scaled=True)
-        return Other("its forward uses random numbers other than those of dropout")
+        return Other("its forward uses random numbers other than those of dropout", True)
 
     def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
-        if isinstance(x, Normed | Active):
+        if isinstance(x, Normed):
             raise NotDenseError("its norm or activation is random")
+        if isinstance(x, Active):
+            return _active(x, "there is dropout between an activation and its convolution")
         dropout = Dropout(1.0, False)
         if isinstance(noise, Noise):
             whole = noise.shape[:2] == made.shape[:2] and set(noise.shape[2:]) == {1}
@@ -353,14 +386,10 @@ def _active(x: Normed | Active, obstacle: str | None) -> Active:
 
 def _is_plain(module: Any) -> bool:
     """Whether it computes what PyTorch's own convolutions do."""
-    return (
-        any(
-            type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
-            for kind in _CONVOLUTIONS
-        )
-        if isinstance(module, _CONVOLUTIONS)
-        else False
-    )
+    if not isinstance(module, _CONVOLUTIONS) or {"forward", "_conv_forward"} & vars(module).keys():
+        return False
+    kinds = [(kind.forward, kind._conv_forward) for kind in _CONVOLUTIONS]
+    return (type(module).forward, type(module)._conv_forward) in kinds
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -375,8 +404,10 @@ def _no_plain_convolution(convolution: object) -> str:
     return f"{convolution} is not a plain convolution that keeps the resolution"
 
 
-def _changes_nothing(packet: Any, args: Sequence[Any]) -> bool:
+def _changes_nothing(packet: Any, args: Sequence[Any], made: Tensor) -> bool:
     """Whether it multiplies by one or adds zero, numbers that may change: then the module is looked at again."""
+    if packet in _VIEWS:
+        return made.shape == args[0].shape
     if packet in (_aten.mul, _aten.div):
         return type(args[1]) in (int, float) and args[1] == 1
     return packet in (_aten.add, _aten.sub) and type(args[1]) in (int, float) and args[1] == 0

@@ -14,6 +14,7 @@ from efficient_densenet.adopt.adopted import (
     AdoptedPart,
     AdoptedSequence,
     adopted_modules,
+    modules_of,
     original_class,
 )
 from efficient_densenet.adopt.chain import Chain
@@ -154,7 +155,7 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
             whole.add(module)
             found.append(_Part(name, module, module, chain, way, kept, reason))
             continue
-        children = list(module.children())
+        children = modules_of(module)
         roots = children[slice(*segment)]
         sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
         if chain is not None and not chain.made:
@@ -184,7 +185,7 @@ def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tup
             sequences.append((name, module))
     for name, sequence in sequences:
         for start, stop, adoption in sequence.adoption.segments:
-            roots = list(sequence.children())[start:stop]
+            roots = modules_of(sequence)[start:stop]
             yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
     for finding in survey(model):
         if not finding.looks:

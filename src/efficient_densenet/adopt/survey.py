@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, runs_in_order
+from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, modules_of, runs_in_order
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.head import ends_with_a_head
 from efficient_densenet.adopt.look import Look, find, look
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
     def roots(self) -> list[nn.Module]:
         if self.segment is None:
             return [self.module]
-        return list(self.module.children())[slice(*self.segment)]
+        return modules_of(self.module)[slice(*self.segment)]
 
 
 def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
@@ -80,22 +80,35 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
     for name, module in model.named_modules():
         if module not in inside and runs_in_order(module) and not isinstance(module, Adopted):
             findings += _segments(name, module, whole, tensors, tried)
-    return findings
+    # What was left says nothing where layers in it were found.
+    found = {module for finding in findings if finding.looks and finding.chain.made for module in finding.roots}
+    found |= {module for module in model.modules() if isinstance(module, AdoptedPart)}
+    return [f for f in findings if f.looks or found.isdisjoint(f.module.modules())]
 
 
 def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
-    if isinstance(module, _LEAVES) or not any(not is_lazy(p) and p.dim() > 2 for p in module.parameters()):
+    if isinstance(module, _LEAVES) or not _has_forward(module):
+        return None
+    if not any(is_lazy(p) or p.dim() > 2 for p in module.parameters()):
         return None
     try:
+        if "forward" in vars(module):
+            raise NotDenseError("its forward was replaced for this one object, and would be called all the same")
         looks = look([module], tensors, tried=tried)
     except NotDenseError as error:
-        return Finding(name, module, (), None, str(error)) if _looks_dense(module) else None
+        nearly = error.concatenates or _looks_dense(module)
+        return Finding(name, module, (), None, str(error)) if nearly else None
     finding = _finding(name, module, looks, None)
     chain = finding.chain
     if not _by_itself(chain) or (runs_in_order(module) and chain.made and chain.tail_reason):
         return None
     return finding
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Not a list or dictionary of modules, which nobody calls."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def _joins(chain: Chain) -> bool:
@@ -117,7 +130,7 @@ def _segments(
     name: str, sequence: nn.Module, whole: dict[nn.Module, Chain], tensors: Tensors, tried: bool
 ) -> Iterator[Finding]:
     """The runs of modules in a sequence that are to be run as one."""
-    modules, i = list(sequence.children()), 0
+    modules, i = modules_of(sequence), 0
     while i < len(modules):
         length = 0 if isinstance(modules[i], _LEAVES[:3]) else _run(modules[i:], whole, tensors)
         if length and not (length == 1 and modules[i] in whole):
@@ -153,7 +166,7 @@ def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn
     for network in list(model.modules()):
         for name, features in network.named_children():
             if runs_in_order(features) and not runs_in_order(network) and len(features) > 1:  # type: ignore[arg-type]
-                *_, block, norm = features.children()
+                *_, block, norm = modules_of(features)
                 if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
                     try:
                         yield network, name, look([block, norm], Tensors("cpu"), tried=False, head=True)
@@ -170,11 +183,14 @@ def _longest(chains: Sequence[Chain | None]) -> int:
 
 def _looks_dense(module: nn.Module) -> bool:
     """Whether its parts read more and more channels, each at least one norm and one convolution: a near miss."""
+    children = list(module.children())
+    while any(not _has_forward(child) for child in children):
+        children = [part for child in children for part in ([child] if _has_forward(child) else child.children())]
     widths = []
-    for child in module.children():
+    for child in children:
         convolutions = [m for m in child.modules() if isinstance(m, CONVOLUTIONS)]
         has_norm = any("norm" in type(m).__name__.lower() for m in child.modules())
         if not convolutions or not has_norm or isinstance(child, CONVOLUTIONS):
             return False
         widths.append(convolutions[0].in_channels)
-    return len(widths) > 1 and all(b > a for a, b in pairwise(widths))
+    return len(widths) > 1 and all(b > a or b == 0 for a, b in pairwise(widths))  # 0: nobody knows yet
