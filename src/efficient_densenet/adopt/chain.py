@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,31 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
     return Chain(len(record.size), width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+
+
+def join(block: Chain, tail: Chain, offset: int) -> Chain | None:
+    """Layers, and a transition or norm that reads all that they hand out, as one; None where they cannot be one.
+
+    Args:
+        block, tail: what each is.
+        offset: the number of the tail's first module behind those of the block.
+    """
+    first, second, width = block.plan, tail.plan, block.width + sum(block.made)
+    if first is None or second is None or block.tail or tail.made or tail.is_stem or first.output:
+        return None
+    if tail.width != width or tail.dims != block.dims:
+        return None
+    norms = [norm._replace(part=norm.part + offset, source=(0, width)) for norm in second.norms]
+    convolutions = [convolution._replace(part=convolution.part + offset) for convolution in second.convolutions]
+    plan = replace(
+        first,
+        made=first.made + second.made,
+        norms=(*first.norms, *norms),
+        convolutions=(*first.convolutions, *convolutions),
+        pool=second.pool,
+        steps=second.steps,
+    )
+    return replace(block, tail=tail.tail, pools=tail.pools, plan=plan)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:

@@ -17,7 +17,7 @@ from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
-from efficient_densenet.adopt.look import Look, look, look_at_size
+from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import EfficiencyWarning
@@ -113,15 +113,24 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
     if torch.compiler.is_compiling():
         return _decide_while_compiling(roots, adoption)
     decision = standing(roots, adoption, own_hooks, x.shape)
-    chain = decision.chain
-    if decision.way == SHARED and chain is not None and not _fits(x, chain):
-        return Decision(ORDINARY, "its input has another shape", tell=False)  # an error, which it explains itself
+    if decision.way == SHARED and not _fits(x, decision):
+        return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
     return decision
 
 
-def _fits(x: Tensor, chain: Chain) -> bool:
-    pool = 1 if chain.plan is None else max(1, chain.plan.pool)
-    return x.dim() == chain.dims + 2 and x.shape[1] == chain.width and min(x.shape[2:]) >= pool
+def _fits(x: Tensor, decision: Decision) -> bool:
+    """Whether shape, device and type of the input are those that the modules take."""
+    chain, plan = decision.chain, decision.plan
+    assert chain is not None
+    if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
+        return False
+    for part, (name, _), *_ in plan.convolutions[:1]:
+        weight = decision.modules[part]._parameters.get(name)
+        if weight is not None and weight.device != x.device:
+            return False
+        if weight is not None and weight.dtype != x.dtype and not shared.casts_automatically(x):
+            return False
+    return True
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
@@ -151,7 +160,10 @@ def standing(
     known = _known(roots, adoption, found)
     reason = known.reason
     if reason is None and known.sizes and shape is not None:
-        reason = _differs_at(known, roots, shape)
+        error = _differs_at(known, roots, shape)
+        if isinstance(error, NotTriedError):
+            return Decision(ORDINARY, str(error), known.chain, tell=False)  # it will raise that itself
+        reason = None if error is None else str(error)
     if adoption.way == "recompute":
         return Decision(RECOMPUTE, None, known.chain)
     return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
@@ -176,7 +188,8 @@ def run_shared(x: Tensor, decision: Decision, keep: Keep, channels_last: bool | 
     if plan.pool or (plan.output and 0 not in dict(plan.output)):  # made by convolutions alone, without the input
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
     # What is handed out may be changed in place; the features that are kept for backward may not.
-    if not (plan.pool or plan.max_pool or plan.head or len(plan.output) > 1) and made.requires_grad:
+    features = not (plan.pool or plan.max_pool or plan.head or plan.output)
+    if (features and made.requires_grad) or len(plan.output) == 1:
         made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
     return made, channels_last
 
@@ -186,7 +199,10 @@ def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:
 
     A reader of ours needs no such copy; anybody else may view it as another shape, or draw dropout in its order.
     """
-    return x.contiguous() if channels_last is False else x
+    if channels_last is not False or x.dim() < 3:
+        return x
+    # Of a single pixel both layouts are the same, but not what PyTorch makes of it when it is upsampled.
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(1) == 1 else x.contiguous()
 
 
 def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, ordinary: Callable[[], Any]) -> Any:
@@ -236,7 +252,7 @@ def _must_be_ordinary(x: Any) -> str | None:
         return "torch.func transforms it, for which it must consist of ordinary operations"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need the ordinary operations"
-    return "" if isinstance(x, Tensor) and not x.numel() else None
+    return "" if isinstance(x, Tensor) and (x.layout != torch.strided or not x.numel()) else None
 
 
 def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption) -> Decision:
@@ -275,12 +291,13 @@ def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...
     return looks[0]
 
 
-def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> str | None:
+def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> NotDenseError | None:
     """Why what was found does not hold for an input of this shape, if so."""
     if shape not in known.by_size:
+        known.by_size[shape] = None
         try:
-            same = look_at_size(roots, shape) == known.chain
-            known.by_size[shape] = None if same else "what it computes depends on the size of its input"
+            if look_at_size(roots, shape) != known.chain:
+                known.by_size[shape] = NotDenseError("what it computes depends on the size of its input")
         except NotDenseError as error:
-            known.by_size[shape] = str(error)
+            known.by_size[shape] = error.with_traceback(None)  # which would keep tensors alive
     return known.by_size[shape]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.chain import Chain, conclude
+from efficient_densenet.adopt.chain import Chain, conclude, join
 from efficient_densenet.adopt.conditions import conditions
 from efficient_densenet.adopt.meanings import NotDenseError, OtherWidthError
 from efficient_densenet.adopt.record import Record
@@ -47,23 +47,21 @@ class Look:
     sizes: bool
     reason: str | None
     training: bool
-    by_size: dict[torch.Size, str | None] = field(default_factory=dict, compare=False)
+    by_size: dict[torch.Size, NotDenseError | None] = field(default_factory=dict, compare=False)
 
 
 def look(
     roots: Sequence[nn.Module],
-    tensors: Tensors,
+    tensors: Tensors | None,
     modes: Sequence[bool | None] = (True, False),
-    tried: bool = True,
     head: bool = False,
 ) -> list[Look]:
     """What these modules compute, one after the other, in each mode.
 
     Args:
         roots: the modules.
-        tensors: to try them with.
+        tensors: to try them with, on two sizes of input and batch; None: only record them, on one.
         modes: training or evaluation for all of them; None: the modes in which they are.
-        tried: whether to try it on two sizes of input and batch, not only to record it on one.
         head: whether they end with a norm, which relu and the mean over all pixels follow.
 
     Raises:
@@ -77,25 +75,47 @@ def look(
     dims = _dims(modules)
     sizes: list[tuple[int, ...]] = [(n, *size[:dims]) for n, size in _SIZES]
     try:
-        return _look_at_sizes(roots, modules, tensors, modes, sizes if tried else sizes[:1], tried, head)
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
     except NotTriedError:
         sides = _sides_that_run(roots, _some_width(modules), dims)
         if not sides:
             raise
         sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)]
-        return _look_at_sizes(roots, modules, tensors, modes, sizes if tried else sizes[:1], tried, head)
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+
+
+def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails: Sequence[Look]) -> list[Look] | None:
+    """What a block and a transition or norm behind it compute together, from what was found of each, in each mode.
+
+    None where the two share modules, or do not fit together on the shared buffer in one of the modes.
+    """
+    modules, found = parts([block, tail]), []
+    offset = len(parts([block]))
+    if len(modules) > offset + len(parts([tail])):
+        return None
+    with on_trial(modules, Tensors("meta")):
+        for first, second in zip(looks, tails, strict=True):
+            chain = None if first.chain is None or second.chain is None else join(first.chain, second.chain, offset)
+            if chain is None:
+                return None
+            _set_modes(modules, first.training)
+            here = conditions([block, tail])[1]
+            found.append(Look(here, chain, first.sizes or second.sizes, None, first.training))
+    return found
 
 
 def _look_at_sizes(
     roots: Sequence[nn.Module],
     modules: Sequence[nn.Module],
-    tensors: Tensors,
+    tensors: Tensors | None,
     modes: Sequence[bool | None],
     sizes: Sequence[tuple[int, ...]],
-    tried: bool,
     head: bool,
 ) -> list[Look]:
     width, found = _some_width(modules), []
+    tried = tensors is not None
+    if tensors is None:
+        tensors, sizes = Tensors("cpu"), sizes[:1]
     with on_trial(modules, tensors):
         for mode in modes:
             training = roots[0].training if mode is None else mode
@@ -139,7 +159,7 @@ def look_at_size(roots: Sequence[nn.Module], shape: Sequence[int]) -> Chain:
     with on_trial(modules, tensors):
         synchronises = _set_modes(modules, None)
         _leave_others_out(modules, synchronises)
-        return _look(roots, modules, synchronises, tensors, shape, False)[1]
+        return _look(roots, modules, synchronises, tensors, shape, tried=False, head=False)[1]
 
 
 def _look(
@@ -149,7 +169,7 @@ def _look(
     tensors: Tensors,
     shape: Sequence[int],
     tried: bool,
-    head: bool = False,
+    head: bool,
 ) -> tuple[int, Chain, bool]:
     """The channels of the input, what it computes, and whether its forward asks for sizes."""
     record = Record(modules, synchronises)
@@ -203,28 +223,27 @@ def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
-    """What the first, the first two, ... of these modules compute, one after the other, by a quick look.
+def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
+    """What the first, the first two, ... of these modules compute, one after the other; without computing anything.
 
     Returns:
         None where that is nothing whole; up to the first module that cannot belong to what was before it.
     """
-    modules = parts(roots)
-    dims, most = _dims(modules), []
+    modules, most = parts(roots), []
     for side in _OTHER_SIZES:
-        if side**dims <= _MOST_PIXELS:
-            found, failed = _find(roots, modules, tensors, (2, _some_width(modules), *[side] * dims))
-            most = max(most, found, key=len)
-            if not failed:
-                break
+        found, failed = _find(roots, modules, (2, _some_width(modules), *[side] * _dims(modules)))
+        most = max(most, found, key=len)
+        if not failed:
+            break
     return most
 
 
 def _find(
-    roots: Sequence[nn.Module], modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]
+    roots: Sequence[nn.Module], modules: Sequence[nn.Module], shape: Sequence[int]
 ) -> tuple[list[Chain | None], bool]:
     """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
     found: list[Chain | None] = []
+    tensors = Tensors("meta")
     with on_trial(modules, tensors):
         synchronises = _set_modes(modules, True)
         _leave_others_out(modules, synchronises)
@@ -236,7 +255,7 @@ def _find(
                 found.append(_conclusion(record, x))
         except OtherWidthError as error:
             if not found and error.width != shape[1]:
-                return _find(roots, modules, tensors, (shape[0], error.width, *shape[2:]))
+                return _find(roots, modules, (shape[0], error.width, *shape[2:]))
         except NotDenseError:
             pass
         except Exception:  # whatever it is: here it ends

@@ -178,6 +178,7 @@ class Record(Meanings):
         self, packet: Any, function: Any, args: Sequence[Any], named: dict[str, Any], made: Any, meanings: list[Any]
     ) -> Any:
         x = self.meaning(args[0])
+        self.looks_at_sizes |= packet in _VIEWS and not self.inside_torch
         if not isinstance(made, Tensor):
             raise NotDenseError("its forward looks at the values of its features")
         if packet is _aten.cat:
@@ -224,7 +225,8 @@ class Record(Meanings):
             reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
             if packet is _aten.convolution:
                 reason = "a convolution reads features without a norm and an activation in front of it"
-            if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
+            reads_input = any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+            if reads_input and not self._inside_a_norm() and packet not in _VIEWS:
                 raise NotDenseError(reason)
             other = Other(reason)
         return other

@@ -33,7 +33,8 @@ _SOME_PRIME = 7919
 class Tensors:
     """Tensors of a trial in place of a module's own: as large, in single precision, random, and not to be changed.
 
-    The large ones are views of a few random values: nothing is copied, however large the model is.
+    The large ones are views of a few random values: nothing is copied, however large the model is. On the device "meta"
+    they have no values, and nothing is computed.
     """
 
     def __init__(self, device: str) -> None:
@@ -85,7 +86,8 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
     copies: dict[int, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
-        stack.enter_context(tensors.device)
+        if torch.get_default_device() != tensors.device:  # every operation asks for it
+            stack.enter_context(tensors.device)
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.inference_mode(False))  # in which a record would see other operations
         stack.enter_context(torch.no_grad())

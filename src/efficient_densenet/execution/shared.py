@@ -96,12 +96,16 @@ def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[
     given = []
     if any(bias is not None for bias in biases):
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    device = x.device.type
-    # As it would cast a convolution's arguments.
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if casts_automatically(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
     return x, weights, given
+
+
+def casts_automatically(x: Tensor) -> bool:
+    """Whether autocast would cast the arguments of a convolution of `x`."""
+    device = x.device.type
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _arranged(x: Tensor, order: Ranges, dim: int) -> Tensor:
