@@ -44,7 +44,8 @@ def of_28_pixels(x):
 
 
 @pytest.mark.parametrize(
-    ("demand", "size"), [(square, 5), (even, 6), (divisible_by_16, 16), (of_28_pixels, 28)],
+    ("demand", "size"),
+    [(square, 5), (even, 6), (divisible_by_16, 16), (of_28_pixels, 28)],
     ids=["square", "even", "divisible by 16", "28 pixels"],
 )
 @pytest.mark.filterwarnings("error")
@@ -74,7 +75,7 @@ def test_it_is_tried_at_two_sizes_in_training_and_in_evaluation(monkeypatch):
 
 
 def error_of(module, *arguments):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         module(*arguments)
     return type(caught.value), str(caught.value)
 

@@ -112,7 +112,9 @@ CONFIGURATIONS = {
     "containers in an object": (Plain, lambda c: c.inner[0]["scale"], lambda c: c.inner[0].update(scale=0.5)),
     "a list": (lambda: [1.0], lambda cfg: cfg[0], lambda cfg: cfg.__setitem__(0, 0.5)),
     "a number of NumPy": (
-        lambda: SimpleNamespace(scale=np.float64(1.0)), lambda c: float(c.scale), lambda c: setattr(c, "scale", np.float64(0.5))
+        lambda: SimpleNamespace(scale=np.float64(1.0)),
+        lambda cfg: float(cfg.scale),
+        lambda cfg: setattr(cfg, "scale", np.float64(0.5)),
     ),
     "an array": (lambda: np.ones(2), lambda cfg: float(cfg[0]), lambda cfg: cfg.__setitem__(0, 0.5)),
 }  # fmt: skip
@@ -245,6 +247,7 @@ def test_channels_that_are_taken_out_afterwards():
     assert (report(efficient).adopted[0].now, report(efficient).adopted[0].channels) == ("shared buffer", "6 → 16")
 
 
+@pytest.mark.filterwarnings("ignore::efficient_densenet.EfficiencyWarning")
 def test_shapes_that_do_not_fit_are_the_ordinary_error():
     ordinary, efficient = twins(Loop())
     for network in (ordinary, efficient):

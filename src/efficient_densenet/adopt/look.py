@@ -188,10 +188,8 @@ def _look(
         shape = (shape[0], error.width, *shape[2:])
         return _look(roots, modules, synchronises, tensors, shape, tried, head)
     except NotDenseError as error:
-        if random_states(modules) != states:
-            error = NotDenseError(_RANDOM)
-        error.concatenates = record.concatenates
-        raise error from None
+        reason = _RANDOM if random_states(modules) != states else str(error)
+        raise NotDenseError(reason, record.concatenates) from error
     except Exception as error:  # whatever it is: the module stays as it is, and the report says why
         raise NotTriedError(f"it could not be tried: {type(error).__name__}: {error}") from error
     after = [b.clone() for b in buffers]
@@ -229,7 +227,8 @@ def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
     Returns:
         None where that is nothing whole; up to the first module that cannot belong to what was before it.
     """
-    modules, most = parts(roots), []
+    modules = parts(roots)
+    most: list[Chain | None] = []
     for side in _OTHER_SIZES:
         found, failed = _find(roots, modules, (2, _some_width(modules), *[side] * _dims(modules)))
         most = max(most, found, key=len)

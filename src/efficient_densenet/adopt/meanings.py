@@ -28,7 +28,9 @@ class NotDenseError(Exception):
         concatenates: whether it concatenates its input with something, as dense layers do.
     """
 
-    concatenates = False
+    def __init__(self, reason: str, concatenates: bool = False) -> None:
+        super().__init__(reason)
+        self.concatenates = concatenates
 
 
 class OtherWidthError(Exception):
