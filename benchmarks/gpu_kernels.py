@@ -12,7 +12,7 @@ import triton
 from gpu_compiled import SHAPES, TYPES, Shape
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import backward, forward, moments, tiles
 
 

@@ -19,7 +19,7 @@ from efficient_densenet.execution import stem
 from efficient_densenet.execution.buffers import empty_activation
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.stage import Kept, Stage
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
 # What describes a `Stage` to an operator: each norm's weight and bias; running mean and variance of each norm that uses
 # them, one behind the other; for each norm whether it uses the batch's statistics instead; the rest as in `Stage`.

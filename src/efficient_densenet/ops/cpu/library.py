@@ -125,7 +125,7 @@ def open_library(path: Path, level: Instructions = BEST) -> Loaded:
 
 
 def _running_openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that PyTorch has started: a second one beside it would fight with it for the processor."""
+    """The OpenMP runtime that PyTorch has started: a second one would compete with it for the processor."""
     if sys.platform == "win32":
         return None
     candidates = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))

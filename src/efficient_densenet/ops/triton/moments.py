@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.protocol import Statistics
 from efficient_densenet.ops.triton import launch, tiles
 
 
@@ -106,7 +106,7 @@ def finish_kernel(
 
 
 def moments_of(x: Tensor, blocks: int) -> Tensor:
-    """Room for two numbers per channel of `x` and block of its rows."""
+    """An empty tensor for two numbers per channel of `x` and block of its rows."""
     return torch.empty((2, x.shape[-1], blocks), dtype=torch.float32, device=x.device)
 
 

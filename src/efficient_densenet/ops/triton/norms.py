@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles
 
 

@@ -25,7 +25,7 @@ def rectified(x, scale, shift, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def place(rows, depth, height, width):
+def coordinates(rows, depth, height, width):
     """Image, plane, line and pixel of each row."""
     line = rows // width
     plane = line // height
@@ -34,7 +34,7 @@ def place(rows, depth, height, width):
 
 @triton.jit
 def window(tap, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-    """How far tap number `tap` lies from the middle of the window, in planes, lines and pixels."""
+    """How far tap number `tap` lies from the centre of the window, in planes, lines and pixels."""
     plane = tap // (TH * TW) - TD // 2 if TD > 1 else tap * 0
     line = (tap // TW) % TH - TH // 2 if TH > 1 else tap * 0
     return plane, line, tap % TW - TW // 2
@@ -71,7 +71,7 @@ def first_of_pool(rows, depth, height, width, PD: tl.constexpr, PH: tl.constexpr
     if PD * PH * PW == 1:
         return rows
     else:
-        image, d, h, w = place(rows, depth // PD, height // PH, width // PW)
+        image, d, h, w = coordinates(rows, depth // PD, height // PH, width // PW)
         return ((image * depth + d * PD) * height + h * PH) * width + w * PW
 
 
