@@ -23,15 +23,15 @@ from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
 
 class StageArguments(NamedTuple):
-    """A `Stage` as the operators take it, tensors first; by names and types, it is their schema too.
+    """A `Stage` as the operators get it, tensors first; names and types are their schema.
 
     Attributes:
         norm_weights, norm_biases: of each norm.
         weights, biases, masks: as in `Stage`.
-        constants: running mean and variance of each norm that uses them, one behind the other.
+        constants: running mean and variance of each norm that uses them, in sequence.
         uses_batch: for each norm whether it uses the batch's statistics instead.
         eps: of each norm.
-        sources: first and last channel (exclusive) that each norm reads, one behind the other.
+        sources: first and last channel (exclusive) that each norm reads, in sequence.
         mask_scales, per_layer, pool, keep, group: as in `Stage`.
     """
 
@@ -159,7 +159,7 @@ def _(grad_output: Tensor, x: Tensor | None, packed: Any, need_weights: Any, *ar
 def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, *arguments = inputs
     stage = StageArguments(*arguments).stage()
-    # Behind a transition or a head the output itself is not needed, and not kept.
+    # The output of a transition or a head is not needed, and not kept.
     packed = [output[1] if stage.pool or stage.head else output[0], *output[1:]]
     tensors, ctx.plain = arguments[:_TENSORS], arguments[_TENSORS:]
     ctx.lengths = [len(group) for group in tensors]

@@ -32,7 +32,7 @@ class Folded(NamedTuple):
 
     statistics: Tensor  # (2, channels): means and variances
     total: Tensor  # the number of values that they are of, over all processes that share them
-    vectors: Tensor  # (3, ΣC) of all norms one behind the other: inverse, scale and shift
+    vectors: Tensor  # (3, ΣC) of all norms in sequence: inverse, scale and shift
 
 
 class Norms:

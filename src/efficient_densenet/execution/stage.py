@@ -1,13 +1,13 @@
-"""One dense block on one buffer, and the transition or the head behind it if there is one: forward and backward.
+"""One dense block on one buffer, and the transition or the head after it if there is one: forward and backward.
 
 The mathematics is derived in docs/algorithm.md. In short, with ``X: (N, *spatial, C_T)`` the block's features:
 
-- layer l reads the prefix ``X[..., :C_l]`` and writes its channels behind it; nothing is concatenated;
+- layer l reads the prefix ``X[..., :C_l]`` and writes its channels after it; nothing is concatenated;
 - mean and variance belong to the channel: they are computed once, when it is written, and every norm that reads it
   turns them into its own scale ``a = γ/√(σ² + eps)`` and shift ``b = β − μ·a``;
 - in backward one buffer ``D`` collects ``Σ_l a_l·g_l`` over the readers of each channel, and what flows through the
   batch statistics, ``A + B·(x − μ)`` with ``A = Σ_l a_l·Σg_l / M`` and ``B = Σ_l a_l·inv_l²·Σg_l·(x − μ) / M``, is
-  subtracted once per channel, when the layer that made it takes its gradient out;
+  subtracted once per channel, when backward reaches the layer that made it;
 - a transition and a head (norm, relu, mean over all pixels) are readers of all channels, and take part in all this.
 
 Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing knows modules, autograd or policy.

@@ -1,4 +1,4 @@
-"""Batch statistics of several processes taken together, as SyncBatchNorm has them.
+"""Batch statistics over several processes, as SyncBatchNorm has them.
 
 Each produced channel crosses the network once in forward (mean, variance, count) and once in backward (the two
 corrections): linear in depth, where norms that synchronise one by one send every channel once per reader.

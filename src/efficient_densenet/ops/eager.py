@@ -158,7 +158,7 @@ class _Moments:
         self.variances: list[Tensor] = []
 
     def add(self, piece: Tensor) -> None:
-        """Take in a contiguous ``(n, *spatial, C)``."""
+        """Add a contiguous ``(n, *spatial, C)``."""
         channels = piece.shape[-1]
         piece = piece.to(statistics_dtype(piece.dtype))
         # Less the value of some pixel, a channel's values are no larger than its deviations: the mean is not rounded.
@@ -188,7 +188,7 @@ class _Sums:
         self.total = norm.mean.new_zeros((2, len(norm.mean)), dtype=_double(norm.mean))
 
     def add(self, g: Tensor, x: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
-        """Take in ``g: (n, C, *spatial)``; `scratch` is overwritten."""
+        """Add ``g: (n, C, *spatial)``; `scratch` is overwritten."""
         scale, channels = self.norm.scale, x.shape[-1]
         g = channels_last(g).contiguous()
         g_rows, x_rows = _wide_rows(g), _wide_rows(x if x.is_contiguous() else scratch.copy_(x))

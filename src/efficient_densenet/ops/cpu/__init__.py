@@ -3,7 +3,7 @@
 Where the rule in `instructions` says so, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is
 made a few lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the
 convolution is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before
-and behind it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
+and after it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
 depends on the shapes and the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
@@ -269,7 +269,7 @@ def _no_moments(x: Tensor) -> Tensor:
 
 
 def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before: int = 0) -> int:
-    """Copy `x` to `out`, if given, and take it into the moments of `before` rows, if wanted; return the rows so far."""
+    """Copy `x` to `out`, if given, and add it to the moments of `before` rows, if wanted; return the rows so far."""
     channels = x.shape[-1]
     rows = x.numel() // channels
     load().kernels.copy_moments(

@@ -62,7 +62,7 @@ def load() -> Loaded:
         _loaded = _find()
         if _loaded.kernels is None:
             warnings.warn(
-                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs in their place, with the same "
+                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs instead, with the same "
                 "results, but slower: install a C++ compiler and the package again",
                 stacklevel=2,
             )

@@ -39,7 +39,7 @@ def grad_x_kernel(
     """``g[r, c] = [scale·x + shift > 0] · Σ_tap Σ_o grad_out[r − tap, o] · weight[o, tap, c]``; then D and the sums.
 
     ``grad_x += scale·g`` (or ``=``), and ``Σ g`` and ``Σ g·(x − mean)`` of each block of `ROWS` rows, while the tile
-    is in registers. Behind a pool, a row of the product belongs to a whole window of pixels, each with its own mask.
+    is in registers. With a pool, a row of the product belongs to a whole window of pixels, each with its own mask.
 
     Shapes: grad_out ``(rows, outputs)``, x and grad_x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``,
     sums ``(2, channels, blocks)``.
@@ -66,8 +66,8 @@ def grad_x_kernel(
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d - dd, h - dh, w - dw, depth, height, width, TD, TH, TW)
-            behind = ((dd * height + dh) * width + dw).to(tl.int64)
-            at = grad_out_rows + (output - behind * grad_out_stride)[None, :]
+            offset = ((dd * height + dh) * width + dw).to(tl.int64)
+            at = grad_out_rows + (output - offset * grad_out_stride)[None, :]
         else:
             valid, at = row_mask, grad_out_rows + output[None, :]
         dy = tl.load(at, mask=valid[:, None] & output_mask[None, :], other=0.0)
@@ -128,9 +128,9 @@ def grad_weight_kernel(
     j_mask = j < TAPS * outputs
     if TAPS > 1:
         dd, dh, dw = window(j // outputs, TD, TH, TW)
-        behind = ((dd * height + dh) * width + dw).to(tl.int64)
+        offset = ((dd * height + dh) * width + dw).to(tl.int64)
         # `VEC` neighbours have the same tap, which the compiler does not see by itself.
-        column = tl.max_contiguous(tl.multiple_of(j % outputs - behind * grad_out_stride, VEC), VEC)
+        column = tl.max_contiguous(tl.multiple_of(j % outputs - offset * grad_out_stride, VEC), VEC)
     else:
         column = j.to(tl.int64)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)

@@ -106,19 +106,19 @@ class _Case:
         weight, grad_out = weight.to(self.dtype), self.random(*size).to(self.dtype)
         before = self.random(*self.x.shape).to(self.dtype)
 
-        def forward(run: Backend, give: _Give) -> list[Tensor]:
+        def forward(backend: Backend, give: _Give) -> list[Tensor]:
             out, statistics = give.empty(size), give.vectors(2, shape.outputs)
-            run.norm_relu_conv(give(self.x), give.norm, give(weight), out, shape.pool, Statistics(*statistics))
+            backend.norm_relu_conv(give(self.x), give.norm, give(weight), out, shape.pool, Statistics(*statistics))
             return [out, *statistics]
 
-        def backward(run: Backend, give: _Give) -> list[Tensor]:
+        def backward(backend: Backend, give: _Give) -> list[Tensor]:
             accumulate = shape.pool == 1
             grad_x = give.copy(before) if accumulate else give.empty(self.x.shape)
             through = give.vectors(2, channels).zero_()
             operands = BackwardOperands(
                 give(grad_out), give(self.x), give.norm, give(weight), grad_x, accumulate, through, shape.pool
             )
-            of_weight, *of_norm = run.norm_relu_conv_backward(operands)
+            of_weight, *of_norm = backend.norm_relu_conv_backward(operands)
             assert of_weight is not None
             return [grad_x, through, of_weight, *of_norm]
 
@@ -132,43 +132,45 @@ class _Case:
         grad = self.random(*self.x.shape).to(self.dtype)
         through_before = self.random(2, channels)
 
-        def max_pool(run: Backend, give: _Give) -> list[Tensor]:
+        def max_pool(backend: Backend, give: _Give) -> list[Tensor]:
             out = give.empty(halved)
-            run.norm_relu_max_pool(give(self.x), give.norm, out)
+            backend.norm_relu_max_pool(give(self.x), give.norm, out)
             return [out]
 
-        def max_pool_backward(run: Backend, give: _Give) -> list[Tensor]:
+        def max_pool_backward(backend: Backend, give: _Give) -> list[Tensor]:
             grad_x, through = give.empty(self.x.shape), give.vectors(2, channels).zero_()
             return [
-                *run.norm_relu_max_pool_backward(give(grad_halved), give(self.x), give.norm, grad_x, through),
+                *backend.norm_relu_max_pool_backward(give(grad_halved), give(self.x), give.norm, grad_x, through),
                 *(grad_x, through),
             ]
 
-        def mean(run: Backend, give: _Give) -> list[Tensor]:
+        def mean(backend: Backend, give: _Give) -> list[Tensor]:
             out = give.copy(grad_mean)
-            run.norm_relu_mean(give(self.x), give.norm, out)
+            backend.norm_relu_mean(give(self.x), give.norm, out)
             return [out]
 
-        def mean_backward(run: Backend, give: _Give) -> list[Tensor]:
+        def mean_backward(backend: Backend, give: _Give) -> list[Tensor]:
             grad_x, through = give.empty(self.x.shape), give.vectors(2, channels).zero_()
             return [
-                *run.norm_relu_mean_backward(give(grad_mean), give(self.x), give.norm, grad_x, through),
+                *backend.norm_relu_mean_backward(give(grad_mean), give(self.x), give.norm, grad_x, through),
                 *(grad_x, through),
             ]
 
-        def statistics(run: Backend, give: _Give) -> list[Tensor]:
+        def statistics(backend: Backend, give: _Give) -> list[Tensor]:
             found = Statistics(*give.vectors(2, channels))
-            run.statistics(give(self.x), found)
+            backend.statistics(give(self.x), found)
             return list(found)
 
-        def finish(run: Backend, give: _Give) -> list[Tensor]:
+        def finish(backend: Backend, give: _Give) -> list[Tensor]:
             out, count = give.empty(self.x.shape), give.vectors(1, 1)[0, 0].fill_(self.x.numel() // channels)
-            run.finish(give(grad), give(self.x), give.norm.mean, give.wide(through_before), count, out)
+            backend.finish(give(grad), give(self.x), give.norm.mean, give.wide(through_before), count, out)
             return [out]
 
-        def fold_norm(run: Backend, give: _Give) -> list[Tensor]:
+        def fold_norm(backend: Backend, give: _Give) -> list[Tensor]:
             into = Affine(give.norm.mean, *give.vectors(3, channels))
-            run.fold_norm(Statistics(give.norm.mean, give.norm.inverse), give.norm.scale, give.norm.shift, 1e-5, into)
+            backend.fold_norm(
+                Statistics(give.norm.mean, give.norm.inverse), give.norm.scale, give.norm.shift, 1e-5, into
+            )
             return [into.inverse, into.scale, into.shift]
 
         for operation in (max_pool, max_pool_backward, mean, mean_backward):

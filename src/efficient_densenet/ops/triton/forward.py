@@ -46,7 +46,7 @@ def norm_relu_conv_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     output = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     row_mask, output_mask = row < rows, output < outputs
-    # Rows behind the last repeat it: what becomes of them is not stored.
+    # Rows after the last repeat it: what becomes of them is not stored.
     first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
     if TAPS > 1:
         _, d, h, w = coordinates(row, depth, height, width)
