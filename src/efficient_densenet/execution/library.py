@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -62,13 +62,12 @@ class StageArguments(NamedTuple):
         return Stage(norms, self.weights, self.biases, self.masks, self.mask_scales, sources, *self[-4:])
 
 
-_TYPES = list(get_type_hints(StageArguments).values())
-_TENSORS = _TYPES.count(Sequence[Tensor])  # the first so many are lists of tensors
-_OF_SCHEMA: dict[Any, str] = {
-    **{Sequence[Tensor]: "Tensor[]", Sequence[bool]: "bool[]", Sequence[float]: "float[]", Sequence[int]: "int[]"},
-    **{int: "int", str: "str"},
-}
-_SCHEMA = ", ".join(f"{_OF_SCHEMA[t]} {name}" for t, name in zip(_TYPES, StageArguments._fields, strict=True))
+_TYPES = get_type_hints(StageArguments)
+_TENSORS = list(_TYPES.values()).count(Sequence[Tensor])  # the first so many are lists of tensors
+_SCHEMA = ", ".join(
+    f"{get_args(type_)[0].__name__}[] {name}" if get_args(type_) else f"{type_.__name__} {name}"
+    for name, type_ in _TYPES.items()
+)
 
 
 def _pack(output: Tensor, kept: Kept) -> list[Tensor]:

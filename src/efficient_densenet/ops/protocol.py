@@ -81,27 +81,20 @@ class Backend(Protocol):
     """The operations; a backend is a module with these functions. They return small tensors and write large ones."""
 
     def fold_norm(self, statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
-        """``inverse = 1/√(σ² + eps)``, ``scale = weight·inverse``, ``shift = bias − μ·scale``.
+        """``inverse = 1/√(σ² + eps)``, ``scale = weight·inverse``, ``shift = bias − μ·scale``; they overwrite `into`.
 
-        Args:
-            statistics, weight, bias: ``(C,)`` each, of any floating types.
-            into: `inverse`, `scale` and `shift` are overwritten.
+        Shapes: all ``(C,)``; statistics, weight and bias may be of any floating types.
         """
 
     def norm_relu_conv(
         self, x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
     ) -> None:
-        """``out = conv(average_pool(relu(scale·x + shift)))``.
+        """``out = conv(average_pool(relu(scale·x + shift)))``; the statistics of `out` overwrite `into`, if given.
 
         A 1×1 convolution and an average pool commute; pooling first spares three quarters of the multiplications.
 
-        Args:
-            x: ``(N, *spatial, C)``.
-            norm: ``(C,)`` each.
-            weight: ``(O, C, *kernel)``.
-            out: ``(N, *spatial // pool, O)``, is overwritten.
-            pool: window and stride of the average pool; 1: none.
-            into: is overwritten by the statistics of `out`, if given.
+        Shapes: x ``(N, *spatial, C)``, norm ``(C,)`` each, weight ``(O, C, *kernel)``, out
+        ``(N, *spatial // pool, O)``, where `pool` is window and stride of the average pool; 1: none.
         """
 
     def norm_relu_conv_backward(self, operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -117,9 +110,7 @@ class Backend(Protocol):
     def norm_relu_max_pool(self, x: Tensor, norm: Affine, out: Tensor) -> None:
         """``out = max_pool(relu(scale·x + shift))`` with window 3, stride 2, padding 1: an ImageNet network's stem.
 
-        Args:
-            x: ``(N, *spatial, C)``.
-            out: ``(N, *⌈spatial/2⌉, C)``, is overwritten.
+        Shapes: x ``(N, *spatial, C)``, out ``(N, *⌈spatial/2⌉, C)``.
         """
 
     def norm_relu_max_pool_backward(
@@ -130,9 +121,7 @@ class Backend(Protocol):
     def norm_relu_mean(self, x: Tensor, norm: Affine, out: Tensor) -> None:
         """``out = mean over all pixels of relu(scale·x + shift)``: the head of a network, before its classifier.
 
-        Args:
-            x: ``(N, *spatial, C)``.
-            out: ``(N, C)``, is overwritten.
+        Shapes: x ``(N, *spatial, C)``, out ``(N, C)``.
         """
 
     def norm_relu_mean_backward(
@@ -144,14 +133,11 @@ class Backend(Protocol):
         """Mean and biased variance of each channel of ``x: (N, *spatial, C)``, which overwrite `into`."""
 
     def finish(self, grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
-        """Subtract what flows through the batch statistics of some channels: ``grad − A − B·(x − mean)``.
+        """Subtract what flows through the batch statistics of some channels: ``out = grad − A − B·(x − mean)``.
 
-        ``A = Σ scale·Σg / M`` and ``B = Σ scale·inverse²·Σg·(x − mean) / M``, over all norms that read these channels.
+        ``A = Σ scale·Σg / M`` and ``B = Σ scale·inverse²·Σg·(x − mean) / M``, over all norms that read these channels,
+        each from statistics of M values; `out` may be `grad` itself.
 
-        Args:
-            grad, x: ``(N, *spatial, C)``.
-            mean: ``(C,)``.
-            through: ``(2, C)``, what all readers have added up: ``A·M`` and ``B·M``.
-            count: the number of values M that each channel's statistics are of, a tensor of one number.
-            out: of the shape of `grad`, is overwritten; it may be `grad` itself.
+        Shapes: grad, x and out ``(N, *spatial, C)``, mean ``(C,)``; through ``(2, C)``: ``A·M`` and ``B·M``, added up
+        by all readers; count ``()``: M.
         """
