@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import (
+    StageArguments,
     norm_relu_max_pool_forward,
     stage_forward,
     stage_without_gradients,
@@ -58,23 +59,23 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels
         _move_running_averages(norms.moving, statistics, count)
         return output
     masks, scales = _masks(x, plan, modules, channels_last)
-    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(
-        x,
+    arguments = StageArguments(
         norms.weights,
         norms.biases,
-        norms.constants,
-        norms.uses_batch,
-        norms.eps,
         weights,
         biases,
         masks,
-        scales,
+        norms.constants,
+        norms.uses_batch,
+        norms.eps,
         [channel for norm in plan.norms for channel in norm.source],
+        scales,
         plan.per_layer,
         plan.pool,
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
+    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(x, *arguments)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
         if step.function is F.dropout and not (channels_last or makes_channels_last(plan, modules)):
