@@ -23,7 +23,7 @@ def test_it_computes_the_same_whatever_it_keeps():
     outputs = []
     for keep in KEEP:
         torch.manual_seed(0)
-        network = example["FCDenseNet"](classes=3, blocks=(2, 2), middle=2, growth=4, keep=keep).double()
+        network = example["FCDenseNet"](classes=3, blocks=(2, 2), bottom=2, growth=4, keep=keep).double()
         output = network(torch.randn(2, 3, 16, 24, dtype=torch.float64))
         assert output.shape == (2, 3, 16, 24)
         output.square().sum().backward()

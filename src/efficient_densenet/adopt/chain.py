@@ -264,36 +264,37 @@ def _plan(
     )
 
 
+def _ranges(record: Record, held: Sequence[int], wanted: Sequence[int]) -> Ranges:
+    """First channel and number of channels of the `wanted` pieces, where those `held` lie one behind the other."""
+    ranges, at = {}, 0
+    for number in held:
+        ranges[number] = (at, record.pieces[number].channels)
+        at += record.pieces[number].channels
+    return tuple(ranges[number] for number in wanted)
+
+
 def _order(record: Record, read: Sequence[int]) -> Ranges:
     """Where the oldest, the second oldest, ... of the pieces that a norm reads lie among its channels."""
-    places, at = {}, 0
-    for number in read:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    return () if list(read) == sorted(read) else tuple(places[number] for number in sorted(read))
+    return () if list(read) == sorted(read) else _ranges(record, read, sorted(read))
 
 
 def _positions(record: Record, layers: Sequence[tuple[int, ...]], output: Sequence[int]) -> Ranges:
     """Where the pieces that come out lie in the buffer; empty where they are all of it in its order."""
     held = [0, *(layer[-1] for layer in layers)]
-    if not output or list(output) == held:
+    if list(output) == held:
         return ()
-    places, at = {}, 0
-    for number in held:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    ranges: list[tuple[int, int]] = []
-    for start, count in (places[number] for number in output):
-        if ranges and sum(ranges[-1]) == start:
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
+    joined: list[tuple[int, int]] = []
+    for start, count in _ranges(record, held, output):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
         else:
-            ranges.append((start, count))
-    return tuple(ranges)
+            joined.append((start, count))
+    return tuple(joined)
 
 
 def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, ...]]:
     """The average pool that may run before the convolution, 1 if there is none; and what is left to run behind it."""
-    pool, taken = _pool(steps, _AVERAGE_POOLS)
+    pool, used = _pool(steps, _AVERAGE_POOLS)
     if pool is None or set(last.kernel) != {1}:
         return 1, steps
     window, *more = pool
@@ -301,12 +302,12 @@ def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, 
     defaults: list[Any] = [[], [0], False, True, None]
     stride, padding, ceil_mode, _, divisor = more + defaults[len(more) :]
     simple = list(stride or window) == list(window) and not any(padding) and not ceil_mode and divisor is None
-    return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
+    return (size, steps[used:]) if simple and len(set(window)) == 1 else (1, steps)
 
 
 def _is_stems_pool(steps: Sequence[Step]) -> bool:
-    pool, taken = _pool(steps, _MAX_POOLS)
-    if pool is None or taken != len(steps):
+    pool, used = _pool(steps, _MAX_POOLS)
+    if pool is None or used != len(steps):
         return False
     defaults: list[Any] = [[1], False]
     dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
@@ -314,7 +315,7 @@ def _is_stems_pool(steps: Sequence[Step]) -> bool:
 
 
 def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None, int]:
-    """The arguments of the pool of this kind that `steps` begin with, and how many of them it takes.
+    """The arguments of the pool of this kind that `steps` begin with, and how many of them it is.
 
     In one dimension it is a pool in two, on lines.
     """
