@@ -37,7 +37,8 @@ INSIDE = {
         "shared",
     ],
     "adopt": [
-        "conditions trial meanings",
+        "conditions kinds",
+        "trial meanings",
         "record",
         "chain",
         "head look",

@@ -20,11 +20,10 @@ from torch.nn import functional as F
 from efficient_densenet.adopt.conditions import hooked
 from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
 from efficient_densenet.adopt.head import Head, head_of
+from efficient_densenet.adopt.kinds import is_plain_convolution, original_class
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.recompute import forgetting
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adopted(nn.Module):
@@ -132,7 +131,7 @@ def _run_stem(
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
     # A compiler decides by itself what to compute again.
     forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    plain = type(convolution).forward in [kind.forward for kind in CONVOLUTIONS] and not hooked([convolution])
+    plain = is_plain_convolution(convolution) and not hooked([convolution])
     with forgetting(convolutions=True) if forget and plain else nullcontext():
         return run_segment(modules, in_order([convolution], x), adoption, channels_last)
 
@@ -190,22 +189,6 @@ def adoptions(model: nn.Module) -> Iterator[Adoption]:
     for module in adopted_modules(model):
         yield module.adoption
         yield from [segment.adoption for segment in module.adoption.segments]
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    return module.original if isinstance(module, Adopted) else type(module)
-
-
-def runs_in_order(module: nn.Module) -> bool:
-    """Whether it is a sequence that runs its parts one after the other, or was one before it was adopted."""
-    return (
-        getattr(original_class(module), "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
-    )
-
-
-def modules_of(sequence: nn.Module) -> list[nn.Module]:
-    """What a sequence runs, in its order: `children` leaves out what comes a second time."""
-    return [module for module in sequence._modules.values() if module is not None]
 
 
 _classes: dict[tuple[type, type], type] = {}

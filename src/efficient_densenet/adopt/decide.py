@@ -17,6 +17,7 @@ from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
+from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
@@ -233,7 +234,7 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
         return
     adoption.said.add(reason)
     how = "recomputes" if decision.way == RECOMPUTE else "runs the ordinary way"
-    name = adoption.name or getattr(type(module), "original", type(module)).__name__
+    name = adoption.name or original_class(module).__name__
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 

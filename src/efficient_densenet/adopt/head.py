@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
+from efficient_densenet.adopt.kinds import modules_of
 from efficient_densenet.adopt.meanings import Meanings, NotDenseError
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.execution.plan import parts
@@ -103,7 +104,7 @@ class _Empty:
 
 
 def _width(features: nn.Module) -> int:
-    norm: Any = [*features._modules.values()][-1]
+    norm: Any = modules_of(features)[-1]
     return norm.num_features
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, is_norm, is_plain_convolution
 from efficient_densenet.adopt.meanings import (
     Active,
     Features,
@@ -39,9 +40,7 @@ from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
 
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
@@ -117,11 +116,11 @@ class Record(Meanings):
         otherwise = self._made_otherwise(call.given, output, name)
         if otherwise is not None:
             self.set(output, otherwise)
-        elif isinstance(call.given, Features) and _is_norm(module):
+        elif isinstance(call.given, Features) and is_norm(module):
             self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
-                plain = _is_plain(module)
+                plain = is_plain_convolution(module)
                 kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
                 reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
                 self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
@@ -197,7 +196,8 @@ class Record(Meanings):
             if packet is _aten.mul and _per_channel(args[1], made):
                 return Scaled(x, args[1])
             if packet is _aten.slice and args[1] % made.dim() == 1 and args[4:] in ((), [], (1,), [1]):
-                return self._slice(x, *slice(*args[2:4]).indices(args[0].shape[1])[:2])
+                start, stop, _ = slice(*(*args[2:4], None, None)[:2]).indices(args[0].shape[1])
+                return self._slice(x, start, stop)
         if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
             return self._frozen_norm(x)
         if isinstance(x, Normed | Active):
@@ -232,12 +232,12 @@ class Record(Meanings):
         return other
 
     def _inside_a_norm(self) -> bool:
-        return any(_is_norm(call.module) for call in self.calls)
+        return any(is_norm(call.module) for call in self.calls)
 
     def _name(self, packet: Any) -> str:
         """Of the module that does it, if that does nothing else, or of the operation."""
         module = self.module
-        if module is not None and not module._modules and (not module._parameters or _is_norm(module)):
+        if module is not None and not module._modules and (not module._parameters or is_norm(module)):
             return type(module).__name__
         return packet.__name__
 
@@ -338,9 +338,9 @@ class Record(Meanings):
         same = all(k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True))
         obstacle = convolution = None
         if not same or set(stride) != {1} or transposed or groups != 1:
-            known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
+            known = module if isinstance(module, CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
-        elif _is_plain(module):
+        elif is_plain_convolution(module):
             convolution = Convolution(self.numbers[module], ("weight", "bias"))
         elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
             convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
@@ -384,22 +384,6 @@ def _active(x: Normed | Active, obstacle: str | None) -> Active:
     if isinstance(x, Active):
         return x if obstacle is None or x.obstacle is not None else Active(x.normed, obstacle)
     return Active(x, obstacle)
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether it computes what PyTorch's own convolutions do."""
-    if not isinstance(module, _CONVOLUTIONS) or {"forward", "_conv_forward"} & vars(module).keys():
-        return False
-    kinds = [(kind.forward, kind._conv_forward) for kind in _CONVOLUTIONS]
-    return (type(module).forward, type(module)._conv_forward) in kinds
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A norm of PyTorch's, or one of another library with a weight for each channel."""
-    if isinstance(module, _NORMS) or "norm" not in type(module).__name__.lower():
-        return isinstance(module, _NORMS)
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _no_plain_convolution(convolution: object) -> str:

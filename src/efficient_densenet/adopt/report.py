@@ -9,16 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from efficient_densenet.adopt.adopted import (
-    CONVOLUTIONS,
-    AdoptedPart,
-    AdoptedSequence,
-    adopted_modules,
-    modules_of,
-    original_class,
-)
+from efficient_densenet.adopt.adopted import AdoptedPart, AdoptedSequence, adopted_modules
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
 from efficient_densenet.adopt.survey import survey
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError

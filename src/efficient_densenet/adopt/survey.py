@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, modules_of, runs_in_order
+from efficient_densenet.adopt.adopted import Adopted, AdoptedPart
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.head import ends_with_a_head
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, has_forward, modules_of, runs_in_order
 from efficient_densenet.adopt.look import Look, find, look, look_at_both
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
@@ -88,7 +89,7 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
 
 def _whole(name: str, module: nn.Module, tensors: Tensors | None) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
-    if isinstance(module, _LEAVES) or not _has_forward(module):
+    if isinstance(module, _LEAVES) or not has_forward(module):
         return None
     if not _has_convolutions(module):
         return None
@@ -104,11 +105,6 @@ def _whole(name: str, module: nn.Module, tensors: Tensors | None) -> Finding | N
     if "forward" in vars(module):  # which would be called instead of that of another class
         return Finding(name, module, (), None, "its forward was replaced for this one object")
     return finding
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Not a list or dictionary of modules, which nobody calls."""
-    return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def _joins(chain: Chain) -> bool:
@@ -197,8 +193,8 @@ def _longest(chains: Sequence[Chain | None]) -> int:
 def _looks_dense(module: nn.Module) -> bool:
     """Whether its parts read more and more channels, each at least one norm and one convolution: a near miss."""
     children = list(module.children())
-    while any(not _has_forward(child) for child in children):
-        children = [part for child in children for part in ([child] if _has_forward(child) else child.children())]
+    while any(not has_forward(child) for child in children):
+        children = [part for child in children for part in ([child] if has_forward(child) else child.children())]
     widths = []
     for child in children:
         convolutions = [m for m in child.modules() if isinstance(m, CONVOLUTIONS)]

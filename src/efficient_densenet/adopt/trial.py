@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.adopt.conditions import DEPTH, OF_EVERY_MODULE, PLAIN, contents, frozen, levels
+from efficient_densenet.adopt.kinds import original_class
 
 _HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
 _NOTHING = object()
@@ -82,7 +83,7 @@ class Tensors:
 @contextmanager
 def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
     """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace."""
-    kept = [(module, module.__dict__, type(module)) for module in modules]
+    kept = [(module, module.__dict__, type(module), original_class(module)) for module in modules]
     copies: dict[int, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -96,12 +97,12 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
         stack.enter_context(_no_global_hooks())
         try:
-            for module, attributes, kind in kept:
+            for module, attributes, _, original in kept:
                 object.__setattr__(module, "__dict__", _instead_of(attributes, tensors, copies))
-                object.__setattr__(module, "__class__", kind.__dict__.get("original", kind))
+                object.__setattr__(module, "__class__", original)
             yield
         finally:
-            for module, attributes, kind in kept:
+            for module, attributes, kind, _ in kept:
                 object.__setattr__(module, "__dict__", attributes)
                 object.__setattr__(module, "__class__", kind)
 
@@ -182,6 +183,9 @@ def _copy(value: Any, copies: dict[int, Any], depth: int = DEPTH) -> Any:
 def _other_random_states_kept() -> Iterator[None]:
     state, numpy = random.getstate(), sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()
+    random.seed(0)
+    if numpy is not None:
+        numpy.random.seed(0)
     try:
         yield
     finally:

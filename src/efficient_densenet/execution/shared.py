@@ -199,8 +199,9 @@ def makes_channels_last(plan: Plan, modules: Sequence[nn.Module]) -> bool:
     """Whether the last convolution makes a channels-last activation of a contiguous one, in the ordinary network."""
     if not plan.convolutions:
         return False
-    convolution = plan.convolutions[-1]
-    weight = modules[convolution.part]._parameters.get(convolution.names[0])
+    part, (name, _), *_ = plan.convolutions[-1]
+    held = vars(modules[part])  # the weights of replicas are plain attributes, those of parametrizations are computed
+    weight = held["_parameters"].get(name, held.get(name))
     return weight is not None and is_channels_last(weight)
 
 
