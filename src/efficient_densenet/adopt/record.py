@@ -226,7 +226,7 @@ class Record(Meanings):
             if packet is _aten.convolution:
                 reason = "a convolution reads features without a norm and an activation in front of it"
             reads_input = any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
-            if reads_input and not self._inside_a_norm() and packet not in _VIEWS:
+            if reads_input and not self._inside_a_norm() and (packet not in _VIEWS or self.inside_torch):
                 raise NotDenseError(reason)
             other = Other(reason)
         return other
