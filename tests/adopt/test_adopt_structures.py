@@ -9,7 +9,7 @@ import timm.layers
 import torch
 from comparison import assert_close, assert_identical, training_step
 from look_alikes import BareLayer, PlainLayer, VarargsBlock, VarargsLayer, VarargsNetwork, bottleneck_parts, transition
-from others import assert_trains_alike, images, loss, pair, randomised, timm_small, torchvision_small
+from others import assert_trains_alike, images, loss, monai_small, pair, randomised, timm_small, torchvision_small
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -292,7 +292,7 @@ def test_a_block_is_tried_once(monkeypatch):
     assert ways(make_efficient(copy.deepcopy(model), "inputs")) == {"shared buffer"}
 
 
-@pytest.mark.parametrize("build", [torchvision_small, timm_small], ids=["torchvision", "timm"])
+@pytest.mark.parametrize("build", [torchvision_small, monai_small], ids=["torchvision", "MONAI"])
 def test_what_is_joined_is_what_a_record_of_both_finds(build):
     """A block with its transition, and with the head, is not looked at again once each part was."""
     model = build()
