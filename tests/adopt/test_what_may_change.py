@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
+import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efficient_densenet import EfficiencyWarning, make_efficient, report
+from efficient_densenet.adopt import decide
 from efficient_densenet.adopt.conditions import conditions
 
 
@@ -174,6 +177,28 @@ def test_only_so_much_is_looked_at():
     block.large[-1] = 0
     assert conditions([block])[1] == found
     assert make_efficient(block)
+
+
+class Attributes(dict):
+    """As many write it: what is an entry is an attribute. Its copies are not the same."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__ = self
+
+
+def test_odd_objects_do_no_harm_and_are_not_looked_at_at_every_call(monkeypatch):
+    block = Loop()
+    block.lock, block.generator, block.file = threading.Lock(), iter([1, 2]), io.StringIO("text")
+    block.optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    block.settings = Attributes(a=1, inner=Attributes(b=[2]))
+    block.__dict__["itself"] = block
+    efficient = make_efficient(block)
+    efficient(x().float())
+    monkeypatch.setattr(decide, "look", None)
+    for _ in range(2):
+        efficient(x().float())
+    assert next(block.generator) == 1 and block.settings.inner.b == [2] and block.file.read() == "text"
 
 
 # ---- a forward of its own --------------------------------------------------------------------------------------

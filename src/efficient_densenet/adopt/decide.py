@@ -286,7 +286,8 @@ def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...
     if len(looks) >= MOST_LOOKS:
         return Look(found, None, False, f"its attributes have changed more than {MOST_LOOKS} times", training)
     try:
-        looks.insert(0, look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
+        (one,) = look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)
+        looks.insert(0, replace(one, conditions=found))  # those of a trial may differ, for it has copies of objects
     except NotDenseError as error:
         looks.insert(0, Look(found, None, False, str(error), training))
     return looks[0]
