@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from efficient_densenet import ops
+from efficient_densenet import UserError, ops
 from efficient_densenet.cli import main
+from efficient_densenet.execution import KEEP
 from efficient_densenet.measure import contender, contest, machine, max_batch
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
@@ -69,30 +70,60 @@ def test_several_devices(tmp_path):
     assert result["step_bytes"] < 0.7 * peak_bytes(alone), "each device has half of the batch"
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+LIKE_IMAGENETS = Network(
+    None,
+    {"num_init_features": 8, "growth_rate": 4, "block_config": [1, 2], "bn_size": 2, "compression": 0.5,
+     "input_size": 36, "num_classes": 10},
+    36,
+    10,
+)  # fmt: skip
+
+
+PACKAGES = {name: name for name in ("torchvision", "timm", "monai", "onnxruntime", "openvino")}
+PACKAGES["resnet50"] = "torchvision"
+
+
+@pytest.mark.parametrize("name", [name for name, made in CONTENDERS.items() if not made.evaluates_only])
 def test_contenders_are_what_they_are_called(name, monkeypatch):
-    network, usual = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10), ops.backend(torch.ones(1))
-    evaluates_only = CONTENDERS[name].evaluates_only
-    if evaluates_only:
-        pytest.importorskip(name)
-    step = TrainingStep(name, network, 2, Place("cpu"), training=not evaluates_only)
-    if evaluates_only:
-        expected = step.network(step.images)
-        torch.manual_seed(0)
-        torch.testing.assert_close(expected, network.build().eval()(step.images), rtol=1e-4, atol=1e-4)
-        return
-    block = step.network.features.denseblock1
-    expected = name if name == "recompute" else not name.startswith(("ordinary", "compiled", "checkpointing"))
-    adoption = getattr(block, "adoption", None)  # of a block that was made efficient
-    assert (adoption and adoption.way) == {True: "shared", "recompute": "recompute", False: None}[expected]
-    assert expected is not True or adoption.keep == name.removesuffix("-plain")
-    assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
-    channels_last = name.endswith("channels-last") or "budget" in name
-    assert step.images.is_contiguous(memory_format=torch.channels_last) == channels_last
-    if not name.startswith("compiled"):  # which takes minutes
-        backend = backends_from_now_on(monkeypatch)
+    made, usual = CONTENDERS[name], ops.backend(torch.ones(1))
+    pytest.importorskip(PACKAGES.get(name.split("-")[0], "torch"))
+    step = TrainingStep(name, LIKE_IMAGENETS, 2, Place("cpu"))
+    assert isinstance(step.network, OptimizedModule) == ("compiled" in name or "reduce-overhead" in name)
+    in_channels_last = any(word in name for word in ("channels-last", "budget", "graph", "cudnn", "autotune", "reduce"))
+    assert step.images.is_contiguous(memory_format=torch.channels_last) == in_channels_last
+    module = getattr(step.network, "_orig_mod", step.network)
+    kept = name.split("-")[0] if name.split("-")[0] in KEEP else None
+    if kept or name == "recompute":
+        adoption = module.features.denseblock1.adoption
+        assert adoption.way == ("shared" if kept else "recompute") and kept in (None, adoption.keep)
+    else:
+        assert not any(hasattr(part, "adoption") for part in module.modules())
+    flags = [getattr(p, "memory_efficient", getattr(p, "grad_checkpointing", False)) for p in module.modules()]
+    assert ("flag" in name) == any(flags)
+    if not made.compile:  # to compile takes minutes
+        backends = backends_from_now_on(monkeypatch)
         assert all(0 < t < 60_000 for t in step())
-        assert expected is not True or backend == {eager if name.endswith("-plain") else usual}
+        assert backends == ({eager if name.endswith("-plain") else usual} if kept else set())
+
+
+BUILDS = {made.build: name for name, made in reversed(CONTENDERS.items()) if not name.startswith("resnet50")}
+
+
+@pytest.mark.parametrize("name", BUILDS.values())
+def test_contenders_are_one_and_the_same_network(name):
+    pytest.importorskip(PACKAGES.get(name.split("-")[0], "torch"))
+    expected, actual = (TrainingStep(n, LIKE_IMAGENETS, 2, Place("cpu"), training=False) for n in ("ordinary", name))
+    with torch.inference_mode():
+        given = actual.network(actual.images)
+        torch.testing.assert_close(given, expected.network(expected.images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_library_without_such_a_network_says_so():
+    pytest.importorskip("timm")
+    other = {"num_init_features": 4, "block_config": [1], "growth_rate": 4}
+    for arguments in (other, other | {"bn_size": 2}):
+        with pytest.raises(UserError, match="timm has no network of the shape"):
+            TrainingStep("timm", Network(None, arguments, 8, 10), 2, Place("cpu"))
 
 
 def backends_from_now_on(monkeypatch):
@@ -205,6 +236,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
         (["--output", "no-such-folder/result.json"], "no-such-folder"),
         (["--output", "."], "is a folder"),
         (["--contenders", "ordinary,onnxruntime"], "--evaluation"),
+        (["--contenders", "ordinary-graph"], "benchmarks/gpu.py"),
         (["--max-batch", "1GB", "--instructions", "avx2"], "--instructions"),
         (["--compression", "0"], "compression"),
     ],

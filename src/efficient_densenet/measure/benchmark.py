@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import contest, devices, machine, max_batch, networks, report
+from efficient_densenet.measure import contest, devices, machine, max_batch, networks, results, tables
 from efficient_densenet.measure.contender import DTYPES
 from efficient_densenet.measure.contenders import CONTENDERS, contender_list
 from efficient_densenet.measure.machine import HELD
@@ -67,22 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write everything that was measured to a file."""
     network = networks.from_arguments(arguments)
-    report.check_output(arguments.output)
-    job = {
-        "network": asdict(network),
-        "batch_size": arguments.batch_size,
-        "warmup": arguments.warmup,
-        "iterations": arguments.iterations,
-        "memory_limit": None,
-        "dtype": arguments.dtype,
-        "training": not arguments.evaluation,
-    }
+    results.check_output(arguments.output)
+    job = contest.job(
+        network,
+        arguments.batch_size,
+        arguments.warmup,
+        arguments.iterations,
+        dtype=arguments.dtype,
+        training=not arguments.evaluation,
+    )
     measure = _times if arguments.max_batch is None else _largest_batches
     content, table = measure(arguments, network, job)
     print(f"{network}\n\n{table}\n")
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     record = {"arguments": given, "network": asdict(network), **machine.describe(arguments.device), **content}
-    report.write_json(arguments.output, record)
+    results.write_json(arguments.output, record)
     print(f"written to {arguments.output}")
     return 0
 
@@ -91,9 +90,9 @@ def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[d
     for num_devices in arguments.num_devices:
         devices.check(arguments.device, num_devices, arguments.batch_size)
         network.check_images(arguments.batch_size // num_devices, training=not arguments.evaluation)
-    results: list[contest.Result] = []
+    timed: list[contest.Result] = []
     for num_devices in arguments.num_devices:
-        results += contest.run(
+        timed += contest.run(
             arguments.contenders,
             job,
             arguments.rounds,
@@ -102,8 +101,8 @@ def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[d
             arguments.threads,
             HELD.get(arguments.instructions),
         )
-    rows = contest.summarize(results)
-    return {"results": results, "summary": rows}, report.times_table(rows)
+    rows = contest.summarize(timed)
+    return {"results": timed, "summary": rows}, tables.contest(rows)
 
 
 def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
@@ -113,5 +112,5 @@ def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) 
         raise UserError("--max-batch measures memory, which no instructions change: leave --instructions away")
     devices.check(arguments.device, num_devices=1, batch_size=1)
     network.check_images(1, training=not arguments.evaluation)
-    results = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)
-    return {"results": results}, report.batches_table(results)
+    found = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)
+    return {"results": found}, tables.largest_batches(found)

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 from efficient_densenet.measure import contender
 from efficient_densenet.measure.contenders import ORDINARY
-from efficient_densenet.measure.processes import Job, Team
+from efficient_densenet.measure.machine import HELD
+from efficient_densenet.measure.networks import Network
+from efficient_densenet.measure.processes import Job, Team, progress
 
 Result = dict[str, Any]
 """Raw measurements of one contender on one number of devices, as written to the result file."""
+
+
+def job(network: Network, batch_size: int, warmup: int = 0, iterations: int = 1, **how: Any) -> Job:
+    """What the workers of `contender` get, but for the name of the contender.
+
+    Args:
+        network: which network.
+        batch_size: images over all devices.
+        warmup: steps in each turn that do not count; the one whose memory is measured comes before all turns.
+        iterations: timed steps in each turn.
+        how: ``dtype`` and ``training`` of `TrainingStep`; ``memory_limit`` in bytes, which a GPU is held to.
+    """
+    return {
+        "network": asdict(network),
+        "batch_size": batch_size,
+        "warmup": warmup,
+        "iterations": iterations,
+        "memory_limit": None,
+        **how,
+    }
 
 
 def run(
     names: Sequence[str],
     job: Job,
     rounds: int,
-    device_type: str,
-    num_devices: int,
-    threads: int | None,
+    device_type: str = "cpu",
+    num_devices: int = 1,
+    threads: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Let each contender measure its memory, then time it in `rounds` turns of each.
@@ -39,17 +61,24 @@ def run(
         ]
         results: list[Result] = []
         for name, team in zip(names, teams, strict=True):
-            _progress(f"{num_devices} × {device_type}, memory: {name}")
+            progress(f"{num_devices} × {device_type}, memory: {name}")
             place = {"num_devices": num_devices, "threads": team.threads}
             results.append({"contender": name, **place, **_memory(team.ask("memory"))})
         for i in range(rounds):
             for result, team in zip(results, teams, strict=True):
-                _progress(f"{num_devices} × {device_type}, round {i + 1} of {rounds}: {result['contender']}")
+                progress(f"{num_devices} × {device_type}, round {i + 1} of {rounds}: {result['contender']}")
                 turns = team.ask("turn")
                 for part in ("forward_ms", "backward_ms"):
                     slowest = [max(times) for times in zip(*(turn[part] for turn in turns), strict=True)]
                     result.setdefault(part, []).append(slowest)
     return results
+
+
+def record(name: str, job: Job, names: Sequence[str], rounds: int, instructions: str | None = None) -> dict[str, Any]:
+    """`run` on the CPU, held to `instructions` where these are given, with its summary, as it is kept in a file."""
+    progress(f"{name}, batch {job['batch_size']}")
+    results = run(names, job, rounds, environment=HELD.get(instructions or ""))
+    return {"network": name, "batch_size": job["batch_size"], "results": results, "summary": summarize(results)}
 
 
 def summarize(results: Sequence[Result]) -> list[Result]:
@@ -87,7 +116,3 @@ def _memory(answers: Sequence[dict[str, int]]) -> Result:
         "step_bytes_per_image": fullest["step"] / fullest["images"],
         "process_bytes": max(answer["process"] for answer in answers),
     }
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 from efficient_densenet.errors import UserError
 from efficient_densenet.measure import contender
 from efficient_densenet.measure.memory import available_bytes, format_bytes
-from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team
+from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team, progress
 
 Peaks = dict[int, int | None]
 """The peak bytes of each batch that was tried; None where the device ran out of memory."""
 
 
-def run(names: Sequence[str], job: Job, limit: int, device_type: str, threads: int | None) -> list[dict[str, Any]]:
+def run(
+    names: Sequence[str], job: Job, limit: int, device_type: str = "cpu", threads: int | None = None
+) -> list[dict[str, Any]]:
     """For each contender the largest batch that fits `limit` bytes, its peak, and the smallest that did not fit.
 
     On a GPU the allocator gets `limit` and runs out of it; on a CPU the peak resident size of the process decides.
@@ -123,5 +124,5 @@ def _peak(name: str, job: Job, limit: int, device_type: str, threads: int | None
     except OutOfMemoryError:
         peak = None
     shown = "out of memory" if peak is None else format_bytes(peak)
-    print(f"{name}, batch {batch_size}: {shown}", file=sys.stderr, flush=True)
+    progress(f"{name}, batch {batch_size}: {shown}")
     return peak
