@@ -13,17 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import monai.networks.nets
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from efficient_densenet import make_efficient
+from efficient_densenet.errors import require
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure import tables
 from efficient_densenet.measure.memory import bytes_per_image, peak_bytes
@@ -54,28 +53,37 @@ class Plan:
     converted: dict[str, Build]
 
 
-def _volumes(**arguments: Any) -> nn.Module:
-    return monai.networks.nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2, **arguments)
+def _torchvision(*shape: Any, **arguments: Any) -> nn.Module:
+    return require("torchvision", "peers").models.DenseNet(*shape, **arguments)
 
 
-def _flagged() -> nn.Module:
-    return torchvision.models.densenet121(memory_efficient=True)
+def _timm(name: str) -> nn.Module:
+    return require("timm", "peers").create_model(name)
 
 
-def _tiny() -> nn.Module:
-    return torchvision.models.DenseNet(12, (6, 6), 8)
+def _volumes() -> nn.Module:
+    nets = require("monai.networks.nets", "peers")
+    return nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
+
+
+_tiny = partial(_torchvision, 12, (6, 6), 8)
 
 
 FULL = Plan(
     subjects=(
-        Subject("torchvision densenet121", torchvision.models.densenet121, (3, 224, 224), (4, 8)),
-        Subject("torchvision densenet121, memory_efficient", _flagged, (3, 224, 224), (4, 8)),
-        Subject("timm densenet121", lambda: timm.create_model("densenet121"), (3, 224, 224), (4, 8)),
+        Subject("torchvision densenet121", _torchvision, (3, 224, 224), (4, 8)),
+        Subject(
+            "torchvision densenet121, memory_efficient",
+            partial(_torchvision, memory_efficient=True),
+            (3, 224, 224),
+            (4, 8),
+        ),
+        Subject("timm densenet121", partial(_timm, "densenet121"), (3, 224, 224), (4, 8)),
         Subject("MONAI DenseNet121, 3D", _volumes, (1, 64, 64, 64), (2, 4)),
     ),
     converted={
-        "torchvision, DenseNet-264 k=48": lambda: torchvision.models.DenseNet(48, (6, 12, 64, 48), 96),
-        "timm densenet264d": lambda: timm.create_model("densenet264d"),
+        "torchvision, DenseNet-264 k=48": partial(_torchvision, 48, (6, 12, 64, 48), 96),
+        "timm densenet264d": partial(_timm, "densenet264d"),
     },
 )
 QUICK = Plan(subjects=(Subject("tiny", _tiny, (3, 64, 64), (2, 4)),), converted={"tiny": _tiny})

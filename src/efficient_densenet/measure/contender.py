@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +16,7 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.measure.clock import Clock
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.exactness import errors
 from efficient_densenet.measure.memory import format_bytes, peak_bytes, resident_peak_bytes
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Job, serve
@@ -43,6 +46,7 @@ class TrainingStep:
         dtype: str = "float32",
         training: bool = True,
     ) -> None:
+        self._begun = time.perf_counter()
         self.made, self.described, self.place, self.training = CONTENDERS[contender], network, place, training
         if self.made.evaluates_only and (training or dtype != "float32"):
             raise UserError(
@@ -69,6 +73,10 @@ class TrainingStep:
         """Run one step; return the milliseconds of forward and of backward."""
         with self.backends():
             return self._train() if self.training else (self._evaluate(), 0.0)
+
+    def output(self) -> Tensor:
+        with self.backends(), self.autocast():
+            return self.network(self.images)
 
     def loss(self) -> Tensor:
         with self.autocast():
@@ -115,10 +123,15 @@ class TrainingStep:
             return torch.cuda.max_memory_allocated(self.place.device)
         return resident_peak_bytes()
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of the process, and of live tensors that a step adds; the images that the step had."""
+    def memory(self) -> dict[str, float]:
+        """Bytes of the process, and of live tensors that a step adds; the images that the step had.
+
+        ``ready_s`` are the seconds until the first step was done: to build, export and compile.
+        """
         process = self.process_bytes()  # first: the recording of allocations takes memory too
-        return {"process": process, "step": peak_bytes(self, self.place.device), "images": len(self.images)}
+        ready = time.perf_counter() - self._begun
+        step = peak_bytes(self, self.place.device)
+        return {"process": process, "step": step, "images": len(self.images), "ready_s": ready}
 
 
 def limit_memory(limit: int) -> None:
@@ -131,7 +144,7 @@ def limit_memory(limit: int) -> None:
     torch.cuda.set_per_process_memory_fraction(limit / total)
 
 
-def start(job: Job, place: Place) -> dict[str, Any]:
+def start(job: Job, place: Place) -> dict[str, Callable[[], Any]]:
     if CONTENDERS[job["contender"]].graph:
         raise UserError(f"{job['contender']} takes part in benchmarks/gpu.py alone: leave it out of --contenders")
     if job["memory_limit"] is not None and place.device_type == "cuda":
@@ -142,6 +155,7 @@ def start(job: Job, place: Place) -> dict[str, Any]:
         "turn": lambda: step.turn(job["warmup"], job["iterations"]),
         "memory": step.memory,
         "process_bytes": step.process_bytes,
+        "errors": lambda: errors(step),
     }
 
 

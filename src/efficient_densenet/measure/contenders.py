@@ -48,7 +48,9 @@ class Contender:
         """The module, under `torch.compile` where that is wanted."""
         if self.compile is None:
             return module
-        torch._functorch.config.activation_memory_budget = self.budget  # in a process of its own: nobody sets it back
+        from torch._functorch import config
+
+        config.activation_memory_budget = self.budget  # in a process of its own: nobody sets it back
         return cast(nn.Module, torch.compile(module, mode=self.compile))
 
 
@@ -109,6 +111,12 @@ CONTENDERS: dict[str, Contender] = {
 ORDINARY = ("ordinary", "ordinary-channels-last")
 """The two usual ways to run a DenseNet; the faster depends on the network and the machine."""
 COMPILED = ("compiled", "compiled-channels-last")
+OURS = ("recompute", *KEEP)
+PEERS = (*ORDINARY, *OURS, "torchvision", "torchvision-flag", "timm", "timm-channels-last", "timm-flag", "monai")
+"""Ours in every mode, and other libraries' networks as they are and with their flags."""
+PEERS_IN_EVALUATION = (*ORDINARY, "bottleneck", "torchvision", "timm", "monai", "onnxruntime", "openvino")
+FORMS = (*ORDINARY, "checkpointing", "compiled-channels-last", "compiled-budget-0.5", *OURS)
+"""Every way to trade time for memory."""
 
 
 def contender_list(text: str) -> list[str]:

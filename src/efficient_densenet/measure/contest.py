@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from efficient_densenet.errors import UserError
 from efficient_densenet.measure import contender
 from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.machine import HELD
@@ -47,23 +48,41 @@ def run(
     num_devices: int = 1,
     threads: int | None = None,
     environment: Mapping[str, str] | None = None,
+    check: bool = False,
+    gaps: list[Result] | None = None,
 ) -> list[Result]:
     """Let each contender measure its memory, then time it in `rounds` turns of each.
 
     Of several devices the slowest counts in every step, and the fullest.
+
+    Args:
+        names: of the contenders.
+        job: see `job`.
+        rounds: turns of each.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        num_devices: how many share the batch.
+        threads: of each process; None: the cores are shared out.
+        environment: variables that the workers have besides those of this process.
+        check: at the end, compare each on one device with the network in float64, see `exactness`.
+        gaps: takes those that cannot take part, with the reason; None: that is an error.
     """
     with ExitStack() as stack:
-        teams = [
-            stack.enter_context(
-                Team(contender.__name__, job | {"contender": n}, device_type, num_devices, threads, environment)
-            )
-            for n in names
-        ]
         results: list[Result] = []
-        for name, team in zip(names, teams, strict=True):
+        teams: list[Team] = []
+        for name in names:
             progress(f"{num_devices} × {device_type}, memory: {name}")
-            place = {"num_devices": num_devices, "threads": team.threads}
-            results.append({"contender": name, **place, **_memory(team.ask("memory"))})
+            try:
+                team = Team(
+                    contender.__name__, job | {"contender": name}, device_type, num_devices, threads, environment
+                )
+                teams.append(stack.enter_context(team))
+                place = {"num_devices": num_devices, "threads": team.threads}
+                results.append({"contender": name, **place, **_memory(team.ask("memory"))})
+            except UserError as error:
+                if gaps is None:
+                    raise
+                del teams[len(results) :]
+                gaps.append({"contender": name, "reason": str(error)})
         for i in range(rounds):
             for result, team in zip(results, teams, strict=True):
                 progress(f"{num_devices} × {device_type}, round {i + 1} of {rounds}: {result['contender']}")
@@ -71,20 +90,33 @@ def run(
                 for part in ("forward_ms", "backward_ms"):
                     slowest = [max(times) for times in zip(*(turn[part] for turn in turns), strict=True)]
                     result.setdefault(part, []).append(slowest)
+        for result, team in zip(results, teams if check else [], strict=check):
+            progress(f"compared with float64: {result['contender']}")
+            (result["errors"],) = team.ask("errors")
+            team.close()  # what it needed for that
     return results
 
 
-def record(name: str, job: Job, names: Sequence[str], rounds: int, instructions: str | None = None) -> dict[str, Any]:
-    """`run` on the CPU, held to `instructions` where these are given, with its summary, as it is kept in a file."""
+def record(
+    name: str, job: Job, names: Sequence[str], rounds: int, instructions: str | None = None, check: bool = False
+) -> dict[str, Any]:
+    """`run` on the CPU, held to `instructions` where these are given, with its summary, as it is kept in a file.
+
+    With `check`, contenders that cannot take part are noted as gaps.
+    """
     progress(f"{name}, batch {job['batch_size']}")
-    results = run(names, job, rounds, environment=HELD.get(instructions or ""))
-    return {"network": name, "batch_size": job["batch_size"], "results": results, "summary": summarize(results)}
+    gaps: list[Result] = []
+    environment = HELD.get(instructions or "")
+    results = run(names, job, rounds, environment=environment, check=check, gaps=gaps if check else None)
+    found = {"network": name, "batch_size": job["batch_size"], "results": results, "summary": summarize(results)}
+    return found | ({"gaps": gaps} if check else {})
 
 
 def summarize(results: Sequence[Result]) -> list[Result]:
     """One row for each result: times in milliseconds, ratios to the first contender on the same number of devices.
 
-    Ratios are ratios of medians. `F+B to ordinary` is to the faster of the ordinary contenders, None without any.
+    Ratios are ratios of medians. `F+B to ordinary` is to the faster of the ordinary contenders, None without any;
+    `pairs` are the ratios to the same of one step after the other: quartiles and median.
     """
     rows: list[Result] = []
     for result in results:
@@ -97,22 +129,40 @@ def summarize(results: Sequence[Result]) -> list[Result]:
                 "std": statistics.stdev(times) if len(times) > 1 else 0.0,
             }
         row["B/F"] = row["B"]["median"] / row["F"]["median"]
-        row["F+B"] = statistics.median(f + b for f, b in zip(forward, backward, strict=True))
+        row["F+B"] = statistics.median(_steps(result))
         row |= {key: result[key] for key in ("step_bytes", "step_bytes_per_image", "process_bytes")}
         first = next((r for r in rows if r["num_devices"] == row["num_devices"]), row)
+        row |= {key: result[key] for key in ("ready_s", "errors") if key in result}
         row["F+B ratio"] = row["F+B"] / first["F+B"]
         row["memory ratio"] = row["step_bytes"] / first["step_bytes"]
         rows.append(row)
-    for row in rows:
-        ordinary = [r["F+B"] for r in rows if r["contender"] in ORDINARY and r["num_devices"] == row["num_devices"]]
-        row["F+B to ordinary"] = row["F+B"] / min(ordinary) if ordinary else None
+    for row, result in zip(rows, results, strict=True):
+        ordinary = [
+            i for i, r in enumerate(rows) if r["contender"] in ORDINARY and r["num_devices"] == row["num_devices"]
+        ]
+        best = min(ordinary, key=lambda i: rows[i]["F+B"], default=None)
+        row["F+B to ordinary"] = None if best is None else row["F+B"] / rows[best]["F+B"]
+        row["pairs"] = None if best is None else _pairs(result, results[best])
     return rows
 
 
-def _memory(answers: Sequence[dict[str, int]]) -> Result:
+def _pairs(result: Result, ordinary: Result) -> dict[str, float]:
+    """Steps of the same turn in pairs, so that a machine that changes its speed changes both."""
+    ratios = [a / b for a, b in zip(_steps(result), _steps(ordinary), strict=False)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"low": low, "median": median, "high": high}
+
+
+def _steps(result: Result) -> list[float]:
+    forward, backward = (chain.from_iterable(result[part]) for part in ("forward_ms", "backward_ms"))
+    return [f + b for f, b in zip(forward, backward, strict=True)]
+
+
+def _memory(answers: Sequence[dict[str, float]]) -> Result:
     fullest = max(answers, key=lambda answer: answer["step"])
     return {
         "step_bytes": fullest["step"],
         "step_bytes_per_image": fullest["step"] / fullest["images"],
         "process_bytes": max(answer["process"] for answer in answers),
+        "ready_s": max(answer["ready_s"] for answer in answers),
     }

@@ -53,18 +53,25 @@ def resnet50(network: Network) -> nn.Module:
 
 
 def _with_the_weights_of(network: Network, build: Callable[..., nn.Module], library: str) -> nn.Module:
-    """Another library's network with the shape and the weights of ours.
-
-    All of these libraries register the same layers in the same order, whatever they call them.
-    """
+    """Another library's network with the shape and the weights of ours."""
     ours = network.build()
     found = build(**_shape(ours)) if _layer(ours).has_bottleneck else nn.Identity()
-    theirs, values = found.state_dict().values(), ours.state_dict().values()
-    if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in values]:
+    if not copy_state(ours, found):
         raise UserError(f"{library} has no network of the shape of {network}: leave it out of --contenders")
-    for tensor, value in zip(theirs, values, strict=True):
-        tensor.copy_(value)
     return found
+
+
+def copy_state(source: nn.Module, target: nn.Module) -> bool:
+    """Copy parameters and buffers in their order, whatever they are called; False where the shapes differ.
+
+    Every library registers the layers of a DenseNet in the same order.
+    """
+    values, tensors = source.state_dict().values(), target.state_dict().values()
+    if [value.shape for value in values] != [tensor.shape for tensor in tensors]:
+        return False
+    for value, tensor in zip(values, tensors, strict=True):
+        tensor.copy_(value)
+    return True
 
 
 def _shape(ours: DenseNet) -> dict[str, Any]:

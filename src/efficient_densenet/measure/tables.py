@@ -10,6 +10,9 @@ from efficient_densenet.measure.memory import format_bytes
 Rows = Sequence[Sequence[str]]
 Records = Sequence[Mapping[str, Any]]
 
+_STATISTICS_RIGHT = 0.01
+"""As a share of their norm; in half precision they are some thousandths off, moved twice some hundredths."""
+
 
 def markdown(header: Sequence[str], rows: Rows, names: int = 2) -> str:
     """A table in markdown; all but the first `names` columns are figures."""
@@ -81,6 +84,37 @@ def times(records: Records) -> str:
         for row in record["summary"]
     ]
     return markdown(["network", "contender", "F ms", "B ms", "F+B ms", "F+B to the faster ordinary form"], rows)
+
+
+def peers(records: Records) -> str:
+    """Contests whose contenders were compared with float64, in markdown: with what they need besides time."""
+    header = ["network", "contender", "F ms", "B ms", "images/s", "to ordinary, pair by pair (quartiles)",
+              "MB per image", "process MB", "first step after s", "error", "running statistics"]  # fmt: skip
+    rows = [
+        [
+            f"{record['network']}, batch {record['batch_size']}",
+            row["contender"],
+            *(f"{row[part]['median']:,.0f}" for part in ("F", "B")),
+            f"{1e3 * record['batch_size'] / row['F+B']:,.1f}",
+            "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["pairs"]),
+            megabytes(row["step_bytes_per_image"]),
+            f"{row['process_bytes'] / 1e6:,.0f}",
+            f"{row['ready_s']:,.1f}",
+            *_errors(row["errors"]),
+        ]
+        for record in records
+        for row in record["summary"]
+    ]
+    gaps = [f"Not measured: {gap['contender']}, {gap['reason']}." for record in records for gap in record["gaps"]]
+    return "\n\n".join([markdown(header, rows), *gaps])
+
+
+def _errors(found: Mapping[str, float]) -> list[str]:
+    """Of the gradient, in evaluation of the output; and whether running statistics are what one step makes of them."""
+    error = found.get("gradient", found.get("output"))
+    moved = found.get("statistics")
+    right = "" if moved is None else "right" if moved < _STATISTICS_RIGHT else f"{moved:.1%} off"
+    return ["" if error is None else f"{error:.1e}", right]
 
 
 def largest_batches(results: Records) -> str:

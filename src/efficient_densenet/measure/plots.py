@@ -1,0 +1,78 @@
+"""Measurements as pictures. Each PNG carries the digest of what it was drawn from, so that a stale one is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from efficient_densenet.errors import require
+from efficient_densenet.files import replacing
+from efficient_densenet.measure.tables import Records
+
+_KEY = "Source"
+_COLOURS = {"ordinary": "C0", "bottleneck": "C1", "features": "C4", "inputs": "C2"}
+
+
+def memory_against_depth(figure: Any, records: Records) -> None:
+    """Bytes per image of plain networks: all contenders, and those on the shared buffer with their straight lines."""
+    left, right = figure.subplots(1, 2)
+    for record in records:
+        name, colour = record["contender"], _COLOURS[record["contender"]]
+        depths = [int(depth) for depth in record["points"]]
+        megabytes = [point["bytes_per_image"] / 1e6 for point in record["points"].values()]
+        left.plot(depths, megabytes, "o-", color=colour, label=name)
+        if name != "ordinary":
+            ends = [0, max(depths)]
+            line = [(record["bytes_at_depth_0"] + record["bytes_per_layer"] * x) / 1e6 for x in ends]
+            right.plot(depths, megabytes, "o", color=colour, label=name)
+            right.plot(ends, line, "-", color=colour, linewidth=1)
+    for axes, title in ((left, "Activation memory, plain DenseNet, k=12, 32×32"), (right, "The shared buffer alone")):
+        axes.set(title=title, xlabel="depth L", ylabel="MB per image", xlim=(0, None), ylim=(0, None))
+        axes.legend()
+
+
+def time_against_memory(figure: Any, records: Records) -> None:
+    """A contest of contenders for each network: what a step takes, and what it adds in memory."""
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        for i, row in enumerate(record["summary"]):
+            name, x, y = row["contender"], row["step_bytes_per_image"] / 1e6, row["F+B"]
+            axes.plot(x, y, "o", color=_COLOURS.get(name, f"C{i + 5}"), label=name)
+        axes.set(
+            title=f"{record['network']}, batch {record['batch_size']}",
+            xlabel="activation memory, MB per image",
+            ylabel="forward and backward, ms",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
+        axes.legend(fontsize="small")
+
+
+Draw = Callable[[Any, Records], None]
+
+
+def save(draw: Draw, records: Records, file: Path) -> None:
+    """Draw what was measured into a PNG."""
+    require("matplotlib", "train")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    draw(figure, records)
+    with replacing(file) as beside:
+        figure.savefig(beside, dpi=120, metadata={_KEY: _digest(records)})
+
+
+def is_current(records: Records, file: Path) -> bool:
+    """Whether a PNG was drawn from these measurements by this code."""
+    image = require("PIL.Image", "train")
+    if not file.exists():
+        return False
+    with image.open(file) as picture:
+        return picture.text.get(_KEY) == _digest(records)
+
+
+def _digest(records: Records) -> str:
+    """Of the measurements and of this file. Not of the picture, which depends on the version of Matplotlib."""
+    return hashlib.sha256(json.dumps(records).encode() + Path(__file__).read_bytes()).hexdigest()
