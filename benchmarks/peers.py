@@ -64,12 +64,14 @@ SCRIPT = Script(
     "peers",
     "Side by side with other libraries",
     {
-        "training": Section("Training: forward and backward", race(PEERS, lambda plan: plan.large), tables.peers),
+        "training": Section(
+            "Training: forward and backward", race(PEERS, lambda plan: plan.large), tables.side_by_side
+        ),
         "evaluation": Section(
-            "Evaluation", race(PEERS_IN_EVALUATION, lambda plan: plan.large, training=False), tables.peers
+            "Evaluation", race(PEERS_IN_EVALUATION, lambda plan: plan.large, training=False), tables.side_by_side
         ),
         "compiled": Section(
-            "Compiled, with and without a memory budget", race(FORMS, lambda plan: plan.small), tables.peers
+            "Compiled, with and without a memory budget", race(FORMS, lambda plan: plan.small), tables.side_by_side
         ),
         "max-batch": Section("The largest batch in a fixed memory", largest_batch, tables.fitting),
     },

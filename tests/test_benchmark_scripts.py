@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from efficient_densenet.measure import machine, tables
+from efficient_densenet.measure.contenders import CONTENDERS, FORMS, PEERS, PEERS_IN_EVALUATION
 
 
 @pytest.fixture
@@ -87,3 +89,14 @@ def test_the_memory_and_the_conversion_of_other_libraries_models(script, tmp_pat
     assert len(adopted) == 3 and ordinary > 2 * max(adopted)
     text = (tmp_path / "adoption.md").read_text()
     assert capsys.readouterr().out == text and "TINY NETWORKS" in text
+
+
+def test_peers_side_by_side(script, tmp_path):
+    """The command's contenders are tested with it; here a contest and the search, as tables."""
+    peers = script("peers")
+    tiny = replace(peers.QUICK, rounds=1)
+    found = peers.race(["ordinary", "onnxruntime"], lambda plan: plan.large)(tiny)
+    assert [result["contender"] for result in found[0]["results"]] == ["ordinary"]
+    table = tables.side_by_side(found)
+    assert table.startswith("tiny, batch 2\n\n| contender |") and "Not measured: onnxruntime: " in table
+    assert all(set(names) <= set(CONTENDERS) for names in (PEERS, PEERS_IN_EVALUATION, FORMS))

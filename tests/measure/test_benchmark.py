@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from torch._dynamo.eval_frame import OptimizedModule
 from efficient_densenet import UserError, ops
 from efficient_densenet.cli import main
 from efficient_densenet.execution import KEEP
+from efficient_densenet.measure import benchmark as command
 from efficient_densenet.measure import contender, contest, machine, max_batch
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.exactness import errors
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Team
@@ -106,7 +109,9 @@ def test_contenders_are_what_they_are_called(name, monkeypatch):
         assert backends == ({eager if name.endswith("-plain") else usual} if kept else set())
 
 
-BUILDS = {made.build: name for name, made in reversed(CONTENDERS.items()) if not name.startswith("resnet50")}
+BUILDS = {
+    made.build: name for name, made in reversed(CONTENDERS.items()) if not (name.startswith("resnet50") or made.compile)
+}
 
 
 @pytest.mark.parametrize("name", BUILDS.values())
@@ -179,6 +184,53 @@ def test_instructions_are_held_to_a_level_in_every_worker(tmp_path):
     assert said.stdout.startswith("DEFAULT") and " baseline," in said.stdout
 
 
+def test_peers_beside_each_other(tmp_path, monkeypatch, capsys):
+    """Each is compared with float64; a package that is not there is a gap, with the command that installs it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "timm.py").write_text("raise ModuleNotFoundError('no timm here', name='timm')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
+    (tmp_path / "results").mkdir()
+    names = ["ordinary", "bottleneck", "checkpointing", "timm", "openvino"]
+    options = ["--peers", "--batch-size", "3", "--rounds", "2", "--iterations", "1", "--contenders", ",".join(names)]
+    record = benchmark(tmp_path / "results", *SMALL, *options)
+    assert [row["contender"] for row in record["summary"]] == names[:3]
+    missing, untrainable = record["gaps"]
+    assert missing["contender"] == "timm" and "pip install 'efficient-densenet[peers]'" in missing["reason"]
+    assert untrainable["contender"] == "openvino" and "--evaluation" in untrainable["reason"]
+    table = capsys.readouterr().out
+    assert "pip install 'efficient-densenet[peers]'" in table and "% off" in table
+    for row in record["summary"]:
+        assert row["ready_s"] > 0 and 0 < row["errors"]["gradient"] < 1e-5
+        right = row["errors"]["statistics"] < 1e-6
+        assert right == (row["contender"] != "checkpointing"), "checkpoints move running statistics twice"
+
+
+def test_everybody_takes_part_where_nobody_is_named():
+    def named(*options):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return command.contenders(parser.parse_args(options))
+
+    training = named("--peers")
+    assert set(training) >= {"recompute", *KEEP, "torchvision-flag", "timm-channels-last", "monai"}
+    assert not any(CONTENDERS[name].evaluates_only for name in training)
+    assert set(named("--peers", "--evaluation")) >= {"onnxruntime", "openvino", "compiled"}
+    assert not any(CONTENDERS[name].compile for name in named("--peers", "--max-batch", "2GB"))
+    assert named() == ["ordinary", "ordinary-channels-last", *KEEP]
+
+
+def test_a_wrong_gradient_and_wrong_statistics_are_found():
+    network = Network(None, {"num_init_features": 6, "block_config": [2, 2], "input_size": 12}, 12, 100)
+    step = TrainingStep("bottleneck", network, 3, Place("cpu"))
+    step()  # what was before does not matter
+    right = errors(step)
+    assert right["gradient"] < 1e-5 and right["statistics"] < 1e-6
+    step.network.classifier.weight.register_hook(lambda grad: 1.01 * grad)
+    step.network.features.norm3.momentum = 0.2
+    wrong = errors(step)
+    assert wrong["gradient"] > 1e-4 and wrong["statistics"] > 1e-3
+
+
 def test_summary():
     result = {"num_devices": 2, "step_bytes": 10, "step_bytes_per_image": 5.0, "process_bytes": 99}
     rows = contest.summarize(
@@ -192,7 +244,7 @@ def test_summary():
     assert (rows[0]["B/F"], rows[0]["F+B"], rows[0]["F+B ratio"]) == (2, 6, 1)
     assert (rows[1]["F"]["std"], rows[1]["F+B ratio"], rows[1]["memory ratio"]) == (0, 0.5, 0.5)
     assert rows[2]["F+B ratio"] == 1, "ratios are to the first on as many devices"
-    assert rows[2]["F+B to ordinary"] is None
+    assert rows[2]["F+B to ordinary"] is rows[2]["pairs"] is None
 
 
 def test_the_faster_ordinary_form_counts():
@@ -202,6 +254,14 @@ def test_the_faster_ordinary_form_counts():
         [result | {"contender": n, "forward_ms": [[t]], "backward_ms": [[t]]} for n, t in times.items()]
     )
     assert [row["F+B to ordinary"] for row in rows] == [0.5, pytest.approx(4 / 3), 1]
+
+
+def test_ratios_are_taken_in_pairs():
+    """Of steps that follow each other, for the machine may become slower in between."""
+    result = {"num_devices": 1, "step_bytes": 1, "step_bytes_per_image": 1.0, "process_bytes": 1}
+    times = {"ordinary": [[2.0, 4.0], [20.0]], "bottleneck": [[1.0, 2.0], [16.0]]}
+    results = [result | {"contender": n, "forward_ms": t, "backward_ms": [[0.0, 0.0], [0.0]]} for n, t in times.items()]
+    assert contest.summarize(results)[1]["pairs"] == {"low": 0.5, "median": 0.5, "high": pytest.approx(0.65)}
 
 
 def test_largest_batch(tmp_path, capsys):

@@ -111,6 +111,7 @@ CONTENDERS: dict[str, Contender] = {
 ORDINARY = ("ordinary", "ordinary-channels-last")
 """The two usual ways to run a DenseNet; the faster depends on the network and the machine."""
 COMPILED = ("compiled", "compiled-channels-last")
+USUAL = (*ORDINARY, *KEEP)
 OURS = ("recompute", *KEEP)
 PEERS = (*ORDINARY, *OURS, "torchvision", "torchvision-flag", "timm", "timm-channels-last", "timm-flag", "monai")
 """Ours in every mode, and other libraries' networks as they are and with their flags."""

@@ -49,7 +49,7 @@ def run(
     threads: int | None = None,
     environment: Mapping[str, str] | None = None,
     check: bool = False,
-    gaps: list[Result] | None = None,
+    gaps: list[dict[str, str]] | None = None,
 ) -> list[Result]:
     """Let each contender measure its memory, then time it in `rounds` turns of each.
 
@@ -105,7 +105,7 @@ def record(
     With `check`, contenders that cannot take part are noted as gaps.
     """
     progress(f"{name}, batch {job['batch_size']}")
-    gaps: list[Result] = []
+    gaps: list[dict[str, str]] = []
     environment = HELD.get(instructions or "")
     results = run(names, job, rounds, environment=environment, check=check, gaps=gaps if check else None)
     found = {"network": name, "batch_size": job["batch_size"], "results": results, "summary": summarize(results)}

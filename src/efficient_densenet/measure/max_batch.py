@@ -17,11 +17,17 @@ Peaks = dict[int, int | None]
 
 
 def run(
-    names: Sequence[str], job: Job, limit: int, device_type: str = "cpu", threads: int | None = None
+    names: Sequence[str],
+    job: Job,
+    limit: int,
+    device_type: str = "cpu",
+    threads: int | None = None,
+    gaps: list[dict[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
     """For each contender the largest batch that fits `limit` bytes, its peak, and the smallest that did not fit.
 
     On a GPU the allocator gets `limit` and runs out of it; on a CPU the peak resident size of the process decides.
+    `gaps` takes those that cannot take part, with the reason; where it is None, that is an error.
     """
     ceiling = None
     if device_type == "cpu":
@@ -32,7 +38,13 @@ def run(
             )
     results = []
     for name in names:
-        peaks = largest_batch(partial(_peak, name, job, limit, device_type, threads), limit, ceiling)
+        try:
+            peaks = largest_batch(partial(_peak, name, job, limit, device_type, threads), limit, ceiling)
+        except UserError as error:
+            if gaps is None:
+                raise
+            gaps.append({"contender": name, "reason": str(error)})
+            continue
         largest = max((n for n, peak in peaks.items() if _fits(peak, limit)), default=0)
         smallest = min(n for n, peak in peaks.items() if not _fits(peak, limit))
         results.append(

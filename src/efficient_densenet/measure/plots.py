@@ -55,7 +55,7 @@ Draw = Callable[[Any, Records], None]
 
 def save(draw: Draw, records: Records, file: Path) -> None:
     """Draw what was measured into a PNG."""
-    require("matplotlib", "train")
+    require("matplotlib", "peers")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -66,7 +66,7 @@ def save(draw: Draw, records: Records, file: Path) -> None:
 
 def is_current(records: Records, file: Path) -> bool:
     """Whether a PNG was drawn from these measurements by this code."""
-    image = require("PIL.Image", "train")
+    image = require("PIL.Image", "peers")
     if not file.exists():
         return False
     with image.open(file) as picture:

@@ -86,27 +86,44 @@ def times(records: Records) -> str:
     return markdown(["network", "contender", "F ms", "B ms", "F+B ms", "F+B to the faster ordinary form"], rows)
 
 
-def peers(records: Records) -> str:
-    """Contests whose contenders were compared with float64, in markdown: with what they need besides time."""
-    header = ["network", "contender", "F ms", "B ms", "images/s", "to ordinary, pair by pair (quartiles)",
-              "MB per image", "process MB", "first step after s", "error", "running statistics"]  # fmt: skip
-    rows = [
+def peers(summary: Records, batch_size: int) -> str:
+    """The rows of `contest.summarize` where all were compared with float64, for a terminal."""
+    return columns(_PEERS, _peers(summary, batch_size))
+
+
+def side_by_side(records: Records) -> str:
+    """The same of several contests, in markdown."""
+    parts = []
+    for record in records:
+        rows = _peers(record["summary"], record["batch_size"])
+        parts.append(f"{record['network']}, batch {record['batch_size']}\n\n{markdown(_PEERS, rows, names=1)}")
+        parts += gaps(record["gaps"])
+    return "\n\n".join(parts)
+
+
+def gaps(found: Records) -> list[str]:
+    """A sentence for each contender that could not take part."""
+    return [f"Not measured: {gap['contender']}: {gap['reason']}." for gap in found]
+
+
+_PEERS = ("contender", "F ms", "B ms", "images/s", "to ordinary, pair by pair (quartiles)", "MB per image",
+          "process MB", "first step after s", "error", "running statistics")  # fmt: skip
+
+
+def _peers(summary: Records, batch_size: int) -> Rows:
+    return [
         [
-            f"{record['network']}, batch {record['batch_size']}",
             row["contender"],
             *(f"{row[part]['median']:,.0f}" for part in ("F", "B")),
-            f"{1e3 * record['batch_size'] / row['F+B']:,.1f}",
-            "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["pairs"]),
+            f"{1e3 * batch_size / row['F+B']:,.1f}",
+            "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["pairs"]) if row["pairs"] else "–",
             megabytes(row["step_bytes_per_image"]),
             f"{row['process_bytes'] / 1e6:,.0f}",
             f"{row['ready_s']:,.1f}",
             *_errors(row["errors"]),
         ]
-        for record in records
-        for row in record["summary"]
+        for row in summary
     ]
-    gaps = [f"Not measured: {gap['contender']}, {gap['reason']}." for record in records for gap in record["gaps"]]
-    return "\n\n".join([markdown(header, rows), *gaps])
 
 
 def _errors(found: Mapping[str, float]) -> list[str]:
@@ -123,7 +140,7 @@ def largest_batches(results: Records) -> str:
     def memory(peak: int | None) -> str:
         return "–" if peak is None else format_bytes(peak)
 
-    first = results[0]["largest_batch"]
+    first = results[0]["largest_batch"] if results else 0
     return columns(
         ["contender", "largest batch", "ratio", "peak", "did not fit", "its peak"],
         [
