@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py --sections training      # DenseNet-121: some five minutes on two cores
     python benchmarks/peers.py --sections evaluation    # the same in evaluation, with ONNX Runtime and OpenVINO
-    python benchmarks/peers.py --sections compiled      # L=40: torch.compile with and without a memory budget
+    python benchmarks/peers.py --sections compiled      # BC L=40: torch.compile with and without a memory budget
     python benchmarks/peers.py --sections max-batch     # the largest batch of DenseNet-121 in 2 GB
 
 Every contender has a process of its own, and all take turns. At the end each is compared with the ordinary network in
@@ -38,9 +38,16 @@ class Plan:
     limit: int
 
 
-FULL = Plan(("DenseNet-121", imagenet("densenet121"), 8), ("L=40 k=12", cifar(40), 32), 7, 2_000_000_000)
+FULL = Plan(
+    ("DenseNet-121", imagenet("densenet121"), 8), ("BC L=40 k=12", cifar(40, bottleneck=True), 64), 7, 2_000_000_000
+)
 _TINY = {"num_init_features": 8, "growth_rate": 4, "block_config": [1, 2], "bn_size": 2, "compression": 0.5}
-QUICK = Plan(("tiny", Network(None, _TINY | {"input_size": 36}, 36, 100), 2), ("L=10", cifar(10), 2), 2, 1_000_000_000)
+QUICK = Plan(
+    ("tiny", Network(None, _TINY | {"input_size": 36}, 36, 100), 2),
+    ("BC L=10", cifar(10, bottleneck=True), 2),
+    2,
+    1_000_000_000,
+)
 
 
 def race(contenders: Sequence[str], of: Callable[[Plan], tuple[str, Network, int]], training: bool = True) -> Callable:

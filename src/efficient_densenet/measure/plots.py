@@ -10,17 +10,17 @@ from typing import Any
 
 from efficient_densenet.errors import require
 from efficient_densenet.files import replacing
+from efficient_densenet.measure.contenders import ORDINARY, OURS
 from efficient_densenet.measure.tables import Records
 
 _KEY = "Source"
-_COLOURS = {"ordinary": "C0", "bottleneck": "C1", "features": "C4", "inputs": "C2"}
 
 
 def memory_against_depth(figure: Any, records: Records) -> None:
     """Bytes per image of plain networks: all contenders, and those on the shared buffer with their straight lines."""
     left, right = figure.subplots(1, 2)
-    for record in records:
-        name, colour = record["contender"], _COLOURS[record["contender"]]
+    for i, record in enumerate(records):
+        name, colour = record["contender"], f"C{i}"
         depths = [int(depth) for depth in record["points"]]
         megabytes = [point["bytes_per_image"] / 1e6 for point in record["points"].values()]
         left.plot(depths, megabytes, "o-", color=colour, label=name)
@@ -38,8 +38,9 @@ def time_against_memory(figure: Any, records: Records) -> None:
     """A contest of contenders for each network: what a step takes, and what it adds in memory."""
     for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
         for i, row in enumerate(record["summary"]):
-            name, x, y = row["contender"], row["step_bytes_per_image"] / 1e6, row["F+B"]
-            axes.plot(x, y, "o", color=_COLOURS.get(name, f"C{i + 5}"), label=name)
+            marker = "s" if row["contender"] in ORDINARY else "o" if row["contender"] in OURS else "^"
+            x, y = row["step_bytes_per_image"] / 1e6, row["F+B"]
+            axes.plot(x, y, marker, color=f"C{i}", markersize=9, label=row["contender"])
         axes.set(
             title=f"{record['network']}, batch {record['batch_size']}",
             xlabel="activation memory, MB per image",
@@ -47,7 +48,7 @@ def time_against_memory(figure: Any, records: Records) -> None:
             xlim=(0, None),
             ylim=(0, None),
         )
-        axes.legend(fontsize="small")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 Draw = Callable[[Any, Records], None]
