@@ -19,7 +19,7 @@ from statistics import linear_regression
 from torch import nn
 
 from efficient_densenet.execution import KEEP
-from efficient_densenet.measure import contender, contest, max_batch, tables
+from efficient_densenet.measure import contest, max_batch, tables, worker
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.devices import Place
@@ -101,7 +101,7 @@ def resident(plan: Plan) -> list[Record]:
             progress(f"resident: {subject.name}, {name}")
 
             def peak_of(batch_size: int, name: str = name, network: Network = subject.network) -> int:
-                with Team(contender.__name__, contest.job(network, batch_size) | {"contender": name}) as team:
+                with Team(worker.__name__, contest.job(network, batch_size) | {"contender": name}) as team:
                     return team.ask("process_bytes")[0]
 
             found = bytes_per_image(peak_of, subject.resident_batches)

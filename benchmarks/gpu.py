@@ -23,8 +23,8 @@ import torch
 
 from efficient_densenet.measure import gpu_sections, machine, results
 from efficient_densenet.measure.deadline import Deadline
-from efficient_densenet.measure.gpu_contender import KERNELS
 from efficient_densenet.measure.gpu_sections import GpuSection
+from efficient_densenet.measure.gpu_worker import KERNELS
 from efficient_densenet.measure.networks import cifar, imagenet
 from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record

@@ -19,7 +19,7 @@ from efficient_densenet import UserError, ops
 from efficient_densenet.cli import main
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure import benchmark as command
-from efficient_densenet.measure import contender, contest, machine, max_batch
+from efficient_densenet.measure import contest, machine, max_batch, worker
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
@@ -272,7 +272,7 @@ def test_largest_batch(tmp_path, capsys):
         "batch_size": 1,
         "memory_limit": None,
     }
-    with Team(contender.__name__, job, threads=1) as team:
+    with Team(worker.__name__, job, threads=1) as team:
         limit = team.ask("process_bytes")[0] + 10_000_000
     options = ["--contenders", "ordinary", "--threads", "1", "--max-batch", f"{limit}B"]
     (result,) = benchmark(tmp_path, *options)["results"]

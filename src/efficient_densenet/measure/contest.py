@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import contender
 from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.machine import HELD
 from efficient_densenet.measure.networks import Network
@@ -21,7 +20,7 @@ Result = dict[str, Any]
 
 
 def job(network: Network, batch_size: int, warmup: int = 0, iterations: int = 1, **how: Any) -> Job:
-    """What the workers of `contender` get, but for the name of the contender.
+    """What the workers get, but for the name of the contender.
 
     Args:
         network: which network.
@@ -72,9 +71,7 @@ def run(
         for name in names:
             progress(f"{num_devices} × {device_type}, memory: {name}")
             try:
-                team = Team(
-                    contender.__name__, job | {"contender": name}, device_type, num_devices, threads, environment
-                )
+                team = Team(worker.__name__, job | {"contender": name}, device_type, num_devices, threads, environment)
                 teams.append(stack.enter_context(team))
                 place = {"num_devices": num_devices, "threads": team.threads}
                 results.append({"contender": name, **place, **_memory(team.ask("memory"))})

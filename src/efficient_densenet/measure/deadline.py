@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import gpu_contender
+from efficient_densenet.measure import gpu_worker
 from efficient_densenet.measure.processes import Job, Team
 
 
@@ -38,7 +38,7 @@ class Deadline:
             if left < 5:
                 return f"there was no time to prepare it in the first {self.PREPARATION} s"
             try:
-                team = Team(gpu_contender.__name__, job, "cuda")
+                team = Team(gpu_worker.__name__, job, "cuda")
             except (UserError, OSError) as error:
                 return str(error)
             timer = threading.Timer(left, team.close)
@@ -95,7 +95,7 @@ class Deadline:
                 team.close()
 
     def _start(self, job: Job) -> Future[Team]:
-        return self._starter.submit(Team, gpu_contender.__name__, job, "cuda")
+        return self._starter.submit(Team, gpu_worker.__name__, job, "cuda")
 
     def _is_prepared(self, job: Job) -> bool:
         return any(job == prepared for prepared, _ in self._prepared)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.kinks import move_zeros_into_gaps
 from efficient_densenet.measure.peers import copy_state
-
-if TYPE_CHECKING:
-    from efficient_densenet.measure.contender import TrainingStep
 
 
 def errors(step: TrainingStep) -> dict[str, float]:

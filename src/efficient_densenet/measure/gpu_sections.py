@@ -8,7 +8,7 @@ from typing import Any
 
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.deadline import Deadline
-from efficient_densenet.measure.gpu_contender import KERNELS
+from efficient_densenet.measure.gpu_worker import KERNELS
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Job, progress
 from efficient_densenet.measure.results import Record

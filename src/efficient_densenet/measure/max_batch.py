@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import contender
+from efficient_densenet.measure import worker
 from efficient_densenet.measure.memory import available_bytes, format_bytes
 from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team, progress
 
@@ -131,7 +131,7 @@ def _known(peak: int | None) -> int:
 def _peak(name: str, job: Job, limit: int, device_type: str, threads: int | None, batch_size: int) -> int | None:
     trial = job | {"contender": name, "batch_size": batch_size, "memory_limit": limit}
     try:
-        with Team(contender.__name__, trial, device_type, threads=threads) as team:
+        with Team(worker.__name__, trial, device_type, threads=threads) as team:
             peak: int | None = team.ask("process_bytes")[0]
     except OutOfMemoryError:
         peak = None

@@ -1,4 +1,4 @@
-"""One contender of ``benchmarks/gpu.py``, in a process of its own: a training step, timed and weighed on a GPU."""
+"""The process of one contender of ``benchmarks/gpu.py``: a training step, timed and weighed on a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from efficient_densenet.measure.clock import Clock
-from efficient_densenet.measure.contender import TrainingStep, limit_memory
+from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.max_batch import largest_batch
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Job, serve
+from efficient_densenet.measure.worker import limit_memory
 
 KERNELS = "kernels"
 """In place of a contender: every kernel of the Triton backend by itself."""
