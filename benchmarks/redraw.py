@@ -75,11 +75,10 @@ def times() -> str:
         row(", evaluation", large, "evaluation", "avx2-evaluation", "bfloat16-evaluation"),
     ]
     table = tables.markdown(["network", "float32", "float32, AVX2", "bfloat16"], rows, names=1)
-    others = ratios("evaluation")[large]
-    return (
-        f"{table}\n\nIn that evaluation in float32, ONNX Runtime takes {others['onnxruntime']:.2f} and OpenVINO "
-        f"{others['openvino']:.2f}."
-    )
+    runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    found = ratios("evaluation")[large]
+    shares = [f"{runtimes[name]} takes {found[name]:.2f}" for name in runtimes if name in found]
+    return f"{table}\n\nIn that evaluation in float32, {' and '.join(shares)}." if shares else table
 
 
 def nearest() -> str:

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.measure import worker
 from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.machine import HELD
 from efficient_densenet.measure.networks import Network
@@ -70,16 +71,17 @@ def run(
         teams: list[Team] = []
         for name in names:
             progress(f"{num_devices} × {device_type}, memory: {name}")
+            own = job | {"contender": name}
             try:
-                team = Team(worker.__name__, job | {"contender": name}, device_type, num_devices, threads, environment)
-                teams.append(stack.enter_context(team))
-                place = {"num_devices": num_devices, "threads": team.threads}
-                results.append({"contender": name, **place, **_memory(team.ask("memory"))})
+                team = stack.enter_context(Team(worker.__name__, own, device_type, num_devices, threads, environment))
+                memory = _memory(team.ask("memory"))
             except UserError as error:
                 if gaps is None:
                     raise
-                del teams[len(results) :]
                 gaps.append({"contender": name, "reason": str(error)})
+                continue
+            teams.append(team)
+            results.append({"contender": name, "num_devices": num_devices, "threads": team.threads, **memory})
         for i in range(rounds):
             for result, team in zip(results, teams, strict=True):
                 progress(f"{num_devices} × {device_type}, round {i + 1} of {rounds}: {result['contender']}")
