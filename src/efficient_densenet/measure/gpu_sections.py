@@ -9,17 +9,9 @@ from typing import Any
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.deadline import Deadline
 from efficient_densenet.measure.gpu_worker import KERNELS
-from efficient_densenet.measure.networks import Network
+from efficient_densenet.measure.networks import TINY, Network
 from efficient_densenet.measure.processes import Job, progress
 from efficient_densenet.measure.results import Record
-
-_TINY = Network(
-    None,
-    {"num_init_features": 16, "growth_rate": 8, "block_config": [1, 1], "bn_size": 2, "compression": 0.5,
-     "input_size": 36, "num_classes": 10},
-    36,
-    10,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class GpuSection:
     memory_limit: int | None = None
 
     def job(self, contender: str, batch_size: int, quick: bool) -> Job:
-        network = self.network and (_TINY if quick else self.network)
+        network = self.network and (TINY if quick else self.network)
         return {
             "contender": contender,
             "quick": quick,
