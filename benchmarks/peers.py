@@ -21,7 +21,7 @@ from pathlib import Path
 
 from efficient_densenet.measure import contest, max_batch, tables
 from efficient_densenet.measure.contenders import FORMS, PEERS, PEERS_IN_EVALUATION
-from efficient_densenet.measure.networks import Network, cifar, imagenet, positive_int
+from efficient_densenet.measure.networks import TINY, Network, cifar, imagenet, positive_int
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
 
@@ -41,13 +41,7 @@ class Plan:
 FULL = Plan(
     ("DenseNet-121", imagenet("densenet121"), 8), ("BC L=40 k=12", cifar(40, bottleneck=True), 64), 7, 2_000_000_000
 )
-_TINY = {"num_init_features": 8, "growth_rate": 4, "block_config": [1, 2], "bn_size": 2, "compression": 0.5}
-QUICK = Plan(
-    ("tiny", Network(None, _TINY | {"input_size": 36}, 36, 100), 2),
-    ("BC L=10", cifar(10, bottleneck=True), 2),
-    2,
-    1_000_000_000,
-)
+QUICK = Plan(("tiny", TINY, 2), ("BC L=10", cifar(10, bottleneck=True), 2), 2, 1_000_000_000)
 
 
 def race(contenders: Sequence[str], of: Callable[[Plan], tuple[str, Network, int]], training: bool = True) -> Callable:

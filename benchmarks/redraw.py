@@ -96,6 +96,16 @@ def nearest() -> str:
     return f"The largest share of the ordinary network's time that was measured: {ratio:.2f}, {where}."
 
 
+def side_by_side() -> str:
+    """Other libraries and compiled networks beside ours; and the picture of the latter."""
+    parts = [
+        tables.side_by_side(found) for section in ("training", "evaluation") if (found := records("peers", section))
+    ]
+    if records("peers", "compiled"):
+        parts.append("![Time against memory](../benchmarks/results/time_against_memory.png)")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 @dataclass(frozen=True)
 class Table:
     """What stands in a document between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
@@ -127,6 +137,7 @@ TABLES = (
     Table("README.md", "memory", memory),
     Table("README.md", "time", times),
     Table("docs/cpu.md", "nearest", nearest),
+    Table("docs/measuring.md", "side by side", side_by_side),
 )
 PICTURES = (
     Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),

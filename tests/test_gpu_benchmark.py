@@ -16,7 +16,7 @@ from triton_interpreter import needs_interpreter
 
 import efficient_densenet
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import deadline, gpu_sections
+from efficient_densenet.measure import deadline, gpu_sections, gpu_worker
 
 pytest.importorskip("triton")
 from efficient_densenet.ops.triton import speeds
@@ -221,3 +221,17 @@ def test_a_result_is_not_lost_to_a_later_failure():
     now = [{"contender": "a", "failed": "no time left"}, {"contender": "b", "step_ms": 2}, {"contender": "d"}]
     expected = [{"contender": "a", "step_ms": 1}, {"contender": "b", "step_ms": 2}, {"contender": "c"}, now[2]]
     assert gpu_sections.merged(before, now) == expected
+
+
+def test_the_largest_batch_is_searched_within_the_limit(monkeypatch):
+    tried = []
+
+    class Step:
+        def peak(self, batch_size):
+            tried.append(batch_size)
+            return None if batch_size > 40 else 1000 + 10 * batch_size
+
+    monkeypatch.setattr(gpu_worker, "limit_memory", tried.append)
+    found = gpu_worker.GpuStep.largest(Step(), 1300)
+    assert found["largest_batch"] == 30 and found["limit_bytes"] == tried[0] == 1300
+    assert set(tried[2:]) == set(found["trials"])
