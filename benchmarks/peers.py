@@ -57,8 +57,9 @@ def largest_batch(plan: Plan) -> list[Record]:
     """In a fixed resident size of the process."""
     name, network, _ = plan.large
     contenders = ["ordinary", "torchvision-flag", "bottleneck", "features", "inputs"]
-    found = max_batch.run(contenders, contest.job(network, 1), plan.limit)
-    return [{"network": name, "limit_bytes": plan.limit, "results": found}]
+    gaps: list[dict[str, str]] = []
+    found = max_batch.run(contenders, contest.job(network, 1), plan.limit, gaps=gaps)
+    return [{"network": name, "limit_bytes": plan.limit, "results": found, "gaps": gaps}]
 
 
 SCRIPT = Script(

@@ -105,7 +105,7 @@ def contenders(arguments: argparse.Namespace) -> list[str]:
     """Who takes part where nobody was named."""
     if not arguments.peers:
         return list(USUAL)
-    names = dict.fromkeys((*PEERS_IN_EVALUATION, *COMPILED) if arguments.evaluation else (*PEERS, *FORMS))
+    names = dict.fromkeys((*PEERS_IN_EVALUATION, *COMPILED) if arguments.evaluation else (*PEERS, *FORMS, *COMPILED))
     if arguments.max_batch is None:
         return list(names)
     return [name for name in names if CONTENDERS[name].compile is None]  # each trial would compile again

@@ -44,9 +44,9 @@ class TrainingStep:
     ) -> None:
         self._begun = time.perf_counter()
         self.made, self.described, self.place, self.training = CONTENDERS[contender], network, place, training
-        if self.made.evaluates_only and (training or dtype != "float32"):
+        if self.made.evaluates_only and (training or dtype != "float32" or place.device_type != "cpu"):
             raise UserError(
-                f"{contender} takes part with --evaluation and in float32 alone: leave it out of --contenders"
+                f"{contender} takes part with --evaluation on a CPU in float32 alone: leave it out of --contenders"
             )
         self.autocast = partial(torch.autocast, place.device_type, torch.bfloat16, enabled=dtype == "amp-bf16")
         self.type = torch.float32 if dtype == "amp-bf16" else getattr(torch, dtype)

@@ -112,8 +112,12 @@ ORDINARY = ("ordinary", "ordinary-channels-last")
 """The two usual ways to run a DenseNet; the faster depends on the network and the machine."""
 COMPILED = ("compiled", "compiled-channels-last")
 USUAL = (*ORDINARY, *KEEP)
+"""Who takes part in the command where nobody is named."""
 OURS = ("recompute", *KEEP)
-PEERS = (*ORDINARY, *OURS, "torchvision", "torchvision-flag", "timm", "timm-channels-last", "timm-flag", "monai")
+PEERS = (
+    *(*ORDINARY, *OURS, "torchvision", "torchvision-channels-last", "torchvision-flag"),
+    *("timm", "timm-channels-last", "timm-flag", "monai"),
+)
 """Ours in every mode, and other libraries' networks as they are and with their flags."""
 PEERS_IN_EVALUATION = (*ORDINARY, "bottleneck", "torchvision", "timm", "monai", "onnxruntime", "openvino")
 FORMS = (*ORDINARY, "checkpointing", "compiled-channels-last", "compiled-budget-0.5", *OURS)

@@ -51,6 +51,18 @@ def time_against_memory(figure: Any, records: Records) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def errors_against_float64(figure: Any, records: Records) -> None:
+    """The gradient's error of each contender of a contest, as a share of the gradient's norm."""
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        found = [(row["contender"], row["errors"]["gradient"]) for row in reversed(record["summary"]) if row["errors"]]
+        names, errors = zip(*found, strict=True)
+        axes.barh(names, errors, color=["C0" if name in OURS else "C7" for name in names])
+        axes.set(
+            title=f"{record['network']}, batch {record['batch_size']}, float32",
+            xlabel="error of the gradient against float64, as a share of its norm",
+        )
+
+
 Draw = Callable[[Any, Records], None]
 
 

@@ -166,7 +166,8 @@ def fitting(records: Records) -> str:
             times = f"{r['largest_batch'] / first:.1f}" if first else "–"
             limit = f"{record['limit_bytes'] / 1e9:g} GB"
             rows.append([f"{record['network']} in {limit}", r["contender"], str(r["largest_batch"]), times])
-    return markdown(["network", "contender", "largest batch", "times the ordinary"], rows)
+    table = markdown(["network", "contender", "largest batch", "times the ordinary"], rows)
+    return "\n\n".join([table, *(text for record in records for text in gaps(record.get("gaps", [])))])
 
 
 def memory(records: Records) -> str:
