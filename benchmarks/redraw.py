@@ -97,13 +97,15 @@ def nearest() -> str:
 
 
 def side_by_side() -> str:
-    """Other libraries and compiled networks beside ours; and the picture of the latter."""
-    parts = [
-        tables.side_by_side(found) for section in ("training", "evaluation") if (found := records("peers", section))
+    """Other libraries and compiled networks beside ours, and the pictures of that."""
+    sections = [records("peers", section) for section in ("training", "evaluation")]
+    shown = [tables.side_by_side(found) for found in sections if found]
+    shown += [
+        f"![{picture.name.replace('_', ' ').capitalize()}](../benchmarks/results/{picture.name}.png)"
+        for picture in PICTURES
+        if picture.script == "peers" and records("peers", picture.section)
     ]
-    if records("peers", "compiled"):
-        parts.append("![Time against memory](../benchmarks/results/time_against_memory.png)")
-    return "\n\n".join(parts) or "Not measured yet."
+    return "\n\n".join(shown) or "Not measured yet."
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ TABLES = (
 PICTURES = (
     Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
+    Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
 )
 SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT)
 

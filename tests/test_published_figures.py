@@ -51,12 +51,13 @@ def test_what_differs_from_the_measurements_is_found_and_redrawn(redraw, monkeyp
         redraw.main(["--check"])
 
 
-def test_a_picture_of_other_measurements_is_stale(tmp_path):
+@pytest.mark.parametrize("draw", [plots.time_against_memory, plots.errors_against_float64])
+def test_a_picture_of_other_measurements_is_stale(draw, tmp_path):
     pytest.importorskip("matplotlib")
-    row = {"contender": "inputs", "step_bytes_per_image": 2e6, "F+B": 5.0}
+    row = {"contender": "inputs", "step_bytes_per_image": 2e6, "F+B": 5.0, "errors": {"gradient": 1e-6}}
     records = [{"network": "n", "batch_size": 2, "summary": [row]}]
     file = tmp_path / "picture.png"
-    plots.save(plots.time_against_memory, records, file)
+    plots.save(draw, records, file)
     assert plots.is_current(records, file)
     assert not plots.is_current([records[0] | {"batch_size": 3}], file)
     assert not plots.is_current(records, tmp_path / "none.png")
