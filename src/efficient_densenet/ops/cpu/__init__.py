@@ -101,7 +101,8 @@ class _Done(IntEnum):
 
 def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Tensor | None) -> bool:
     """The whole operation without a pool in one kernel; False where there is none, or it leaves this to PyTorch."""
-    return _has_own_product(x, weight) and _kernels(x).convolve(
+    kernels = _own_convolution(x, weight)
+    return kernels is not None and kernels.convolve(
         _rows(x), _convolution(x, weight), weight.data_ptr(), _affine(norm),
         _rows(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -110,10 +111,11 @@ def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Ten
 def _convolve_backward(operands: BackwardOperands, sums: Tensor) -> tuple[_Done, Tensor | None]:
     """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
     grad_out, x, norm, weight, grad_x, accumulate, _, _, need_weight = operands
-    if not _has_own_product(x, weight):
+    kernels = _own_convolution(x, weight)
+    if kernels is None:
         return _Done.NOTHING, None
     grad_weight = torch.empty_like(weight) if need_weight else None
-    done = _kernels(x).convolve_backward(
+    done = kernels.convolve_backward(
         _rows(grad_out), _rows(x), _convolution(x, weight), weight.data_ptr(),
         _affine(norm), _rows(grad_x), accumulate,
         None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
@@ -215,18 +217,21 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     )  # fmt: skip
 
 
-def _has_own_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
+def _own_convolution(x: Tensor, weight: Tensor) -> library.Kernels | None:
+    """The kernels, where the whole operation is one of them: a 1×1 window, or 3×3 over images that are large enough.
 
     Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.
     """
-    if x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
-        return False
-    kernel = tuple(weight.shape[2:])
-    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
-    if kernel == (3, 3):
-        return dense and bool(_kernels(x).suits(*x.shape[1:3]))
-    return dense and prod(kernel) == 1
+    loaded = load()
+    if x.dtype not in loaded.convolves or weight.dtype != x.dtype or not x.shape[0]:
+        return None
+    if not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):  # nor channels-last
+        return None
+    assert loaded.kernels is not None
+    kernels = loaded.kernels[x.dtype]
+    if weight.shape[2:] == (3, 3):
+        return kernels if kernels.suits(*x.shape[1:3]) else None
+    return kernels if prod(weight.shape[2:]) == 1 else None
 
 
 def _convolution(x: Tensor, weight: Tensor) -> library.Convolution:
@@ -304,7 +309,9 @@ def _rows(x: Tensor) -> library.Rows:
 
 
 def _affine(norm: Affine) -> library.Affine:
-    return library.Affine(*_constants(norm.mean, norm.scale, norm.shift))
+    mean, _, scale, shift = norm
+    assert mean.is_contiguous() and scale.is_contiguous() and shift.is_contiguous()
+    return library.Affine(mean.data_ptr(), scale.data_ptr(), shift.data_ptr())
 
 
 def _constants(*vectors: Tensor) -> list[int]:
