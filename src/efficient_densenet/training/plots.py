@@ -25,7 +25,7 @@ def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    _line(loss, rows, "train/loss_smoothed", "training, with label smoothing")
+    _line(loss, rows, "train/loss_minimised", "training, minimised")
     for part, name in (("train", "training"), ("val", "validation")):
         _line(loss, rows, f"{part}/loss", name)
         for top in (1, 5):
@@ -48,7 +48,7 @@ def _line(axes: Axes, rows: Sequence[dict[str, float]], column: str, name: str |
     points = [(row["epoch"], scale * row[column]) for row in rows if column in row]
     if points:
         marker = "o" if len(points) < 40 else None
-        dashed = column.endswith(("top5", "smoothed"))
+        dashed = column.endswith(("top5", "minimised"))
         color, style = ("C1" if column.startswith("val") else "C0"), ("--" if dashed else "-")
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, color=color, linestyle=style)
 

@@ -32,7 +32,10 @@ def length_of_schedule(given: Any) -> list[str]:
         return []
     if in_steps:
         raise UserError(f"model.scheduler.{length} is required, the number of steps that the schedule lasts")
-    return [f"--model.scheduler.init_args.{length}={epochs}"]
+    warmup = given.get("model.warmup") or 0
+    if warmup >= epochs:
+        raise UserError(f"model.warmup {warmup} must be less than trainer.max_epochs {epochs}")
+    return [f"--model.scheduler.init_args.{length}={epochs - warmup}"]
 
 
 def follow_configuration(
