@@ -85,7 +85,11 @@ class Classifier(LightningModule):
             raise UserError(f"model.warmup must be 0 or more, not {warmup}")
         if unfreeze_at is not None and not freeze:
             raise UserError("model.unfreeze_at says when parts are trained that model.freeze does not name")
+        if schedule_interval == "step" and scheduler is None and not warmup:
+            raise UserError("model.schedule_interval is that of a schedule: give model.scheduler or model.warmup")
         self.network_factory = factory_of(network)
+        if weights is not None and self.network_factory.arguments.get("weights") is not None:
+            raise UserError("give model.weights or model.network.weights, not both")
         self.network: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_schedule = scheduler
@@ -127,6 +131,11 @@ class Classifier(LightningModule):
         self.task = task_for(self.facts.multi_label, self.class_names, label_smoothing=self.label_smoothing)
         targets = data.training_targets() if hasattr(data, "training_targets") and self.class_weights else None
         self.task.set_weights(self.class_weights, targets)
+        if self.unfreeze_at is not None and self.trainer.world_size > 1:
+            raise UserError(
+                "model.unfreeze_at works in one process alone, for others are told at the beginning which gradients to "
+                "share: train with model.freeze first, and then a new run with the model.weights of its best.ckpt"
+            )
         self.frozen = Frozen(network, self.names_of_frozen)
         self.frozen.freeze()
         if self.memory_format == torch.channels_last and any(p.dim() == 5 for p in network.parameters()):

@@ -88,12 +88,20 @@ class NetworkFactory:
                     raise UserError(
                         f"model.network.{name} is {given}, and the data have {value}: leave it out, the data decide it"
                     )
+        self._refuse_ignored()
         network = self.make(**{**self.arguments, **decided})
         if not isinstance(network, nn.Module):
             raise UserError(f"model.network must make a torch.nn.Module, not a {type(network).__name__}")
         if not any(True for _ in network.parameters()):
             raise UserError(f"model.network makes a {type(network).__name__}, which has no parameters to train")
         return network
+
+    def _refuse_ignored(self) -> None:
+        keep, efficient = self.arguments.get("keep", "bottleneck"), self.arguments.get("efficient")
+        if keep != "bottleneck" and efficient in (False, "recompute"):
+            raise UserError(
+                f"model.network.keep {keep} is for networks that run efficiently: set model.network.efficient to true"
+            )
 
 
 def factory_of(make: Callable[..., nn.Module]) -> NetworkFactory:

@@ -16,6 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _GREY_MEAN = (0.449,)  # the average of ImageNet's channels
 _GREY_STD = (0.226,)
 _MAX_SMALL_SIZE = 32  # the largest images for which the network has the CIFAR stem
+_SMALLEST_CROP = 0.08
 _ENLARGED = 256 / 224  # before the crop, as for ImageNet
 
 
@@ -30,7 +31,8 @@ class PhotoDataModule(ImageDataModule):
         std: standard deviation of each channel; None: ImageNet's.
         value_range: the values of grey images with more than 8 bits that become black and white, see `read_image`.
         horizontal_flip: mirror every second training image; not for text, or where left and right differ.
-        smallest_crop: the smallest share of an image's area that training sees of it.
+        smallest_crop: the smallest share of an image's area that training sees of it; None: 0.08. For more than 32
+            pixels; smaller images are cropped as CIFAR's.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PhotoDataModule(ImageDataModule):
         std: tuple[float, ...] | None = None,
         value_range: tuple[float, float] | None = None,
         horizontal_flip: bool = True,
-        smallest_crop: float = 0.08,
+        smallest_crop: float | None = None,
         **kwargs: Any,
     ) -> None:
         shorter = size if isinstance(size, int) else min(size)
@@ -55,11 +57,13 @@ class PhotoDataModule(ImageDataModule):
             value_range=None if value_range is None else (value_range[0], value_range[1]),
         )
         super().__init__(preprocessing, **kwargs)
-        if not 0 < smallest_crop <= 1:
+        if smallest_crop is not None and is_small:
+            raise UserError(f"smallest_crop is for images of more than {_MAX_SMALL_SIZE} pixels: leave it out")
+        if smallest_crop is not None and not 0 < smallest_crop <= 1:
             raise UserError(f"smallest_crop is a share of the image, above 0 and at most 1, not {smallest_crop}")
         self.is_small = is_small
         self.horizontal_flip = horizontal_flip
-        self.smallest_crop = smallest_crop
+        self.smallest_crop = _SMALLEST_CROP if smallest_crop is None else smallest_crop
 
     def own_training_transform(self) -> v2.Transform:
         """What training does to an image."""

@@ -53,9 +53,10 @@ class ImageTable(PhotoDataModule):
         path_column: where the path or name of an image stands.
         label_columns: the columns of the labels, one each.
         findings_column: in their place, one column with the names of all labels that an image has, separated by ``|``.
-        no_finding: what stands there where it has none.
-        missing: what a missing entry means: unknown entries take no part in loss and measures.
-        uncertain: what -1 means.
+        no_finding: what stands there where it has none; None: ``No Finding``.
+        missing: what a missing entry in `label_columns` means; None: that nothing is known, so that it takes no part in
+            loss and measures.
+        uncertain: what -1 means there, likewise.
         patient_column: where the patient stands; None: see `patient_pattern`.
         patient_pattern: a regular expression that finds the patient in the path.
         where: only rows with these entries: ``{Frontal/Lateral: Frontal}``.
@@ -79,9 +80,9 @@ class ImageTable(PhotoDataModule):
         path_column: str = "path",
         label_columns: list[str] | None = None,
         findings_column: str | None = None,
-        no_finding: str = "No Finding",
-        missing: Literal["unknown", "negative"] = "unknown",
-        uncertain: Literal["unknown", "positive", "negative"] = "unknown",
+        no_finding: str | None = None,
+        missing: Literal["unknown", "negative"] | None = None,
+        uncertain: Literal["unknown", "positive", "negative"] | None = None,
         patient_column: str | None = None,
         patient_pattern: str | None = None,
         where: dict[str, str] | None = None,
@@ -94,6 +95,10 @@ class ImageTable(PhotoDataModule):
         super().__init__(**kwargs)
         if (label_columns is None) == (findings_column is None):
             raise UserError("give label_columns, one a label, or findings_column, with the names of all labels in one")
+        if findings_column is not None and (missing or uncertain):
+            raise UserError("a findings_column has no missing and uncertain entries: leave missing and uncertain out")
+        if label_columns is not None and no_finding is not None:
+            raise UserError("no_finding is an entry of a findings_column: with label_columns leave it out")
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise UserError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
         if val_fraction is not None and val_table is not None:
@@ -104,7 +109,9 @@ class ImageTable(PhotoDataModule):
             raise UserError("give patient_column or patient_pattern, not both")
         self.root = Path(root).expanduser()
         self.table = table
-        self.reader = LabelReader(label_columns, findings_column, no_finding, missing, uncertain)
+        self.reader = LabelReader(
+            label_columns, findings_column, no_finding or "No Finding", missing or "unknown", uncertain or "unknown"
+        )
         self.path_column = path_column
         self.patient_column = patient_column
         self.patient_pattern = _compiled(patient_pattern)

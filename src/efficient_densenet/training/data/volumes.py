@@ -68,10 +68,10 @@ class Volumes(LightningDataModule):
             raise UserError(f"there is no folder in {self.root}; it should hold one folder of volumes for each class")
         names = sorted(folder.name for folder in folders)
         files = [path for path in sorted(self.root.glob("*/*")) if path.name.endswith(_SUFFIXES)]
-        volumes = [{"image": str(path), "label": names.index(path.parent.name)} for path in files]
-        if empty := set(range(len(names))) - {int(volume["label"]) for volume in volumes}:
+        labels = [names.index(path.parent.name) for path in files]
+        if empty := set(range(len(names))) - set(labels):
             raise UserError(f"{self.root / names[min(empty)]} holds no volume ({', '.join(_SUFFIXES)})")
-        labels = [int(volume["label"]) for volume in volumes]
+        volumes = [{"image": str(path), "label": label} for path, label in zip(files, labels, strict=True)]
         kept, held_out = stratified_split(labels, self.val_fraction, self.seed)
         transforms = require("monai.transforms", "monai")
         reading = [
