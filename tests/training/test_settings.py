@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from tiny_run import run
 
 TABLE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 SETTINGS = re.findall(r"`(--[^`]+)`", "".join(line for line in TABLE.splitlines(True) if line.startswith("| ")))
 LONGER = {"FindLearningRate": ["--trainer.limit_train_batches=4", "--trainer.max_epochs=6"]}
 LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Twelve images of 40×48 pixels in each of three classes, and the options that train on them."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for name in ("cat", "dog", "fox"):
-        (folder / name).mkdir()
-        for number in range(12):
-            pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return ["--data", "ImageFolder", "--data.root", str(folder), "--data.size", "32", "--data.batch_size", "8"]
 
 
 def test_there_is_a_table():
@@ -39,5 +25,60 @@ def test_there_is_a_table():
 def test_a_setting_works(tmp_path, images, setting):
     small = setting.replace("inductor", "aot_eager")  # the compiler of C++ code takes its time
     longer = next((options for name, options in LONGER.items() if name in setting), [])
-    assert run("fit", tmp_path, *images, "--data.num_workers=0", *longer, *shlex.split(small)) == 0
+    assert run("fit", tmp_path, *images, *longer, *shlex.split(small)) == 0
     assert list(tmp_path.glob("tiny/version_0/checkpoints/best.ckpt"))
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_a_logger_that_is_not_installed_is_named_with_the_command_that_installs_it(tmp_path, images, capsys, logger):
+    if find_spec(LOGGERS[logger]):
+        pytest.skip(f"{LOGGERS[logger]} is installed")
+    assert run("fit", tmp_path, *images, f"--trainer.logger={logger}") == 2
+    assert f"pip install -U '{LOGGERS[logger]}" in capsys.readouterr().err
+
+
+def test_further_loggers_get_the_same_and_the_folder_of_the_run_stays(tmp_path, images):
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'elsewhere'}"]
+    assert run("fit", tmp_path, *images, *logger, "--trainer.log_every_n_steps=1") == 0
+    assert (tmp_path / "tiny/version_0/metrics.csv").exists()
+    (further,) = (tmp_path / "elsewhere").rglob("metrics.csv")
+    assert "val/top1" in further.read_text()
+
+
+REFUSED = {
+    "model.network.in_channels=1": "model.network.in_channels is 1, and the data have 3: leave it out",
+    "model.network.num_classes=7": "model.network.num_classes is 7, and the data have 3",
+    "model.network.keep=features": "model.network.keep features is for networks that run efficiently",
+    "model.freeze=features.denseblock9": "there is no features.denseblock9 in a DenseNet; write stem, blocks, backbone",
+    "model.freeze=[backbone,classifier]": "leaves nothing to train",
+    "model.unfreeze_at=1": "that model.freeze does not name",
+    "model.freeze=stem --model.unfreeze_at=1 --trainer.devices=2 --trainer.strategy=ddp": "in one process alone",
+    "model.rates='{head: 0.1}'": "no parameter's name begins with head; there are features, classifier",
+    "model.rates='{features: -1}'": "must not be negative",
+    "model.rates.features=0.1 --model.scheduler=OneCycleLR --model.scheduler.max_lr=1": "ignored by OneCycleLR",
+    "model.warmup=-1": "model.warmup must be 0 or more",
+    "model.warmup=2": "model.warmup 2 must be less than trainer.max_epochs 2",
+    "model.warmup=1 --model.scheduler=OneCycleLR --model.scheduler.max_lr=1": "does not go together with OneCycleLR",
+    "model.schedule_interval=step --model.scheduler=null": "give model.scheduler or model.warmup",
+    "model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau --model.monitor=val/top1": "mode must be max",
+    "model.monitor=val/nothing": "could not find the monitored key",
+    "model.class_weights=[1,2]": "a positive number for each of 3 classes, not [1.0, 2.0]",
+    "model.class_weights=heavy": "must be balanced, or a positive number for each of 3 classes",
+    "model.weights=DEFAULT": "are those of a network with a name",
+    "model.channels_last=maybe": "model.channels_last must be bool",
+    "data.mixup=-1": "mixup and cutmix must be 0 or more",
+    "data.val_fraction=2": "val_fraction must be above 0 and below 1",
+    "data.smallest_crop=0.5": "smallest_crop is for images of more than 32 pixels",
+    "data.std=[1,1,0]": "std must be above 0",
+    "data.value_range=[5,5]": "value_range goes from a smaller value to a larger one",
+    "data.augmentation+=torchvision.transforms.v2.NoSuch": "has no attribute 'NoSuch'",
+    "trainer.callbacks+=FindLearningRate": "found in 20 steps or more, and the run has fewer",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_contradicts_the_data_or_would_be_ignored_is_refused(tmp_path, images, capsys, setting):
+    assert run("fit", tmp_path, *images, *shlex.split(f"--{setting}")) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("efficient-densenet: "))
+    assert REFUSED[setting] in error

@@ -19,7 +19,8 @@ from efficient_densenet.files import remove_left_over
 for _package in ("lightning", "jsonargparse", "torchmetrics", "torchvision", "matplotlib", "tensorboard", "rich"):
     require(_package, "train")
 
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import distributed
@@ -36,7 +37,7 @@ from efficient_densenet.training.callbacks import (
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
 from efficient_densenet.training.mistakes import check_settings, mistakes_named
 from efficient_densenet.training.module import Classifier, mode_of
-from efficient_densenet.training.networks import factory_of_configuration, leave_to_the_data
+from efficient_densenet.training.networks import add_placeholders, factory_of_configuration, leave_to_the_data
 from efficient_densenet.training.resuming import length_of_schedule
 from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
 from efficient_densenet.training.tasks import MultiLabel, SingleLabel
@@ -98,7 +99,7 @@ class _CLI(LightningCLI):
             Classifier,
             LightningDataModule,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_callback=_SaveConfiguration if command == "fit" else None,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             trainer_defaults={"default_root_dir": "runs"},
             seed_everything_default=42,
@@ -122,9 +123,14 @@ class _CLI(LightningCLI):
         given = parser.parse_args(args, defaults=False, _skip_validation=True)
         options = given[given.subcommand]
         check_settings(options)
-        self.config = parser.parse_args([*args, *length_of_schedule(options)])
-        network = self.config[given.subcommand].model.network
-        self.decided_by_data = leave_to_the_data(network, options.model.network)
+        for name, length in length_of_schedule(options).items():
+            options[name] = length
+        network = options.get("model.network")
+        arguments = set((network.get("init_args") or {}).keys()) if isinstance(network, Namespace) else set()
+        if isinstance(network, Namespace):
+            add_placeholders(network)
+        self.config = parser.parse_object(given)
+        self.decided_by_data = leave_to_the_data(self.config[given.subcommand].model.network, arguments)
 
     def instantiate_classes(self) -> None:
         # As Lightning does, but for the network: it is made when the data are known.
@@ -183,6 +189,11 @@ class _CLI(LightningCLI):
         trainer.callbacks.insert(0, NetworkFirst())
         if settings.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm works on GPUs alone: leave it out, or train on the CPU with one device")
+        if self.model.unfreeze_at is not None and trainer.world_size > 1:
+            raise UserError(
+                "model.unfreeze_at works in one process alone, for several agree at the beginning on what they train: "
+                "train with model.freeze first, and then in a new run from the model.weights of its best.ckpt"
+            )
         return trainer
 
     def _callbacks(self, show_bar: bool, save: bool) -> list[Callback]:
@@ -199,6 +210,15 @@ class _CLI(LightningCLI):
             monitor = self.model.monitor or task.best
             callbacks += [_checkpoint("best", monitor=monitor, mode=mode_of(monitor)), _checkpoint("last")]
         return callbacks
+
+
+class _SaveConfiguration(SaveConfigCallback):
+    """Saves what a network requires and the data decided too: the parser refuses a configuration without it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name, value in pl_module.network_factory.decided(pl_module.facts, required=True).items():
+            self.config[f"model.network.init_args.{name}"] = value
+        super().setup(trainer, pl_module, stage)
 
 
 def _checkpoint(name: str, **which: Any) -> ModelCheckpoint:

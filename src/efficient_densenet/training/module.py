@@ -131,11 +131,6 @@ class Classifier(LightningModule):
         self.task = task_for(self.facts.multi_label, self.class_names, label_smoothing=self.label_smoothing)
         targets = data.training_targets() if hasattr(data, "training_targets") and self.class_weights else None
         self.task.set_weights(self.class_weights, targets)
-        if self.unfreeze_at is not None and self.trainer.world_size > 1:
-            raise UserError(
-                "model.unfreeze_at works in one process alone, for others are told at the beginning which gradients to "
-                "share: train with model.freeze first, and then a new run with the model.weights of its best.ckpt"
-            )
         self.frozen = Frozen(network, self.names_of_frozen)
         self.frozen.freeze()
         if self.memory_format == torch.channels_last and any(p.dim() == 5 for p in network.parameters()):
@@ -282,11 +277,17 @@ class Classifier(LightningModule):
                 f"the checkpoint {self.trainer.ckpt_path} is of another network than the configuration's: {different}; "
                 "give the configuration that it was trained with, or start a new run with its --model.weights"
             )
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING and not _averages_already(checkpoint):
             self.found_learning_rate = checkpoint.get("found_learning_rate")
             for name, (old, new) in follow_configuration(checkpoint, *self._new_optimizer()).items():
                 if self.trainer.is_global_zero:
                     print(f"resuming with {name} {new}, as configured; the checkpoint has {old}")
+
+
+def _averages_already(checkpoint: dict[str, Any]) -> bool:
+    """Whether `StochasticWeightAveraging` has taken over the learning rate."""
+    states = [state for name, state in checkpoint["callbacks"].items() if "StochasticWeightAveraging" in name]
+    return any(state["scheduler_state"] is not None for state in states)
 
 
 def mode_of(metric: str) -> Literal["min", "max"]:

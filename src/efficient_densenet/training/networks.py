@@ -32,6 +32,7 @@ DECIDED_BY_DATA = {
     "num_classes": ("num_classes", "out_channels"),
     "input_size": ("input_size",),
 }
+_NAMES_DECIDED = frozenset(name for names in DECIDED_BY_DATA.values() for name in names)
 NAME_IN_CHECKPOINT = "library_network"
 _LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm", "monai": "monai.networks.nets"}
 _OF_LIBRARY = re.compile(r"DEFAULT|IMAGENET1K_V\d+")
@@ -73,12 +74,29 @@ class NetworkFactory:
         Raises:
             UserError: the configuration contradicts the data, or what it names makes no network.
         """
-        decided: dict[str, Any] = {}
+        decided = self.decided(facts)
+        self._refuse_ignored()
+        for name in self._required() - {*decided, *self.arguments}:
+            raise UserError(f"the data do not say what {name} of model.network is: set it there")
+        network = self.make(**{**self.arguments, **decided})
+        if not isinstance(network, nn.Module):
+            raise UserError(f"model.network must make a torch.nn.Module, not a {type(network).__name__}")
+        if not any(True for _ in network.parameters()):
+            raise UserError(f"model.network makes a {type(network).__name__}, which has no parameters to train")
+        return network
+
+    def decided(self, facts: DataFacts, required: bool = False) -> dict[str, Any]:
+        """The arguments that the data decide; of these, those without which nothing can be made.
+
+        Raises:
+            UserError: the configuration contradicts them.
+        """
         values = {
             "in_channels": facts.in_channels,
             "num_classes": None if facts.class_names is None else len(facts.class_names),
             "input_size": facts.input_size,
         }
+        decided: dict[str, Any] = {}
         for meaning, value in values.items():
             for name in DECIDED_BY_DATA[meaning]:
                 given = self.arguments.get(name)
@@ -88,13 +106,11 @@ class NetworkFactory:
                     raise UserError(
                         f"model.network.{name} is {given}, and the data have {value}: leave it out, the data decide it"
                     )
-        self._refuse_ignored()
-        network = self.make(**{**self.arguments, **decided})
-        if not isinstance(network, nn.Module):
-            raise UserError(f"model.network must make a torch.nn.Module, not a {type(network).__name__}")
-        if not any(True for _ in network.parameters()):
-            raise UserError(f"model.network makes a {type(network).__name__}, which has no parameters to train")
-        return network
+        return {name: value for name, value in decided.items() if not required or name in self._required()}
+
+    def _required(self) -> set[str]:
+        parameters = inspect.signature(self.make).parameters.values()
+        return {p.name for p in parameters if p.name in _NAMES_DECIDED and p.default is p.empty}
 
     def _refuse_ignored(self) -> None:
         keep, efficient = self.arguments.get("keep", "bottleneck"), self.arguments.get("efficient")
@@ -109,31 +125,45 @@ def factory_of(make: Callable[..., nn.Module]) -> NetworkFactory:
     if isinstance(make, NetworkFactory):
         return make
     parameters = inspect.signature(make).parameters
-    takes = {name for names in DECIDED_BY_DATA.values() for name in names if name in parameters}
+    takes = {name for name in _NAMES_DECIDED if name in parameters}
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         takes |= {"in_channels", "num_classes"}
     arguments = dict(getattr(make, "keywords", {}))
     return NetworkFactory(getattr(make, "func", make), arguments, frozenset(takes - arguments.keys()))
 
 
-def leave_to_the_data(network: Any, given: Any) -> frozenset[str]:
+def add_placeholders(given: Any) -> None:
+    """Add to an entry ``class_path`` and ``init_args`` what a network requires and the data decide: the parser refuses
+    a configuration without it.
+    """
+    try:
+        parameters = inspect.signature(_imported(given["class_path"])).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):  # the parser says it better
+        return
+    own = given.get("init_args") or {}
+    added = {p.name for p in parameters if p.name in _NAMES_DECIDED - set(own.keys()) and p.default is p.empty}
+    for name in added:
+        given[f"init_args.{name}"] = 1
+
+
+def leave_to_the_data(network: Any, given: set[str]) -> frozenset[str]:
     """Take out of a parsed ``class_path`` and ``init_args`` what the data decide and nobody has given.
 
     Args:
         network: with the parser's defaults; is changed.
-        given: the same without them.
+        given: the names of the arguments that somebody has given.
 
     Returns:
         The names of what was taken out.
     """
-    arguments, own = network.get("init_args"), given.get("init_args") or {}
-    names = {name for names in DECIDED_BY_DATA.values() for name in names if arguments and name in arguments}
-    if "input_size" not in inspect.signature(_imported(network["class_path"])).parameters:
-        names.discard("input_size")  # densenet121 passes it on: the stem is part of what this name means
-    taken = frozenset(name for name in names if name not in own)
+    arguments = network.get("init_args") or {}
+    parameters = inspect.signature(_imported(network["class_path"])).parameters
+    taken = set(arguments.keys()) & _NAMES_DECIDED - given
+    if "input_size" not in parameters:
+        taken.discard("input_size")  # densenet121 passes it on: the stem is part of what this name means
     for name in taken:
         del arguments[name]
-    return taken
+    return frozenset(taken)
 
 
 def factory_of_configuration(network: Any, takes: frozenset[str]) -> NetworkFactory:
