@@ -38,5 +38,5 @@ def read_dicom(
     except Exception as error:  # pydicom and its decoders raise anything for files that they cannot read
         raise unreadable(path, error) from error
     if file.get("PhotometricInterpretation") == _DARK_IS_HIGH:
-        values = value_range[0] + value_range[1] - values
+        values = value_range[0] + value_range[1] - values.astype(np.float64)
     return values, value_range
