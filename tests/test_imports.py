@@ -47,6 +47,14 @@ INSIDE = {
         "report",
         "__init__ inspect",
     ],
+    "training": [
+        "checkpointing data facts mistakes plots resuming runs signals tasks optimisation",
+        "networks",
+        "freezing trained",
+        "module",
+        "callbacks",
+        "lightning_cli predict export prepare_imagenet",
+    ],
 }
 
 

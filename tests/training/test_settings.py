@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import run
 
 TABLE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -27,6 +29,39 @@ def test_a_setting_works(tmp_path, images, setting):
     longer = next((options for name, options in LONGER.items() if name in setting), [])
     assert run("fit", tmp_path, *images, *longer, *shlex.split(small)) == 0
     assert list(tmp_path.glob("tiny/version_0/checkpoints/best.ckpt"))
+
+
+def first_row(run):
+    return next(csv.DictReader((run / "metrics.csv").open()))
+
+
+def preprocessing(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["preprocessing"]
+
+
+EFFECTS = {
+    "--trainer.callbacks+=Throughput": lambda run: float(first_row(run)["train/images_per_second"]) > 0,
+    "--model.label_smoothing=0.1": lambda run: first_row(run)["train/loss_minimised"] != first_row(run)["train/loss"],
+    "--model.class_weights=[1,2,0.5]": lambda run: (
+        first_row(run)["train/loss_minimised"] != first_row(run)["train/loss"]
+    ),
+    "--data.size=[40,48]": lambda run: preprocessing(run)["size"] == [40, 48],
+    "--data.mean=[0.1,0.2,0.3]": lambda run: preprocessing(run)["mean"] == [0.1, 0.2, 0.3],
+    "--data.in_channels=1": lambda run: preprocessing(run)["in_channels"] == 1,
+    "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.monitor=val/loss --trainer.callbacks.save_top_k=2": (
+        lambda run: len(list((run / "checkpoints").iterdir())) == 4
+    ),
+    "--trainer.callbacks+=FindLearningRate --trainer.limit_train_batches=4 --trainer.max_epochs=6": (
+        lambda run: first_row(run)["lr"] != "0.1"
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", EFFECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_setting_leaves(tmp_path, images, setting):
+    assert run("fit", tmp_path, *images, *shlex.split(setting)) == 0
+    assert EFFECTS[setting](tmp_path / "tiny" / "version_0")
 
 
 @pytest.mark.parametrize("logger", LOGGERS)

@@ -67,6 +67,8 @@ def _network(name: str, path: Path, content: dict[str, Any], reading: dict[str, 
     """The network in a file, and the number of its classes."""
     library_name, names = content.get(NAME_IN_CHECKPOINT), content.get("class_names")
     if isinstance(library_name, str) and isinstance(names, list):
+        if any(reading.values()):
+            raise UserError(f"{name} is of a network of another library: leave --prefix, --ema and the like out")
         preprocessing = content.get("preprocessing") or {}
         network = known_library_network(library_name, preprocessing.get("in_channels", 3), len(names))
         start_from(network, str(path), "", new_head=False)
