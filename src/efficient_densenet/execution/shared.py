@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.execution.library import (
+    StageArguments,
     norm_relu_max_pool_forward,
     stage_forward,
     stage_without_gradients,
@@ -56,23 +57,23 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         _move_running_averages(norms.moving, statistics, count)
         return output
     masks, scales = _masks(x, plan, modules)
-    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(
-        x,
+    arguments = StageArguments(
         norms.weights,
         norms.biases,
-        norms.constants,
-        norms.uses_batch,
-        norms.eps,
         weights,
         biases,
         masks,
-        scales,
+        norms.constants,
+        norms.uses_batch,
+        norms.eps,
         [channel for norm in plan.norms for channel in norm.source],
+        scales,
         plan.per_layer,
         plan.pool,
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
+    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(x, *arguments)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
         output = step(output)
