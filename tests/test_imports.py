@@ -50,7 +50,7 @@ INSIDE = {
     "training": [
         "checkpointing data facts mistakes plots resuming runs signals tasks optimisation",
         "networks",
-        "freezing trained",
+        "freezing network_factory trained",
         "module",
         "callbacks",
         "lightning_cli predict export prepare_imagenet",

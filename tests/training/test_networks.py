@@ -18,7 +18,7 @@ from efficient_densenet.adopt import adopted_modules
 from efficient_densenet.cli import main
 from efficient_densenet.errors import UserError
 from efficient_densenet.training import plots
-from efficient_densenet.training.networks import head_of, library_network
+from efficient_densenet.training.networks import head_of, library_network, start_from
 
 LIBRARY = "--model.network=efficient_densenet.training.networks.library_network"
 BRIEF = ["--trainer.max_epochs=1", "--model.scheduler=null"]
@@ -52,6 +52,28 @@ def test_a_network_of_another_library_is_trained_from_its_weights_and_predicts(t
 
 
 SMALL = {"block_config": (2, 2), "growth_rate": 4}
+
+
+def test_weights_are_adapted_to_grey_images_and_to_older_files(tmp_path):
+    theirs = timm.create_model("test_resnet").state_dict()
+    torch.save({n: t for n, t in theirs.items() if not n.endswith("num_batches_tracked")}, tmp_path / "theirs.pth")
+    network = library_network("timm:test_resnet", in_channels=1, num_classes=1000)
+    start_from(network, str(tmp_path / "theirs.pth"), "timm:test_resnet")
+    own = network.state_dict()
+    first = next(name for name, tensor in theirs.items() if tensor.dim() == 4)
+    torch.testing.assert_close(own.pop(first), theirs.pop(first).sum(1, keepdim=True))
+    torch.testing.assert_close(own, theirs)
+    with pytest.raises(UserError, match="holds the weights of another network"):
+        start_from(library_network("torchvision:shufflenet_v2_x0_5"), str(tmp_path / "theirs.pth"), "")
+
+
+def test_monais_own_weights_fit_its_network(tmp_path):
+    arguments = {"spatial_dims": 3, "block_config": (2, 2), "growth_rate": 4, "init_features": 8}
+    first, second = (library_network("monai:DenseNet121", 1, classes, arguments=arguments) for classes in (2, 5))
+    torch.save(first.state_dict(), tmp_path / "theirs.pth")
+    with pytest.warns(UserWarning, match="the classifier is a new one"):
+        start_from(second, str(tmp_path / "theirs.pth"), "monai:DenseNet121")
+    torch.testing.assert_close(second.features.state_dict(), first.features.state_dict())
 
 
 @pytest.mark.parametrize(

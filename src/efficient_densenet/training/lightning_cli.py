@@ -37,7 +37,7 @@ from efficient_densenet.training.callbacks import (
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
 from efficient_densenet.training.mistakes import check_settings, mistakes_named
 from efficient_densenet.training.module import Classifier, mode_of
-from efficient_densenet.training.networks import add_placeholders, factory_of_configuration, leave_to_the_data
+from efficient_densenet.training.network_factory import add_placeholders, factory_of_configuration, leave_to_the_data
 from efficient_densenet.training.resuming import length_of_schedule
 from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
 from efficient_densenet.training.tasks import MultiLabel, SingleLabel

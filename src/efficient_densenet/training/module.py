@@ -16,7 +16,8 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.training.checkpointing import differences
 from efficient_densenet.training.facts import facts_of
 from efficient_densenet.training.freezing import Frozen
-from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, factory_of, start_from
+from efficient_densenet.training.network_factory import factory_of
+from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, start_from
 from efficient_densenet.training.optimisation import make_optimizer, make_schedule
 from efficient_densenet.training.resuming import follow_configuration
 from efficient_densenet.training.tasks import task_for
@@ -149,8 +150,9 @@ class Classifier(LightningModule):
         return self.unfreeze_at is None or self.trainer.current_epoch < self.unfreeze_at
 
     def on_train_epoch_start(self) -> None:
-        self.frozen.freeze(self._is_frozen())
-        self.train()
+        if self.unfreeze_at is not None:
+            self.frozen.freeze(self._is_frozen())
+            self.train()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x.contiguous(memory_format=self.memory_format))
@@ -210,7 +212,7 @@ class Classifier(LightningModule):
                     f"of no label are there {stage} images that have it and others that do not: give more of them"
                 )
             for name, score in scores.items():
-                self.log(f"{stage}/{name}", score, prog_bar=name == "auroc", rank_zero_only=False)
+                self.log(f"{stage}/{name}", score, prog_bar=name == "auroc", sync_dist=True)
             self.task.scores.reset()
 
     def _logits(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from efficient_densenet.training.data.preprocessing import Preprocessing, to_ten
 def training_transform(
     preprocessing: Preprocessing,
     geometry: Sequence[v2.Transform],
-    augmentation: Sequence[v2.Transform] = (),
+    augmentation: Sequence[Callable] = (),
     intensities: Sequence[v2.Transform] = (),
 ) -> v2.Transform:
     """One image as it is read → the tensor that the network is trained on.
@@ -23,10 +23,11 @@ def training_transform(
     Args:
         preprocessing: what evaluation does; channels and normalisation are its.
         geometry: what makes the image as large as evaluation does.
-        augmentation: what follows it; of these, `v2.RandomErasing` comes last, so that zero is the mean colour.
+        augmentation: what follows it; of these, a ``RandomErasing`` (torchvision's or timm's) comes last, so that zero
+            is the mean colour.
         intensities: for a tensor of intensities in [0, 1], before it is normalised.
     """
-    last = [transform for transform in augmentation if isinstance(transform, v2.RandomErasing)]
+    last = [transform for transform in augmentation if type(transform).__name__ == "RandomErasing"]
     first = [transform for transform in augmentation if transform not in last]
     return v2.Compose(
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -47,8 +48,8 @@ class ImageDataModule(LightningDataModule):
         seed: decides which images are held out, where no held-out set is given. Order and augmentation of the training
             images are drawn from PyTorch's random numbers (``lightning.seed_everything(seed, workers=True)``).
         sampling: ``balanced`` draws training images so that every class comes equally often, with replacement.
-        augmentation: further transforms of torchvision for training images, ``RandAugment`` for example; they follow
-            the data's own. ``RandomErasing`` comes after normalisation, where zero is the mean colour.
+        augmentation: further transforms of torchvision or timm for training images, ``RandAugment`` for example; they
+            follow the data's own. A ``RandomErasing`` comes after normalisation, where zero is the mean colour.
         mixup: draws the share of the other image from Beta(α, α) and mixes images and targets of a batch (Zhang et al.,
             ICLR 2018); 0: none.
         cutmix: likewise, by a rectangle of the other image (Yun et al., ICCV 2019). With both, each batch draws one.
@@ -67,7 +68,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 2,
         seed: int = 0,
         sampling: Literal["natural", "balanced"] = "natural",
-        augmentation: list[v2.Transform] | None = None,
+        augmentation: list[Callable] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
