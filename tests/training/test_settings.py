@@ -64,6 +64,13 @@ def test_what_a_setting_leaves(tmp_path, images, setting):
     assert EFFECTS[setting](tmp_path / "tiny" / "version_0")
 
 
+def test_what_the_data_decide_is_said(tmp_path, images, capsys):
+    assert run("fit", tmp_path, *images, "--data.size=[40,48]", "--data.in_channels=1") == 0
+    assert (
+        "the data decide: images of 40×48 pixels with 1 channel, 3 classes (cat, dog, fox)" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("logger", LOGGERS)
 def test_a_logger_that_is_not_installed_is_named_with_the_command_that_installs_it(tmp_path, images, capsys, logger):
     if find_spec(LOGGERS[logger]):

@@ -34,7 +34,8 @@ class DataFacts:
     def __str__(self) -> str:
         said = []
         if self.in_channels is not None:
-            side = f" of {self.input_size} pixels" if self.input_size else ""
+            size = self.preprocessing["size"] if self.preprocessing else self.input_size
+            side = f" of {'×'.join(map(str, size)) if isinstance(size, list) else size} pixels" if size else ""
             said.append(f"images{side} with {self.in_channels} channel{'s' if self.in_channels != 1 else ''}")
         if self.class_names is not None:
             kind = "labels" if self.multi_label else "classes"

@@ -84,6 +84,8 @@ def _silence_noise() -> None:
             handler.addFilter(_is_news)
     for message in _WARNED_NOISE:
         warnings.filterwarnings("ignore", message)
+    # Where in Lightning a warning came up helps nobody who trains.
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
