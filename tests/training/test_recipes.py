@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,12 @@ def test_volumes(tmp_path, capsys):
     assert "2 classes (healthy, tumour)" in capsys.readouterr().out
     state = torch.load(tmp_path / "volumes" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["state_dict"]["network.features.conv0.weight"].shape == (8, 1, 7, 7, 7)
+
+
+def test_without_nibabel_its_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert run_recipe("fit", "volumes", tmp_path, f"--data.root={tmp_path}") == 2
+    assert "pip install 'efficient-densenet[monai]'" in capsys.readouterr().err
 
 
 def test_there_is_a_recipe_for_each():

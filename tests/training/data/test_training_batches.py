@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from efficient_densenet.training.data import ImageDataModule, Preprocessing
-from efficient_densenet.training.data.augmentation import training_transform
+from efficient_densenet.training.data.augmentation import shifted_crop, training_transform
 from efficient_densenet.training.data.base import Splits
 from efficient_densenet.training.data.images import TransformedImages
 
@@ -67,7 +67,13 @@ def test_augmentation_follows_the_crop_and_erases_what_is_normalised():
     assert set(image.flatten().tolist()) == {1.0, 0.0}  # inverted to white; erased to the mean colour
 
 
-def test_augmentation_takes_films_of_16_bits():
-    preprocessing = Preprocessing(in_channels=1, size=8, mean=(0.5,), std=(0.5,))
-    transform = training_transform(preprocessing, [v2.RandomResizedCrop(8), v2.RandomHorizontalFlip()])
-    assert transform(torch.rand(1, 12, 10)).shape == (1, 8, 8)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_films_of_16_bits_are_augmented_like_images_of_8(in_channels):
+    preprocessing = Preprocessing(in_channels, size=8, mean=(0.4,) * in_channels, std=(0.5,) * in_channels)
+    transform = training_transform(preprocessing, [shifted_crop(preprocessing, 4), v2.RandomHorizontalFlip()])
+    pixels = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(3)
+    image = transform(Image.fromarray(pixels[0].numpy()))
+    torch.manual_seed(3)
+    torch.testing.assert_close(transform(pixels / 255), image)
+    assert training_transform(preprocessing, [v2.RandAugment()])(pixels / 255).isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
@@ -47,7 +48,7 @@ def shifted_crop(preprocessing: Preprocessing, padding: int) -> v2.Transform:
 
     The padding has the mean colour, which is zero once the image is normalised, as in the paper's experiments.
     """
-    fill = [round(255 * mean) for mean in preprocessing.mean]
+    fill = {Image.Image: [round(255 * mean) for mean in preprocessing.mean], Tensor: list(preprocessing.mean)}
     return v2.RandomCrop((preprocessing.height, preprocessing.width), padding=padding, fill=fill)
 
 
