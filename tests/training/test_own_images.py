@@ -50,6 +50,16 @@ def published(tmp_path, monkeypatch):
     return state
 
 
+@pytest.mark.parametrize("options", re.findall(r"`(--[^`]+)`", PAGE))
+def test_the_options_of_the_page_are_understood(options, capsys):
+    fit = ["fit", "--config", str(ROOT / "configs" / "finetune.yaml"), "--data.root", "my_images"]
+    with pytest.raises(SystemExit) as end:
+        main([*fit, *shlex.split(options), "--print_config"])
+    assert end.value.code in (0, None)
+    name = options.split()[0].rpartition(".")[2]
+    assert f"{name}:" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys, published):
     make_images(tmp_path / "my_images", ["cat", "dog"], 6)

@@ -75,7 +75,7 @@ def last_row(folder: Path, recipe: str) -> dict[str, str]:
 
 
 def test_chest_xray14(chest_xray14, tmp_path, capsys):
-    options = [f"--data.root={chest_xray14}", *TINY, "--data.size=32", "--data.val_fraction=0.5"]
+    options = [f"--data.root={chest_xray14}", *TINY, "--data.size=40", "--data.val_fraction=0.5"]
     assert run_recipe("fit", "chest_xray14", tmp_path, *options) == 0
     assert "2 labels (Effusion, Mass)" in capsys.readouterr().out
     row = last_row(tmp_path, "chest_xray14")
@@ -93,7 +93,7 @@ def test_chest_xray14(chest_xray14, tmp_path, capsys):
 
 
 def test_chexpert(chexpert, tmp_path, capsys):
-    assert run_recipe("fit", "chexpert", tmp_path, f"--data.root={chexpert}", *TINY, "--data.size=32") == 0
+    assert run_recipe("fit", "chexpert", tmp_path, f"--data.root={chexpert}", *TINY, "--data.size=40") == 0
     assert "5 labels (Atelectasis, Cardiomegaly, Consolidation, Edema, Pleural Effusion)" in capsys.readouterr().out
     row = last_row(tmp_path, "chexpert")
     assert all(f"val/auroc/{label}" in row for label in ("Atelectasis", "Edema", "Pleural Effusion"))

@@ -37,13 +37,11 @@ class Frozen:
             raise UserError(f"model.freeze {', '.join(names)} leaves nothing to train")
 
     def freeze(self, frozen: bool = True) -> None:
+        """In evaluation mode, running statistics stay what they are."""
         for parameter in self.parameters:
             parameter.requires_grad_(not frozen)
-
-    def evaluate(self) -> None:
-        """Put what is frozen into evaluation mode, so that running statistics stay what they are."""
         for module in self.modules:
-            module.eval()
+            module.train(not frozen)
 
 
 def _modules(network: nn.Module, name: str) -> list[nn.Module]:

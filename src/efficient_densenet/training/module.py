@@ -140,19 +140,8 @@ class Classifier(LightningModule):
         if self.compile_with is not None:
             self.network.compile(backend=self.compile_with)  # in place: names of weights stay what they are
 
-    def train(self, mode: bool = True) -> Classifier:
-        super().train(mode)
-        if self.frozen is not None and self._is_frozen():
-            self.frozen.evaluate()
-        return self
-
-    def _is_frozen(self) -> bool:
-        return self.unfreeze_at is None or self.trainer.current_epoch < self.unfreeze_at
-
     def on_train_epoch_start(self) -> None:
-        if self.unfreeze_at is not None:
-            self.frozen.freeze(self._is_frozen())
-            self.train()
+        self.frozen.freeze(self.unfreeze_at is None or self.trainer.current_epoch < self.unfreeze_at)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x.contiguous(memory_format=self.memory_format))
