@@ -37,7 +37,11 @@ from efficient_densenet.training.callbacks import (
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
 from efficient_densenet.training.mistakes import check_settings, mistakes_named
 from efficient_densenet.training.module import Classifier, mode_of
-from efficient_densenet.training.network_factory import add_placeholders, factory_of_configuration, leave_to_the_data
+from efficient_densenet.training.network_factory import (
+    add_placeholders,
+    factory_of_configuration,
+    remove_what_data_decide,
+)
 from efficient_densenet.training.resuming import length_of_schedule
 from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
 from efficient_densenet.training.tasks import MultiLabel, SingleLabel
@@ -132,7 +136,7 @@ class _CLI(LightningCLI):
         if isinstance(network, Namespace):
             add_placeholders(network)
         self.config = parser.parse_object(given)
-        self.decided_by_data = leave_to_the_data(self.config[given.subcommand].model.network, arguments)
+        self.decided_by_data = remove_what_data_decide(self.config[given.subcommand].model.network, arguments)
 
     def instantiate_classes(self) -> None:
         # As Lightning does, but for the network: it is made when the data are known.

@@ -268,15 +268,15 @@ class Classifier(LightningModule):
                 f"the checkpoint {self.trainer.ckpt_path} is of another network than the configuration's: {different}; "
                 "give the configuration that it was trained with, or start a new run with its --model.weights"
             )
-        if self.trainer.state.fn == TrainerFn.FITTING and not _averages_already(checkpoint):
+        if self.trainer.state.fn == TrainerFn.FITTING and not _is_averaging(checkpoint):
             self.found_learning_rate = checkpoint.get("found_learning_rate")
             for name, (old, new) in follow_configuration(checkpoint, *self._new_optimizer()).items():
                 if self.trainer.is_global_zero:
                     print(f"resuming with {name} {new}, as configured; the checkpoint has {old}")
 
 
-def _averages_already(checkpoint: dict[str, Any]) -> bool:
-    """Whether `StochasticWeightAveraging` has taken over the learning rate."""
+def _is_averaging(checkpoint: dict[str, Any]) -> bool:
+    """Whether `StochasticWeightAveraging` sets the learning rate, in place of the configured schedule."""
     states = [state for name, state in checkpoint["callbacks"].items() if "StochasticWeightAveraging" in name]
     return any(state["scheduler_state"] is not None for state in states)
 

@@ -131,24 +131,24 @@ def add_placeholders(given: Any) -> None:
         given[f"init_args.{name}"] = 1
 
 
-def leave_to_the_data(network: Any, given: set[str]) -> frozenset[str]:
-    """Take out of a parsed ``class_path`` and ``init_args`` what the data decide and nobody has given.
+def remove_what_data_decide(network: Any, given: set[str]) -> frozenset[str]:
+    """Remove from a parsed ``class_path`` and ``init_args`` what the data decide and nobody has given.
 
     Args:
         network: with the parser's defaults; is changed.
         given: the names of the arguments that somebody has given.
 
     Returns:
-        The names of what was taken out.
+        The names of what was removed.
     """
     arguments = network.get("init_args") or {}
     parameters = inspect.signature(_imported(network["class_path"])).parameters
-    taken = set(arguments.keys()) & _NAMES_DECIDED - given
+    removed = set(arguments.keys()) & _NAMES_DECIDED - given
     if "input_size" not in parameters:
-        taken.discard("input_size")  # densenet121 passes it on: the stem is part of what this name means
-    for name in taken:
+        removed.discard("input_size")  # densenet121 passes it on: the stem is part of what this name means
+    for name in removed:
         del arguments[name]
-    return frozenset(taken)
+    return frozenset(removed)
 
 
 def factory_of_configuration(network: Any, takes: frozenset[str]) -> NetworkFactory:

@@ -113,7 +113,7 @@ def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
         ({"val_table": "table.csv", "val_fraction": 0.1}, "leave val_fraction out"),
         ({"test_table": "a", "test_list": "b"}, "give test_table or test_list"),
         ({"patient_pattern": "x"}, "give patient_column or patient_pattern"),
-        ({"patient_column": None, "patient_pattern": "("}, "patient_pattern is no regular expression"),
+        ({"patient_column": None, "patient_pattern": "("}, "patient_pattern is not a regular expression"),
         ({"patient_column": None, "patient_pattern": "x"}, "patient_pattern finds no patient in p00/0.png"),
         (
             {"label_columns": ["mass", "fracture"]},

@@ -6,7 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class NetworkFirst(Callback):
-    """Makes the network, for averages of weights copy the module when they are set up, before the module itself is."""
+    """Sets the module up, and so makes its network, before other callbacks: averages of weights copy it in their own
+    ``setup``, which Lightning calls before the module's.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.setup(stage)

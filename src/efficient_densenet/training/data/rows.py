@@ -15,10 +15,10 @@ _MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of a CSV file: its entries by column, and where it stands."""
+    """One line of a CSV file: its entries by column, and the file and line, for messages."""
 
     entries: dict[str, str]
-    place: str
+    location: str
 
     def entry(self, column: str) -> str:
         """The text in a column.
@@ -29,7 +29,7 @@ class Row:
         entry = self.entries.get(column)
         if entry is None:
             columns = ", ".join(name for name in self.entries if name)
-            raise UserError(f"{self.place} has no column {column!r}; there are {columns}")
+            raise UserError(f"{self.location} has no column {column!r}; there are {columns}")
         return entry.strip()
 
 
@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a CSV file with a header.
 
     Raises:
-        UserError: there is no such file, or it is no text.
+        UserError: there is no such file, or it is not text.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -45,7 +45,7 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError as error:
         raise UserError(f"there is no table {path}; it should be a CSV file with a header") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV file in UTF-8 ({error})") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class LabelReader:
             return [self._target(row, name) for name in names]
         findings = self._findings(row)
         if unknown := findings - set(names):
-            raise UserError(f"{row.place} has the label {min(unknown)!r}, which no training image has")
+            raise UserError(f"{row.location} has the label {min(unknown)!r}, which no training image has")
         return [float(name in findings) for name in names]
 
     def _findings(self, row: Row) -> set[str]:
@@ -88,5 +88,5 @@ class LabelReader:
             return {1.0: 1.0, 0.0: 0.0, -1.0: _MEANINGS[self.uncertain]}[float(entry)]
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"{row.place} has {entry!r} for {column!r}; an entry is 1, 0, -1 (uncertain) or nothing"
+                f"{row.location} has {entry!r} for {column!r}; an entry is 1, 0, -1 (uncertain) or nothing"
             ) from error

@@ -218,4 +218,4 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
-        raise UserError(f"patient_pattern is no regular expression ({error}): {pattern}") from error
+        raise UserError(f"patient_pattern is not a regular expression ({error}): {pattern}") from error
