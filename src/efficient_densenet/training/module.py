@@ -130,8 +130,9 @@ class Classifier(LightningModule):
             print(f"the data decide: {self.facts}", flush=True)
         self.class_names = self.facts.class_names or _numbered(self.network_factory.number_of_classes)
         self.task = task_for(self.facts.multi_label, self.class_names, label_smoothing=self.label_smoothing)
-        targets = data.training_targets() if hasattr(data, "training_targets") and self.class_weights else None
-        self.task.set_weights(self.class_weights, targets)
+        weights = self.class_weights if stage == "fit" else None
+        targets = data.training_targets() if weights and hasattr(data, "training_targets") else None
+        self.task.set_weights(weights, targets)
         self.frozen = Frozen(network, self.names_of_frozen)
         self.frozen.freeze()
         if self.memory_format == torch.channels_last and any(p.dim() == 5 for p in network.parameters()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,8 @@ class ImageTable(PhotoDataModule):
         rows = self._rows(self.table)
         tested = self._tested(rows)
         if tested is not None and self.test_list is not None:
-            rows = [row for row in rows if row not in tested]
+            listed = set(tested)
+            rows = [row for row in rows if row not in listed]
         labels = self.reader.names(rows)
         if self.val_table is not None:
             validated = self._rows(self.val_table)
@@ -167,16 +169,20 @@ class ImageTable(PhotoDataModule):
         return tested
 
     def _files(self, rows: list[Row], labels: list[str]) -> LabelledFiles:
-        names = [row.entry(self.path_column) for row in rows]
-        found: dict[str, Path] = {}
-        if any("/" not in name and not (self.root / name).exists() for name in names[:1]):
-            found = {path.name: path for path in self.root.rglob("*") if path.is_file()}
-        files = [found.get(name, self.root / name) for name in names]
+        files = [self._file(row.entry(self.path_column)) for row in rows]
         if absent := [file for file in files[:1] if not file.exists()]:
             raise UserError(
                 f"there is no image {absent[0]}: data.root is the folder that paths in the table begin from"
             )
         return LabelledFiles(files, [self.reader.targets(row, labels) for row in rows], self.preprocessing)
+
+    def _file(self, name: str) -> Path:
+        path = self.root / name
+        return path if "/" in name or path.exists() else self._files_by_name.get(name, path)
+
+    @cached_property
+    def _files_by_name(self) -> dict[str, Path]:
+        return {path.name: path for path in self.root.rglob("*")}
 
     def _patient(self, row: Row) -> str | None:
         if self.patient_column is not None:
