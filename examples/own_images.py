@@ -19,29 +19,25 @@ from PIL import Image
 from efficient_densenet.cli import main as efficient_densenet
 
 CONFIG = Path(__file__).parents[1] / "configs" / "finetune.yaml"
-SHAPES = ("disc", "square", "stripes")
+PATTERNS = ("rows", "columns", "checks")
 
 
-def draw(shape: str, generator: np.random.Generator, side: int = 128) -> Image.Image:
-    """A shape of random size and place, brighter than the noise around it."""
-    rows, columns = np.mgrid[:side, :side] / side
-    size, row, column = generator.uniform(0.15, 0.3), *generator.uniform(0.3, 0.7, 2)
-    inside = {
-        "disc": (rows - row) ** 2 + (columns - column) ** 2 < size**2,
-        "square": np.maximum(abs(rows - row), abs(columns - column)) < size,
-        "stripes": np.sin(20 * (rows - row) / size) > 0.3,
-    }[shape]
-    pixels = generator.integers(0, 100, (side, side, 3)) + 120 * inside[..., None]
-    return Image.fromarray(pixels.astype(np.uint8))
+def draw(pattern: str, generator: np.random.Generator, side: int = 128) -> Image.Image:
+    """A pattern of random period and phase, under noise."""
+    period, phase = generator.uniform(8, 24), generator.uniform(0, 6.28, 2)
+    across, down = np.sin(6.28 * np.mgrid[:side, :side] / period + phase[:, None, None])
+    bright = {"rows": across, "columns": down, "checks": across * down}[pattern]
+    pixels = 128 + 80 * bright[..., None] + generator.normal(0, 30, (side, side, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def make_images(folder: Path, count: int) -> None:
-    """So many images of each shape, in a folder with its name."""
+    """So many images of each pattern, in a folder with its name."""
     generator = np.random.default_rng(0)
-    for shape in SHAPES:
-        (folder / shape).mkdir(parents=True)
+    for pattern in PATTERNS:
+        (folder / pattern).mkdir(parents=True)
         for number in range(count):
-            draw(shape, generator).save(folder / shape / f"{number:03d}.png")
+            draw(pattern, generator).save(folder / pattern / f"{number:03d}.png")
 
 
 def make_weights(file: Path) -> None:
@@ -59,12 +55,12 @@ def main(folder: Path, images: int = 100, *options: str) -> int:
     data = ["--config", str(CONFIG), "--data.root", str(folder / "my_images"), "--data.size", "96"]
     data += ["--trainer.default_root_dir", str(folder / "runs"), *options]
     head_alone = ["--model.freeze", "backbone", "--model.warmup", "0", "--trainer.max_epochs", "4"]
-    head_alone += ["--model.optimizer.lr", "0.01"]
+    head_alone += ["--model.optimizer.lr", "0.003"]
     best = folder / "runs" / "finetune" / "version_0" / "checkpoints" / "best.ckpt"
     return (
         efficient_densenet(["fit", *data, "--model.weights", str(folder / "densenet121.pth"), *head_alone])
         or efficient_densenet(["test", *data])
-        or efficient_densenet(["predict", "--checkpoint", str(best), str(folder / "my_images" / "disc" / "000.png")])
+        or efficient_densenet(["predict", "--checkpoint", str(best), str(folder / "my_images" / "rows" / "000.png")])
     )
 
 

@@ -18,7 +18,7 @@ def test_images_of_ones_own_from_a_folder_to_predictions(tmp_path, capsys):
     assert example["main"](tmp_path, 5, *small) == 0
     printed = capsys.readouterr().out
     assert "measured on 3 validation images" in printed
-    assert all(shape in printed for shape in example["SHAPES"])
+    assert all(pattern in printed for pattern in example["PATTERNS"])
 
 
 def test_the_fully_convolutional_densenet_learns(capsys):
