@@ -48,6 +48,14 @@ INSIDE = {
         "report",
         "__init__ inspect",
     ],
+    "training": [
+        "checkpointing data facts mistakes plots resuming runs signals tasks optimisation",
+        "networks",
+        "freezing network_factory trained",
+        "module",
+        "callbacks",
+        "lightning_cli predict export prepare_imagenet",
+    ],
     "measure": [
         "devices memory networks results",
         "clock kinks machine peers processes tables",
