@@ -30,10 +30,11 @@ RANK = {
 INSIDE = {
     "ops": ["reference", "convolution", "eager", "cpu triton"],
     "execution": [
-        "__init__ buffers synchronise plan recompute",
+        "__init__ buffers pieces synchronise plan recompute",
         "norms",
-        "stage stem",
-        "library",
+        "stage stem_convolutions",
+        "library stem",
+        "stem_library",
         "shared",
     ],
     "adopt": [

@@ -1,5 +1,4 @@
-"""`stage` and `stem` as operators of PyTorch, one for forward and one for backward: a single node for autograd and for
-compilers.
+"""`stage` as operators of PyTorch, one for forward and one for backward: a single node for autograd and for compilers.
 
 An operator takes and returns tensors and lists of tensors (no None among them), and its outputs must not share memory.
 Packing and unpacking that is all that happens here.
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stage as engine
-from efficient_densenet.execution import stem
 from efficient_densenet.execution.buffers import empty_activation
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.stage import Kept, Stage
@@ -43,13 +41,24 @@ def _stage(
     sources: Sequence[int],
     *rest: Any,
 ) -> Stage:
-    left = iter(constants)
-    norms = [
-        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
-        for weight, bias, batch, e in zip(norm_weights, norm_biases, uses_batch, eps, strict=True)
-    ]
+    norms = norms_of(norm_weights, norm_biases, constants, uses_batch, eps)
     pairs = list(zip(sources[::2], sources[1::2], strict=True))
     return Stage(norms, weights, biases, masks, mask_scales, pairs, *rest)
+
+
+def norms_of(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+) -> list[Norm]:
+    """The norms that an operator's arguments describe."""
+    left = iter(constants)
+    return [
+        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
+        for weight, bias, batch, e in zip(weights, biases, uses_batch, eps, strict=True)
+    ]
 
 
 def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
@@ -95,13 +104,13 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     output = x.new_empty(x.shape[0], width) if stage.head else features
     if stage.pool:
         output = activation(stage.weights[-1].shape[0], stage.pool)
-    folded = _fake_folded(x, width + stage.bottlenecks, sum(norm.weight.shape[0] for norm in stage.norms))
+    folded = fake_folded(x, width + stage.bottlenecks, sum(norm.weight.shape[0] for norm in stage.norms))
     kept = [stage.weights[i].shape[0] for i in stage.layers] if stage.keeps_bottlenecks else []
     bottlenecks = [activation(channels).movedim(1, -1) for channels in kept]
     return _pack(output, Kept(folded, bottlenecks, features.movedim(1, -1) if stage.keeps_features else None))
 
 
-def _fake_folded(x: Tensor, channels: int, read: int) -> Folded:
+def fake_folded(x: Tensor, channels: int, read: int) -> Folded:
     return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))
 
 
@@ -180,74 +189,11 @@ def _stage_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
 stage_forward.register_autograd(_stage_gradients, setup_context=_save_stage)
 
 
-def stem_without_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float, group: str
-) -> list[Tensor]:
-    """`stem.forward`: the output, and the folded norm; what `norm_relu_max_pool_forward` does, and no operator."""
-    output, folded = stem.forward(x, _norm(weight, bias, constants, eps), group)
-    return [output, *folded]
-
-
-norm_relu_max_pool_forward = torch.library.custom_op(
-    "efficient_densenet::norm_relu_max_pool_forward", stem_without_gradients, mutates_args=()
-)
-
-
-@norm_relu_max_pool_forward.register_fake
-def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    output = empty_activation(x, x.shape[1], [(n + 1) // 2 for n in x.shape[2:]])
-    return [output, *_fake_folded(x, x.shape[1], x.shape[1])]
-
-
-@torch.library.custom_op("efficient_densenet::norm_relu_max_pool_backward", mutates_args=())
-def norm_relu_max_pool_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    constants: Sequence[Tensor],
-    folded: Sequence[Tensor],
-    eps: float,
-    group: str,
-) -> list[Tensor]:
-    """`stem.backward`: the gradients of x, weight and bias."""
-    return list(stem.backward(grad_output, x, _norm(weight, bias, constants, eps), Folded(*folded), group))
-
-
-@norm_relu_max_pool_backward.register_fake
-def _(grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *arguments: Any) -> list[Tensor]:
-    return [empty_activation(x, x.shape[1], x.shape[2:]), torch.empty_like(weight), torch.empty_like(bias)]
-
-
-def _save_stem(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, weight, bias, constants, ctx.eps, ctx.group = inputs
-    ctx.save_for_backward(x, weight, bias, *output[1:], *constants)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _stem_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    x, weight, bias, statistics, count, vectors, *constants = ctx.saved_tensors
-    found: Sequence[Tensor | None] = [None] * 3
-    if grads[0] is not None:
-        folded = [statistics, count, vectors]
-        found = norm_relu_max_pool_backward(grads[0], x, weight, bias, constants, folded, ctx.eps, ctx.group)
-    return (*found, [None] * len(constants), None, None)
-
-
-norm_relu_max_pool_forward.register_autograd(_stem_gradients, setup_context=_save_stem)
-
-
-def _norm(weight: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float) -> Norm:
-    return Norm(weight, bias, Statistics(*constants) if constants else None, eps)
-
-
-def _refuse(ctx: Any, *grads: Any) -> None:
+def refuse_gradients_of_gradients(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "the shared buffer has no gradients of gradients: call make_efficient(model, way='recompute') before forward, "
         "which has them and keeps the same weights"
     )
 
 
-stage_backward.register_autograd(_refuse)
-norm_relu_max_pool_backward.register_autograd(_refuse)
+stage_backward.register_autograd(refuse_gradients_of_gradients)

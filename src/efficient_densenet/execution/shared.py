@@ -15,13 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.execution.library import (
-    norm_relu_max_pool_forward,
-    stage_forward,
-    stage_without_gradients,
-    stem_without_gradients,
-)
+from efficient_densenet.execution.library import stage_forward, stage_without_gradients
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
+from efficient_densenet.execution.stem_library import stem_forward, stem_without_gradients
 
 # Found here, for PyTorch 2.11 cannot compile the question.
 _WITH_AUTOCAST = frozenset(
@@ -49,9 +45,18 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
     norms = _norms(x, plan, modules)
     # Without gradients there is nothing that an operator would have to hide from autograd.
     operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if plan.max_pool:
-        output, statistics, count, _ = (norm_relu_max_pool_forward if operator else stem_without_gradients)(
-            x, norms.weights[0], norms.biases[0], norms.constants, norms.eps[0], norms.group
+    if plan.entry is not None:
+        output, statistics, count, *_ = (stem_forward if operator else stem_without_gradients)(
+            x,
+            norms.weights,
+            norms.biases,
+            norms.constants,
+            norms.uses_batch,
+            norms.eps,
+            weights,
+            biases,
+            *plan.entry,
+            norms.group,
         )
         _move_running_averages(norms.moving, statistics, count)
         return output
