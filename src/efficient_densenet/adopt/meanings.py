@@ -110,7 +110,13 @@ class Piece:
     @property
     def normed(self) -> Normed | None:
         """What the rectifier or convolution read, if it was behind a norm."""
-        return self.source.normed if isinstance(self.source, Active) else self.source if isinstance(self.source, Normed) else None
+        return (
+            self.source.normed
+            if isinstance(self.source, Active)
+            else self.source
+            if isinstance(self.source, Normed)
+            else None
+        )
 
 
 class Meanings:

@@ -131,7 +131,7 @@ def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | No
 class _Part(NamedTuple):
     """A part of a model, as it is or would be.
 
-    `first` is the module that gets its input; `stem` the convolution before a stem, of a sequence that joins parts.
+    `first` is the module that gets its input; `stem` the convolutions of the stem, of a sequence that joins parts.
     """
 
     name: str
@@ -141,7 +141,7 @@ class _Part(NamedTuple):
     way: str
     keep: str
     reason: str
-    stem: nn.Module | None = None
+    stem: tuple[nn.Module, ...] = ()
 
 
 def _parts(model: nn.Module, keep: str) -> list[_Part]:
@@ -158,10 +158,9 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
         roots = children[slice(*segment)]
         sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
         if chain is not None and not chain.made:
-            before = children[segment[0] - 1] if segment[0] else None
-            stem = before if isinstance(before, CONVOLUTIONS) else None
+            stem = tuple(m for root in roots for m in root.modules() if isinstance(m, CONVOLUTIONS))
             note = reason and f"the stem keeps more: {reason}"
-            joining[module] = sequence._replace(chain=chain, stem=stem, first=stem or roots[0], keep=kept, reason=note)
+            joining[module] = sequence._replace(chain=chain, stem=stem, first=roots[0], keep=kept, reason=note)
         elif not whole & set(roots):
             inside = f"{name}[{segment[0]}:{segment[1]}]"
             found.append(_Part(inside, roots[0], roots[0], chain, way, kept, reason))
@@ -196,10 +195,10 @@ def _entry(part: _Part, pixels: int | None) -> Entry:
     was = f"{original.__module__.split('.')[0]} {original.__name__}"
     if part.chain is None:
         return Entry(part.name, was, part.way, "", part.reason)
-    if part.stem is not None or part.way == _JOINS:
-        if part.stem is None:
+    if part.way == _JOINS:
+        if not part.stem:
             return Entry(part.name, was, part.way, "", part.reason)
-        values = _stem_values(part.stem, part.keep, bool(part.reason))
+        values = _stem_values(part.stem, bool(part.reason))
         return Entry(part.name, was, part.way, "", part.reason, *values, pixels)
     kept = part.keep if part.way == SHARED and part.chain.made else ""
     return Entry(part.name, was, part.way, kept, part.reason, *_values(part, part.chain), pixels)
@@ -228,13 +227,16 @@ def _values(part: _Part, chain: Chain) -> tuple[str, float, float]:
 _CHECKPOINTED = ("memory_efficient", "grad_checkpointing", "efficient")
 
 
-def _stem_values(conv: Any, keep: str, keeps_more: bool) -> tuple[str, float, float]:
-    reads, makes = conv.in_channels, conv.out_channels
-    maps = makes / prod(conv.stride)
+def _stem_values(convolutions: Sequence[Any], keeps_more: bool) -> tuple[str, float, float]:
+    """Channels, and the values that are kept per pixel of the image, which is one of them, before and after."""
+    first, last = convolutions[0], convolutions[-1]
+    scale = prod(first.stride)
+    made = [convolution.out_channels / scale for convolution in convolutions]
     # A max pool keeps indices of eight bytes, for a quarter of the pixels in two dimensions.
-    indices = 2 * maps / 2 ** len(conv.stride)
-    after = reads + maps + indices if keeps_more else reads + maps * (keep != "inputs")
-    return f"{reads} → {makes}", reads + 2 * maps + indices, after
+    indices = 2 * made[-1] / 2 ** len(first.stride)
+    after = sum(made) + indices if keeps_more else sum(made[:-1])
+    reads = first.in_channels
+    return f"{reads} → {last.out_channels}", reads + 2 * sum(made) + indices, reads + after
 
 
 def _pixels(model: nn.Module, image: Sequence[int]) -> dict[nn.Module, int]:

@@ -60,7 +60,7 @@ class Stem:
     def like(self, x: Tensor) -> Tensor:
         """``(N, *spatial, 1)`` of the size that all norms see, which takes no memory, for the input ``x``."""
         size = self.entry.size(x.shape[2:], self.weights[0].shape[2:]) if self.weights else x.shape[2:]
-        return x.new_empty(()).expand(len(x), *size, 1)
+        return x.new_empty(()).expand(x.shape[0], *size, 1)
 
 
 class Kept(NamedTuple):

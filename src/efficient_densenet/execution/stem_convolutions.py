@@ -50,9 +50,7 @@ class OnImage:
         image, inside, before = self._read(images, lines)
         of_bias = self.bias is not None
         sizes, mask = [len(self.weight)] if of_bias else None, [self.wanted.x, self.wanted.weight, of_bias]
-        gradients = _aten.convolution_backward(
-            grad.movedim(-1, 1), image, self.weight, sizes, *self.arguments, mask
-        )
+        gradients = _aten.convolution_backward(grad.movedim(-1, 1), image, self.weight, sizes, *self.arguments, mask)
         if self.grad_x is not None:
             of_image = gradients[0].movedim(1, -1)
             self.grad_x[images, inside] += of_image[:, before : before + inside.stop - inside.start]

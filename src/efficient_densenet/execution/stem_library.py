@@ -55,9 +55,7 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
 @torch.library.custom_op(
     "efficient_densenet::stem_backward",
     mutates_args=(),
-    schema=(
-        f"(Tensor grad_output, Tensor x, Tensor[] kept, bool need_x, bool[] need_weights, {_STEM}) -> Tensor[]"
-    ),
+    schema=(f"(Tensor grad_output, Tensor x, Tensor[] kept, bool need_x, bool[] need_weights, {_STEM}) -> Tensor[]"),
 )
 def stem_backward(
     grad_output: Tensor,
