@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, forward, launch, max_pool, mean, moments, norms, tiles
 
 TARGETS = {
@@ -273,7 +273,9 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
     for accumulate in {plain, False}:
-        backward.norm_relu_conv_backward(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
+        backward.norm_relu_conv_backward(
+            BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
+        )
     norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
     moments.statistics(x, Statistics(vector, vector))
     moments.finish(grad_x, x, vector, through, count, grad_x)

@@ -12,7 +12,7 @@ import triton
 from gpu_compiled import SHAPES, TYPES, Shape
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, forward, moments, tiles
 
 
@@ -73,7 +73,7 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
     weight = torch.randn((shape.outputs, shape.channels, *[shape.kernel] * len(shape.size)), device="cuda").to(dtype)
     small, large = (t.numel() * t.element_size() for t in (out, x))
     flop = 2 * out.numel() * weight[0].numel()
-    product = backward.Product(out, x, norm, weight, shape.pool)
+    product = backward.Product(BackwardOperands(out, x, norm, weight, grad_x, True, through, shape.pool))
     found, count = Statistics(*torch.empty(2, shape.outputs, device="cuda")), torch.ones((), device="cuda")
     tile, weight_tile = tiles.grad_x(product.of), tiles.grad_weight(product.of)
     yield "forward", lambda: forward.norm_relu_conv(x, norm, weight, out, shape.pool, found), large + small, flop

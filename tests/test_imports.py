@@ -28,11 +28,11 @@ RANK = {
 }
 # Inside these rooms a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["reference", "convolution", "eager", "cpu triton"],
+    "ops": ["protocol", "reference", "convolution", "eager", "cpu triton"],
     "execution": [
         "__init__ buffers pieces synchronise plan recompute",
         "norms",
-        "stage stem_convolutions",
+        "operators stage stem_convolutions",
         "library stem",
         "stem_library",
         "shared",
@@ -98,6 +98,11 @@ def test_files_in_a_room_import_one_way(path):
             other = inner(name)[1]
             if other in rank and other != own:
                 assert rank[other] <= rank[own], f"{path} imports {name}"
+
+
+def test_what_is_compared_with_the_reference_uses_nothing_of_it():
+    users = {path.name for path in FILES if any("ops.reference" in name for name in imports(path))}
+    assert users == {"check.py"}  # which compares the kernels of a GPU with it
 
 
 @pytest.mark.parametrize(("package", "owner"), [("triton", "ops"), ("lightning", "training")])

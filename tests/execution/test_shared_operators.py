@@ -46,8 +46,8 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
     masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
     read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
     eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
-    plain = (scales, read, per_layer, pool, keep, "")
-    return x, norm_weights, norm_biases, constants, uses_batch, eps, weights, biases, masks, *plain
+    plain = (uses_batch, eps, read, scales, per_layer, pool, keep, "")
+    return x, *library.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,9 @@ def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
     """Shapes, types and memory layouts of all that the operators return."""
     arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
     packed = library.stage_forward(*arguments)
-    x = arguments[0] if pool and keep == "inputs" else None
-    backward = (torch.randn_like(packed[0]), x, packed, [i != 0 for i in range(len(arguments[6]))], *arguments[1:])
+    x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
+    need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
+    backward = ([torch.randn_like(packed[0])], x, saved, True, need_weights, *arguments[1:])
     torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
     torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
@@ -79,23 +80,13 @@ def test_the_stems_operators_are_proper(convolutions, frozen):
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     weights = [torch.randn(4, 4, 3, 3, dtype=torch.float64) for _ in range(convolutions)]
     biases = [tensor(4) for _ in weights]
-    entry = ((2, 2), (1, 1), (1, 1), 1) if convolutions else ((), (), (), 1)
     norms = convolutions or 1
     norm_weights, norm_biases = ([tensor(4) for _ in range(norms)] for _ in range(2))
     constants = [tensor(4) for _ in range(2 * norms if frozen else 0)]
-    arguments = (
-        norm_weights,
-        norm_biases,
-        constants,
-        [not frozen] * norms,
-        [1e-5] * norms,
-        weights,
-        biases,
-        *entry,
-        "",
-    )
+    plain = ([not frozen] * norms, [1e-5] * norms, *([[2, 2], [1, 1], [1, 1]] if convolutions else [[], [], []]), 1, "")
+    arguments = (norm_weights, norm_biases, weights, biases, constants, *plain)
     output, *kept = stem_library.stem_forward(x, *arguments)
-    backward = (torch.randn_like(output), x, kept, True, [i != 0 for i in range(convolutions)], *arguments)
+    backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)
     torch.library.opcheck(stem_library.stem_backward, backward, test_utils=("test_schema", "test_faketensor"))
     for leaf in (x, *norm_weights, *norm_biases, *weights, *biases):
         leaf.requires_grad_()

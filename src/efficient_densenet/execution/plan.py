@@ -1,4 +1,4 @@
-"""What a part of a network computes, found once: a dense block, with the transition or head behind it, or a stem.
+"""What a part of a network computes, found once: a dense block, with the transition or head after it, or a stem.
 
 A plan names modules by their numbers in the order of `parts`, and tensors by their names in them: so it fits copies and
 replicas too, and what is frozen, loaded, synchronised or parametrized later is read as it is at the call. Channels are
@@ -97,7 +97,7 @@ class Plan:
         norms, convolutions: likewise. A head is one norm more than there are convolutions. A stem is a norm behind each
             convolution; or a norm alone.
         per_layer: norms and convolutions of each layer: 2 with a bottleneck.
-        dropouts: behind each layer; in evaluation none.
+        dropouts: after each layer; in evaluation none.
         pool: window of the transition's average pool, 1 without one; 0: no transition.
         steps: what follows the transition's convolution and this pool.
         entry: of a stem, which ends with a max pool of window 3, stride 2 and padding 1; None: it is no stem.
@@ -147,11 +147,11 @@ def sources(width: int, made: Sequence[int], per_layer: int, tail: bool) -> list
         tail: whether there is a norm more, of a transition, a head or a stem.
     """
     found = []
-    behind = width + sum(made[per_layer - 1 :: per_layer])
+    next_bottleneck = width + sum(made[per_layer - 1 :: per_layer])
     for i in range(0, len(made), per_layer):
         found.append((0, width))
         if per_layer == 2:
-            found.append((behind, behind + made[i]))
-            behind += made[i]
+            found.append((next_bottleneck, next_bottleneck + made[i]))
+            next_bottleneck += made[i]
         width += made[i + per_layer - 1]
     return [*found, (0, width)] if tail else found

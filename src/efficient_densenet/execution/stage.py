@@ -1,13 +1,13 @@
-"""One dense block on one buffer, and the transition or the head behind it if there is one: forward and backward.
+"""One dense block on one buffer, and the transition or the head after it if there is one: forward and backward.
 
 The mathematics is derived in docs/algorithm.md. In short, with ``X: (N, *spatial, C_T)`` the block's features:
 
-- layer l reads the prefix ``X[..., :C_l]`` and writes its channels behind it; nothing is concatenated;
+- layer l reads the prefix ``X[..., :C_l]`` and writes its channels after it; nothing is concatenated;
 - mean and variance belong to the channel: they are computed once, when it is written, and every norm that reads it
   turns them into its own scale ``a = γ/√(σ² + eps)`` and shift ``b = β − μ·a``;
 - in backward one buffer ``D`` collects ``Σ_l a_l·g_l`` over the readers of each channel, and what flows through the
   batch statistics, ``A + B·(x − μ)`` with ``A = Σ_l a_l·Σg_l / M`` and ``B = Σ_l a_l·inv_l²·Σg_l·(x − μ) / M``, is
-  subtracted once per channel, when the layer that made it takes its gradient out;
+  subtracted once per channel, when backward reaches the layer that made it;
 - a transition and a head (norm, relu, mean over all pixels) are readers of all channels, and take part in all this.
 
 Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing knows modules, autograd or policy.
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
-from efficient_densenet.execution.norms import Folded, Norm, Norms, blank
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
+from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     """
     output = _with_input(x, stage)
     features = output.movedim(1, -1)
-    folded = blank(
+    folded = empty_folded(
         features, features.shape[-1] + stage.bottlenecks, sum([stop - start for start, stop in stage.sources])
     )
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
@@ -207,19 +207,22 @@ class Gradients(NamedTuple):
     biases: list[Tensor]
 
 
-def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_weights: Sequence[bool]) -> Gradients:
+def backward(
+    grad_out: list[Tensor], x: list[Tensor], stage: Stage, kept: Kept, need_weights: Sequence[bool]
+) -> Gradients:
     """The gradients of `forward` for the gradient of its output.
 
+    What is large is taken out of the lists as soon as it is used up, so that it is freed if nobody else has it.
+
     Args:
-        grad_out: ``(N, C, *spatial)``, or ``(N, C_T)`` of a head; is left as it is.
-        x: the block's input, where the features are not kept.
+        grad_out: in a list of one: ``(N, C, *spatial)``, or ``(N, C_T)`` of a head; is left as it is.
+        x: in a list of one, the block's input; nothing where the features are kept.
         stage, kept: as `forward` had and returned them.
         need_weights: for each convolution whether its weight's gradient is wanted.
     """
     folded, bottlenecks, features = kept
     if features is None:
-        assert x is not None
-        features = _with_input(x, stage).movedim(1, -1)
+        features = _with_input(x.pop(), stage).movedim(1, -1)
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     if not stage.keeps_features:
         bottlenecks = _run_layers(features, stage, norms, first=False)
@@ -228,14 +231,16 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     grad = empty_like(features)
     if stage.pool:
         # Rows of channels, as all activations here are.
-        grad_made = grad_out.movedim(1, -1).contiguous()
+        grad_made = grad_out.pop().movedim(1, -1).contiguous()
         readers.backward(len(stage.norms) - 1, grad_made, features, grad, False, stage.pool)
         del grad_made
     elif stage.head:
-        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms.affines[-1], grad, norms.through_of(-1))
+        of_norm = norms.run.norm_relu_mean_backward(
+            grad_out.pop(), features, norms.affines[-1], grad, norms.through_of(-1)
+        )
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
     else:
-        grad.copy_(grad_out.movedim(1, -1))
+        grad.copy_(grad_out.pop().movedim(1, -1))
     width = features.shape[-1]
     for layer, i in reversed(list(enumerate(stage.layers))):
         last, stop = i + stage.per_layer - 1, width
@@ -245,7 +250,7 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
         if stage.masks:
             _drop(grad_made, stage, layer)
         if stage.per_layer == 2:
-            bottleneck = bottlenecks[layer] if bottlenecks else _bottleneck_again(norms, i, stage, source)
+            bottleneck = bottlenecks.pop() if bottlenecks else _bottleneck_again(norms, i, stage, source)
             grad_bottleneck = empty_like(bottleneck)
             readers.backward(last, grad_made, bottleneck, grad_bottleneck, False)
             norms.finish(grad_bottleneck, bottleneck, *norms.sources[last], grad_bottleneck)
@@ -274,16 +279,10 @@ class _Readers:
         if self.stage.biases:
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
+        norm, through = self.folded.affines[i], self.folded.through_of(i)
+        weight, need_weight = self.stage.weights[i], self.need_weights[i]
         self.weights[i], *of_norm = self.folded.run.norm_relu_conv_backward(
-            grad_out,
-            source,
-            self.folded.affines[i],
-            self.stage.weights[i],
-            grad_source,
-            accumulate,
-            self.folded.through_of(i),
-            pool,
-            self.need_weights[i],
+            BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
         )
         self.norms[i] = self.folded.parameter_gradients(i, *of_norm)
 

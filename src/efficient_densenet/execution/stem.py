@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
-from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, blank
+from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
 from efficient_densenet.execution.pieces import Piece, pieces
 from efficient_densenet.execution.plan import Entry
 from efficient_densenet.execution.stem_convolutions import (
@@ -54,7 +54,7 @@ class Stem:
     @cached_property
     def sources(self) -> list[tuple[int, int]]:
         """First and last channel (exclusive) that each norm reads, numbered through."""
-        ends = list(accumulate((len(norm.weight) for norm in self.norms), initial=0))
+        ends = list(accumulate((norm.weight.shape[0] for norm in self.norms), initial=0))
         return list(pairwise(ends))
 
     def like(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Stem:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs beside the input: small tensors, and outputs ``(N, *spatial, C)`` of convolutions."""
+    """What the backward pass needs besides the input: small tensors, and convolutions' outputs ``(N, *spatial, C)``."""
 
     folded: Folded
     made: Sequence[Tensor]
@@ -91,7 +91,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         The output, channels-last in memory and channels first in shape; and what backward needs.
     """
     like = stem.like(x)
-    folded = blank(like, stem.sources[-1][1], stem.sources[-1][1])
+    folded = empty_folded(like, stem.sources[-1][1], stem.sources[-1][1])
     norms = Norms(like, stem.norms, stem.sources, folded, stem.group)
     output = empty_activation(x, len(stem.norms[-1].weight), pooled(like.shape[1:-1]))
     out = output.movedim(1, -1)
@@ -120,12 +120,12 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, stem: Stem, kept: Kept, need_x: bool, need_weights: Sequence[bool]
+    grad_out: list[Tensor], x: Tensor, stem: Stem, kept: Kept, need_x: bool, need_weights: Sequence[bool]
 ) -> Gradients:
     """The gradients of `forward` for the gradient of its output.
 
     Args:
-        grad_out: ``(N, C, *spatial)``.
+        grad_out: in a list of one, out of which it is taken: ``(N, C, *spatial)``.
         x, stem, kept: as `forward` had and returned them.
         need_x: whether the gradient of `x` is wanted.
         need_weights: for each convolution whether its weight's gradient is wanted.
@@ -140,8 +140,9 @@ def backward(
         wanted = Wanted(i > 0 or need_x, bool(stem.weights) and need_weights[i])
         behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
         if behind is None:
-            of_norms.append(_backward_of_pool(grad_out.movedim(1, -1), convolution, parts, norms, any(wanted)))
+            of_norms.append(_backward_of_pool(grad_out.pop().movedim(1, -1), convolution, parts, norms, any(wanted)))
         else:
+            assert isinstance(behind, Inner) and behind.grad_x is not None
             grad, activations = behind.grad_x, made.pop()
             of_norms.append(behind.sums.gradients())
             norms.finish(grad, activations, *stem.sources[i], grad)
@@ -188,6 +189,7 @@ def _backward_of_pool(
     if sums.through is None or not go_on:
         return found
     through = norms.all_through(*norms.sources[last])
+    assert through is not None
     for piece in reversed(parts):  # the last one is still there
         activations, grad = made or backward_of_piece(piece)  # whose sums nobody reads any more
         own = grad[:, piece.front :]

@@ -1,4 +1,4 @@
-"""What makes the activations of a stem, a piece at a time: a convolution of the image, one behind norm and relu, or none.
+"""What makes a stem's activations, a piece at a time: a convolution of the image, one behind norm and relu, or none.
 
 Each kind has the same methods: `make` computes some lines of some images, ``(n, lines, …, C)``, and `backward` takes
 their gradient (or a part of it, for all that is done here is linear in it) and adds up what that means for the source
@@ -15,7 +15,7 @@ from torch import Tensor
 from efficient_densenet.execution.buffers import empty_like
 from efficient_densenet.execution.norms import Norms, NormSums
 from efficient_densenet.execution.plan import Entry
-from efficient_densenet.ops.reference import statistics_dtype
+from efficient_densenet.ops.protocol import BackwardOperands, statistics_dtype
 
 _aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ class OnImage:
             self.grad_bias = _plus(self.grad_bias, gradients[2])
 
     def _read(self, images: slice, lines: slice) -> tuple[Tensor, slice, int]:
-        """What these lines are made of, channels-last in memory; which lines of the image, with how many zeros before."""
+        """What these lines are made of, channels-last; which lines of the image, behind how many zeros."""
         stride, padding, dilation = self.entry.stride[0], self.entry.padding[0], self.entry.dilation[0]
         start, stop = lines.start * stride - padding, (lines.stop - 1) * stride - padding
         stop += dilation * (self.weight.shape[2] - 1) + 1
@@ -91,21 +91,16 @@ class Inner:
         return made if self.bias is None else made.add_(self.bias)
 
     def backward(self, images: slice, lines: slice, grad: Tensor) -> None:
+        assert self.grad_x is not None
         read, before = self._read(lines)
         source, grad_source = self.x[images, read], self.grad_x[images, read]
         whole = empty_like(source, len(self.weight)).zero_()
         whole[:, before : before + grad.shape[1]] = grad
-        of_weight, *of_norm = self.norms.run.norm_relu_conv_backward(
-            whole,
-            source,
-            self.norms.affines[self.i],
-            self.weight,
-            grad_source,
-            True,
-            self.sums.through,
-            1,
-            self.wanted.weight,
+        norm, through = self.norms.affines[self.i], self.sums.through
+        operands = BackwardOperands(
+            whole, source, norm, self.weight, grad_source, True, through, need_weight=self.wanted.weight
         )
+        of_weight, *of_norm = self.norms.run.norm_relu_conv_backward(operands)
         self.sums.add(*of_norm)
         if of_weight is not None:
             self.grad_weight = _plus(self.grad_weight, of_weight)

@@ -1,9 +1,9 @@
-"""The operations of `reference` on a CPU: each is one kernel, or PyTorch's convolution between passes of one loop each.
+"""The operations of `Backend` on a CPU: each is one kernel, or PyTorch's convolution between passes of one loop each.
 
 Where the rule in `instructions` says so, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is
 made a few lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the
 convolution is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before
-and behind it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
+and after it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
 depends on the shapes and the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
@@ -30,7 +30,7 @@ from efficient_densenet.ops.convolution import (
 )
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import TYPES, load
-from efficient_densenet.ops.reference import Affine, Statistics, norm_gradients
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
 def supports(x: Tensor) -> bool:
@@ -79,28 +79,17 @@ def norm_relu_conv(
     _put(moments, into)
 
 
-def norm_relu_conv_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    through: Tensor | None,
-    pool: int = 1,
-    need_weight: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
+    sums = torch.zeros((2, operands.x.shape[-1]), dtype=torch.float64)
     grad_weight, done = None, _Done.NOTHING
-    if pool == 1:
-        done, grad_weight = _convolve_backward(grad_out, x, norm, weight, grad_x, accumulate, need_weight, sums)
-    if done != _Done.ALL:
-        whole = done == _Done.NOTHING
-        target, to = (grad_x, sums) if whole else (torch.empty_like(grad_x), torch.empty_like(sums))
-        grad_weight = _backward_in_passes(
-            grad_out, x, norm, weight, target, accumulate and whole, pool, need_weight, to
-        )
-    return grad_weight, *norm_gradients(norm, sums, through)
+    if operands.pool == 1:
+        done, grad_weight = _convolve_backward(operands, sums)
+    if done == _Done.NOTHING:
+        grad_weight = _backward_in_passes(operands, sums)
+    elif done == _Done.ALL_BUT_WEIGHT:
+        elsewhere = operands._replace(grad_x=torch.empty_like(operands.grad_x), accumulate=False)
+        grad_weight = _backward_in_passes(elsewhere, torch.empty_like(sums))
+    return grad_weight, *eager.norm_gradients(operands.norm, sums, operands.through)
 
 
 class _Done(IntEnum):
@@ -119,17 +108,9 @@ def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Ten
     )  # fmt: skip
 
 
-def _convolve_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    need_weight: bool,
-    sums: Tensor,
-) -> tuple[_Done, Tensor | None]:
+def _convolve_backward(operands: BackwardOperands, sums: Tensor) -> tuple[_Done, Tensor | None]:
     """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
+    grad_out, x, norm, weight, grad_x, accumulate, _, _, need_weight = operands
     if not _has_own_product(x, weight):
         return _Done.NOTHING, None
     grad_weight = torch.empty_like(weight) if need_weight else None
@@ -141,18 +122,9 @@ def _convolve_backward(
     return _Done(done), grad_weight
 
 
-def _backward_in_passes(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    pool: int,
-    need_weight: bool,
-    sums: Tensor,
-) -> Tensor | None:
+def _backward_in_passes(operands: BackwardOperands, sums: Tensor) -> Tensor | None:
     """The product between the passes, by PyTorch unless a pool comes before it; the sums go to `sums`."""
+    grad_out, x, norm, weight, grad_x, accumulate, _, pool, need_weight = operands
     grad_weight, identity = None, _identity(norm)
     if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
@@ -162,7 +134,8 @@ def _backward_in_passes(
         done = _Done.NOTHING
         if pool > 1:
             g = torch.empty_like(s)
-            done, gw = _convolve_backward(grad, s, identity, weight, g, False, need_weight, torch.zeros_like(sums))
+            product = BackwardOperands(grad, s, identity, weight, g, False, None, need_weight=need_weight)
+            done, gw = _convolve_backward(product, torch.zeros_like(sums))
         if done != _Done.ALL:
             g, gw = convolve_backward(grad, s, weight, need_weight)
         if need_weight:
@@ -196,17 +169,17 @@ def norm_relu_max_pool_backward(
     volume, channels, threads = _volume(x, 3), x.shape[-1], torch.get_num_threads()
     if row_stride(grad_out) is None:
         grad_out = grad_out.contiguous()
-    taken = torch.empty(grad_out.shape, dtype=torch.uint8)  # by each window, of each channel
+    argmax = torch.empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
     sums = torch.zeros((2, channels), dtype=torch.float64)
     load().kernels.max_pool(
-        TYPES[x.dtype], *_matrix(x), volume, channels, *_constants(norm.scale, norm.shift), None, 0, taken.data_ptr(),
+        TYPES[x.dtype], *_matrix(x), volume, channels, *_constants(norm.scale, norm.shift), None, 0, argmax.data_ptr(),
         threads,
     )  # fmt: skip
     load().kernels.max_pool_backward(
-        TYPES[x.dtype], *_matrix(grad_out), taken.data_ptr(), *_matrix(x), volume, channels,
+        TYPES[x.dtype], *_matrix(grad_out), argmax.data_ptr(), *_matrix(x), volume, channels,
         *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), threads,
     )  # fmt: skip
-    return norm_gradients(norm, sums, through)
+    return eager.norm_gradients(norm, sums, through)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -224,7 +197,7 @@ def norm_relu_mean_backward(
         TYPES[x.dtype], *_matrix(grad_out.contiguous()), *_matrix(x), *_images(x),
         *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return norm_gradients(norm, sums, through)
+    return eager.norm_gradients(norm, sums, through)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:
@@ -296,7 +269,7 @@ def _no_moments(x: Tensor) -> Tensor:
 
 
 def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before: int = 0) -> int:
-    """Copy `x` to `out`, if given, and take it into the moments of `before` rows, if wanted; return the rows so far."""
+    """Copy `x` to `out`, if given, and add it to the moments of `before` rows, if wanted; return the rows so far."""
     channels = x.shape[-1]
     rows = x.numel() // channels
     load().kernels.copy_moments(
@@ -308,8 +281,8 @@ def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before:
 
 def _put(moments: Tensor | None, into: Statistics | None) -> None:
     if moments is not None and into is not None:
-        for place, found in zip(into, moments, strict=True):
-            place.copy_(found)
+        into.mean.copy_(moments[0])
+        into.variance.copy_(moments[1])
 
 
 def _like(grad: Tensor | None, weight: Tensor) -> Tensor:

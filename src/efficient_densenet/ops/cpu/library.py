@@ -62,7 +62,7 @@ def load() -> Loaded:
         _loaded = _find()
         if _loaded.kernels is None:
             warnings.warn(
-                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs in their place, with the same "
+                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs instead, with the same "
                 "results, but slower: install a C++ compiler and the package again",
                 stacklevel=2,
             )
@@ -125,7 +125,7 @@ def open_library(path: Path, level: Instructions = BEST) -> Loaded:
 
 
 def _running_openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that PyTorch has started: a second one beside it would fight with it for the processor."""
+    """The OpenMP runtime that PyTorch has started: a second one would compete with it for the processor."""
     if sys.platform == "win32":
         return None
     candidates = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
