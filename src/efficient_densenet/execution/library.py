@@ -59,7 +59,7 @@ def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
 def _unpack(packed: list[Tensor], stage: Stage) -> Kept:
     """What is kept, taken out of `packed`: all but the output, or, where that are the features, with it at the end."""
     folded = Folded(*(packed.pop(0) for _ in Folded._fields))
-    bottlenecks = [packed.pop(0) for _ in stage.layers] if stage.keeps_bottlenecks else []
+    bottlenecks = [packed.pop(0) for _ in stage.kept_bottlenecks]
     features = packed.pop() if packed else None
     if features is not None and not (stage.pool or stage.head):
         features = features.movedim(1, -1)
@@ -103,8 +103,7 @@ class _StagePasses(Passes):
             output = activation(stage.weights[-1].shape[0], stage.pool)
         read = sum(norm.weight.shape[0] for norm in stage.norms)
         folded = folded_fake(x, width + stage.bottlenecks, read)
-        kept = [stage.weights[i].shape[0] for i in stage.layers] if stage.keeps_bottlenecks else []
-        bottlenecks = [activation(channels).movedim(1, -1) for channels in kept]
+        bottlenecks = [activation(stage.weights[i].shape[0]).movedim(1, -1) for i in stage.kept_bottlenecks]
         return _pack(output, Kept(folded, bottlenecks, features.movedim(1, -1) if stage.keeps_features else None))
 
     def grad_x_fake(self, given: Given, need_x: bool, arguments: StageArguments) -> Tensor:

@@ -7,6 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Bytes of the tensor that is cut. A CPU's piece is to stay in a cache; elsewhere fewer, larger pieces are better.
 _MOST = {"cpu": 8 << 20}
@@ -38,7 +39,7 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> li
     images, lines = shape[:2]
     if not prod(shape):
         return []
-    most = _MOST.get(device.type, _MOST_ELSEWHERE) // dtype.itemsize
+    most = _values(dtype, device)
     per_image = prod(shape[1:])
     if per_image <= most:
         windows = slice(0, ceil(lines / 2))
@@ -50,6 +51,15 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> li
             some = slice(2 * windows.start - front, min(lines, 2 * windows.stop))
             found.append(Piece(slice(image, image + 1), some, front, windows))
     return found
+
+
+def held_values(like: Tensor) -> int:
+    """How many values of pieces like `like` may wait for their second use: two pieces."""
+    return 2 * _values(like.dtype, like.device)
+
+
+def _values(dtype: torch.dtype, device: torch.device) -> int:
+    return _MOST.get(device.type, _MOST_ELSEWHERE) // dtype.itemsize
 
 
 def _even(count: int, most: int) -> list[slice]:

@@ -80,9 +80,15 @@ class Stage:
         return len(self.norms) > len(self.weights)
 
     @cached_property
-    def keeps_bottlenecks(self) -> bool:
-        """Whether the bottleneck outputs, if there are any, stay for backward."""
-        return self.keep == "bottleneck" and self.per_layer == 2
+    def kept_bottlenecks(self) -> list[int]:
+        """Of `layers`, those whose bottleneck outputs stay for backward.
+
+        Not those that are cheap to make again, in less than a sixth of the layer's multiplications: the first ones of a
+        block of volumes, whose windows have 27 pixels.
+        """
+        if self.keep != "bottleneck" or self.per_layer == 1:
+            return []
+        return [i for i in self.layers if 5 * self.weights[i].numel() > self.weights[i + 1].numel()]
 
     @cached_property
     def keeps_features(self) -> bool:
@@ -98,7 +104,7 @@ class Kept(NamedTuple):
     """What the backward pass needs. The folded norms are small; `Stage.keep` decides on the rest."""
 
     folded: Folded
-    bottlenecks: list[Tensor]  # (N, *spatial, bn_size·k) each
+    bottlenecks: list[Tensor]  # (N, *spatial, bn_size·k) each, of `Stage.kept_bottlenecks`
     features: Tensor | None  # X
 
 
@@ -160,7 +166,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
             if bottleneck is None or kept or bottleneck.shape[-1] != channels:
                 bottleneck = empty_like(source, channels)
             _convolve(norms, i, stage, source, bottleneck, norms.sources[i + 1] if measure else None, first)
-            if stage.keeps_bottlenecks:
+            if i in stage.kept_bottlenecks:
                 kept.append(bottleneck)
             source, i = bottleneck, i + 1
         stop = width + stage.weights[i].shape[0]

@@ -3,7 +3,8 @@
 The output of the last convolution is the largest tensor of the network, and is not kept: backward makes it again, a few
 images or lines at a time (see `pieces`), so that neither it nor its gradient exists whole. The gradient of a norm that
 uses the batch's statistics needs two sums over all pixels before its first value is known. Backward then goes over the
-pieces twice: for the sums, and for the gradients of what lies before the norm.
+pieces twice: for the sums, and for the gradients of what lies before the norm. The first pieces, a few megabytes, wait
+for the second time; a small batch is not made twice.
 
 Kept are the input and the outputs of the convolutions before the last. Everything here is on tensors.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
-from efficient_densenet.execution.pieces import Piece, pieces
+from efficient_densenet.execution.pieces import Piece, held_values, pieces
 from efficient_densenet.execution.plan import Entry
 from efficient_densenet.execution.stem_convolutions import (
     NOTHING,
@@ -170,33 +171,37 @@ def _backward_of_pool(
     last = len(norms.norms) - 1
     affine, sums = norms.affines[last], NormSums(norms, last)
 
-    def backward_of_piece(piece: Piece) -> tuple[Tensor, Tensor]:
-        """Its activations and ``scale·g``, and the sums."""
-        activations = convolution.make(piece.images, piece.lines)
+    def backward_of_piece(piece: Piece, activations: Tensor) -> Tensor:
+        """``scale·g``; and the sums, which matter at the first time."""
         grad, windows = empty_like(activations), grad_out[piece.images, piece.windows]
         if piece.front:  # the window there belongs to another piece
             windows = torch.cat([torch.zeros_like(windows[:, :1]), windows], 1)
         sums.add(*norms.run.norm_relu_max_pool_backward(windows, activations, affine, grad, sums.through))
-        return activations, grad
+        return grad
 
-    made: tuple[Tensor, Tensor] | None = None
+    again = sums.through is not None and go_on
+    held, room = [], held_values(grad_out)
     for piece in parts:
-        made = None
-        made = backward_of_piece(piece)
-        if sums.through is None and go_on:
-            convolution.backward(piece.images, piece.lines, made[1])
+        activations = convolution.make(piece.images, piece.lines)
+        grad = backward_of_piece(piece, activations)
+        room -= activations.numel()
+        if not again and go_on:
+            convolution.backward(piece.images, piece.lines, grad)
+        elif again and room >= 0:
+            held.append(activations)
+        del activations, grad
     found = sums.gradients()
-    if sums.through is None or not go_on:
+    if not again:
         return found
     through = norms.all_through(*norms.sources[last])
     assert through is not None
-    for piece in reversed(parts):  # the last one is still there
-        activations, grad = made or backward_of_piece(piece)  # whose sums nobody reads any more
+    for i, piece in enumerate(parts):
+        activations = held[i] if i < len(held) else convolution.make(piece.images, piece.lines)
+        grad = backward_of_piece(piece, activations)
         own = grad[:, piece.front :]
         norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
         convolution.backward(piece.images, piece.lines, grad)
         del activations, grad, own
-        made = None
     return found
 
 
