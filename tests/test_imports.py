@@ -43,7 +43,7 @@ INSIDE = {
         "chain",
         "head look",
         "decide",
-        "adopted block",
+        "adopted block memory",
         "survey",
         "report",
         "__init__ inspect",

@@ -1,4 +1,4 @@
-"""The stem's backward pass by pieces: against the ordinary modules, for every kind of stem and of piece, and its bytes."""
+"""The stem's backward pass by pieces: gradients for every kind of stem and of piece, and its bytes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_every_line_and_every_window_belongs_to_one_piece(lines, most, monkeypat
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_neither_the_last_output_nor_its_gradient_exists_whole_in_backward(deep, monkeypatch):
-    """With twice as many images backward needs no more, but for the pooled gradient and, deep, one tensor of each kind."""
+    """More images need no more memory; with three convolutions, two gradients of outputs that are kept."""
     monkeypatch.setitem(pieces._MOST, "cpu", 1 << 16)
     network = OnBuffer(stem(window=3, deep=deep, channels=8))
     for parameter in network.parameters():

@@ -125,6 +125,16 @@ class Plan:
         return self.entry is None and len(self.norms) > len(self.convolutions)
 
 
+def is_cheap_again(bottleneck: int, convolution: int) -> bool:
+    """Whether a bottleneck output is made again in less than a sixth of its layer's multiplications.
+
+    Args:
+        bottleneck, convolution: multiplications per pixel of the 1×1 convolution that makes it, and of the one that
+            reads it.
+    """
+    return 5 * bottleneck <= convolution
+
+
 def parts(roots: Iterable[nn.Module]) -> list[nn.Module]:
     """All modules in these, each once, in the order in which they were registered."""
     found: dict[nn.Module, None] = {}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
+from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
@@ -83,12 +84,12 @@ class Stage:
     def kept_bottlenecks(self) -> list[int]:
         """Of `layers`, those whose bottleneck outputs stay for backward.
 
-        Not those that are cheap to make again, in less than a sixth of the layer's multiplications: the first ones of a
-        block of volumes, whose windows have 27 pixels.
+        Not those that are cheap to make again: the first ones of a block of volumes, whose windows have 27 pixels.
         """
         if self.keep != "bottleneck" or self.per_layer == 1:
             return []
-        return [i for i in self.layers if 5 * self.weights[i].numel() > self.weights[i + 1].numel()]
+        sizes = [weight.numel() for weight in self.weights]
+        return [i for i in self.layers if not is_cheap_again(sizes[i], sizes[i + 1])]
 
     @cached_property
     def keeps_features(self) -> bool:
