@@ -4,14 +4,13 @@
 template <> struct ScalarOf<pair> {
   using type = bf16;
 };
-using Pairs = vector<std::int32_t, kW>;
 
-inline Pairs load_elements(const pair *p) {
-  Pairs v;
+inline Words load_elements(const pair *p) {
+  Words v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vector multiply_add(pair s, Pairs v, Vector sum) {
+inline Vector multiply_add(pair s, Words v, Vector sum) {
   std::int32_t bits;
   std::memcpy(&bits, &s, sizeof bits);
   return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)v, (__m512bh)_mm512_set1_epi32(bits));

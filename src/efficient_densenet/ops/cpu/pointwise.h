@@ -1,6 +1,8 @@
 // 1×1 convolutions, included beside `products.h`: a few rows of the whole matrix at a time, whose rectified prefix is made
 // in a scratch of the thread and consumed from there.
 
+constexpr Index kBlock = 12; // vectors of a block of channels in the backward pass
+
 // Rows that are worked on at a time, so that a scratch of so many elements a row stays in the cache beside the weights, and
 // every thread gets as many of these steps.
 struct Steps {
@@ -24,11 +26,11 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
   Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW, all = vectors_of(weight.out);
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
-  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
+  Buffer<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    std::vector<T> prefix(step * stride);
+    Buffer<T> prefix(step * stride);
     float tile[kLargestTile];
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
@@ -62,21 +64,26 @@ template <class T, bool kAdd, class E>
 void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale,
                         const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                         int threads) {
-  Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.in), depth = elements<T>(weight.out);
-  Steps steps(rows, elements<T>(weight.in), threads);
+  Index all = vectors_of(weight.in), ld = all * kW, depth = elements<T>(weight.out);
+  // The prefix is made for a block of channels at a time, and many rows: the more rows, the less often the gradient of
+  // the weight is read and written.
+  Index block = all < kBlock ? all : kBlock, stride = (block | 1) * kW; // an odd number of lines of the cache
+  Steps steps(rows, block * kW, threads);
   Index step = steps.rows, count = steps.count;
-  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
+  Buffer<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
   // Where it consists of elements, the gradient of the output is used where it lies.
   bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 && grad.ld % kScalars<T> == 0;
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<std::vector<float>> weight_parts(chunks);
+  std::vector<Buffer<float>> weight_parts;
+  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
+    weight_parts.emplace_back(weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
-    std::vector<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
+    Buffer<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
+    Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
     float tile[kLargestTile];
     if (grad_weight)
-      weight_parts[chunk].assign(weight.out * stride, 0);
+      std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
@@ -88,38 +95,48 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
         fill_copy(grad_here, here, weight.out, depth, copy.data());
         a = copy.data(), lda = depth;
       }
-      if (grad_weight) { // a sum over rows: pairs are pairs of rows
-        Lines<T> left{a, lda, 0};
-        if constexpr (kScalars<T> == 2) {
+      Lines<T> left{a, lda, 0};
+      if constexpr (kScalars<T> == 2)
+        if (grad_weight) { // a sum over rows: pairs are pairs of rows
           pair_rows<false>(grad_here, here, weight.out, nullptr, nullptr, weight.out, columns.data());
-          pair_rows<true>(x_here, here, weight.in, scale, shift, stride, prefix.data());
           left = {columns.data(), weight.out, 0};
-        } else {
-          fill_prefix(x_here, here, weight.in, scale, shift, stride, prefix.data());
         }
-        add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, weight.in, 1, elements<T>(here),
-                  weight_parts[chunk].data(), stride);
-      }
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
-        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
-          if (!j) {
-            Index next = first + step + row, end = next + n < rows ? next + n : rows;
-            fetch(x, next, end, weight.in);
-            fetch(grad, next, end, weight.out);
-          }
-          Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
-          fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
-          fetch<true>(x_tile, 0, n, used);
-          with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width});
-          accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
-                             totals + c, totals + weight.in + c);
-        });
+      for (Index begin = 0, end; begin < all; begin = end) {
+        for (end = begin; end < all && end + group_of(end, all) <= begin + block;)
+          end += group_of(end, all);
+        Index from = begin * kW, channels = (weight.in < end * kW ? weight.in : end * kW) - from;
+        if (grad_weight) {
+          Matrix<E> x_block{x_here.data + from, x.ld};
+          if constexpr (kScalars<T> == 2)
+            pair_rows<true>(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
+          else
+            fill_prefix(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
+          add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, channels, 1, elements<T>(here),
+                    weight_parts[chunk].data() + from, ld);
+        }
+        for (Index j = begin; j < end; j += group_of(j, all)) {
+          int vectors = group_of(j, all);
+          Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
+          for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
+            if (j == begin) { // the next block, or the first of the next rows
+              Index next = first + row + (end < all ? 0 : step), until = next + n < rows ? next + n : rows;
+              Index at = end < all ? end * kW : 0, wide = weight.in - at < block * kW ? weight.in - at : block * kW;
+              fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
+              if (end == all)
+                fetch(grad, next, until, weight.out);
+            }
+            Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
+            fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
+            fetch<true>(x_tile, 0, n, used);
+            with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width});
+            accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n,
+                               used, totals + c, totals + weight.in + c);
+          });
+        }
       }
     }
   });
   add_up(parts, sums);
   if (grad_weight)
-    gather_weight(weight_parts, stride, weight, grad_weight, threads);
+    gather_weight(weight_parts, ld, weight, grad_weight, threads);
 }

@@ -9,6 +9,7 @@
 
 constexpr int kW = kVectorBytes / 4; // values of a vector
 using Vector = vector<float, kW>;
+using Words = vector<std::int32_t, kW>;
 
 // Operands consist of elements: single values, or where `pairs.h` is there also pairs of bfloat16.
 template <class T> struct ScalarOf {
@@ -36,6 +37,21 @@ template <class S, class E> inline void assign(S &to, const E &from) {
   else
     set(to, value(from));
 }
+
+// Values of a scratch, which begins where a line of the cache does. They are undefined, for most are written first.
+template <class T> class Buffer {
+  T *values;
+
+public:
+  explicit Buffer(Index n) : values(static_cast<T *>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
+    if (!values)
+      std::abort();
+  }
+  Buffer(Buffer &&other) : values(other.values) { other.values = nullptr; }
+  Buffer(const Buffer &) = delete;
+  ~Buffer() { std::free(values); }
+  T *data() const { return values; }
+};
 
 inline Index vectors_of(Index channels) { return (channels + kW - 1) / kW; }
 
@@ -105,27 +121,94 @@ inline int group_of(Index j, Index all, Index most = kMostVectors) {
   return static_cast<int>((left + groups - 1) / groups);
 }
 
+template <class E, class S> struct CopyBody {
+  const E *x;
+  Index ldx, rows, ldo;
+  S *out;
+  template <int W> void run(Index c) const {
+    for (Index r = 0; r < rows; ++r)
+      store<W>(out + r * ldo + c, load<W>(x + r * ldx + c));
+  }
+};
+
+// Whether the compiler knows how to exchange values of vectors.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLES 1
+#else
+#define SHUFFLES 0
+#endif
+
+#if SHUFFLES
+template <int S, std::size_t... I> inline void exchange(Words &a, Words &b, std::index_sequence<I...>) {
+  Words first = __builtin_shufflevector(a, b, (I & S ? kW + I - S : I)...);
+  b = __builtin_shufflevector(a, b, (I & S ? kW + I : I + S)...);
+  a = first;
+}
+// Transposes a square of words: squares of side S change places inside of squares twice as large.
+template <int S = 1> inline __attribute__((always_inline)) void transpose(Words (&rows)[kW]) {
+  UNROLL for (int i = 0; i < kW; ++i) if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<kW>());
+  if constexpr (2 * S < kW)
+    transpose<2 * S>(rows);
+}
+#endif
+
+// to[k·width + i] = from[i·stride + k], elements of one word each.
+template <class T> void copy_transposed(const T *from, Index stride, Index depth, Index n, Index width, T *to) {
+  static_assert(sizeof(T) == 4);
+  Index k = 0;
+#if SHUFFLES
+  for (; k + kW <= depth; k += kW)
+    for (Index i = 0; i < n; i += kW) {
+      Words rows[kW] = {};
+      for (Index r = 0; r < kW && i + r < n; ++r)
+        std::memcpy(&rows[r], from + (i + r) * stride + k, sizeof(Words));
+      transpose(rows);
+      for (Index r = 0; r < kW; ++r)
+        std::memcpy(to + (k + r) * width + i, &rows[r], sizeof(Words));
+    }
+#endif
+  for (; k < depth; ++k)
+    for (Index i = 0; i < n; ++i)
+      to[k * width + i] = from[i * stride + k];
+}
+
 // Packed for `add_rows`: [group][place][k][vectors of the group, at most `most`], zeros beyond `n`; taken from
-// data[place·place_stride + k·k_stride + i·n_stride]. In small squares, for one side or the other is far apart in memory.
+// data[place·place_stride + k·k_stride + i·n_stride].
 template <class T, class E>
-std::vector<T> packed(const E *data, Index places, Index place_stride, Index depth, Index k_stride, Index n, Index n_stride,
-                      int threads, Index most = kMostVectors) {
-  constexpr Index kSquare = 16, kPer = kScalars<T>;
+Buffer<T> packed(const E *data, Index places, Index place_stride, Index depth, Index k_stride, Index n, Index n_stride,
+                 int threads, Index most = kMostVectors) {
+  constexpr Index kPer = kScalars<T>, kSquare = 16;
   Index all = vectors_of(n), tall = elements<T>(depth);
-  std::vector<T> result(places * tall * all * kW);
+  Buffer<T> result(places * tall * all * kW);
   int chunks = chunks_for(tall, places * depth * n, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(tall, chunk, chunks);
-    Index end = range.end * kPer < depth ? range.end * kPer : depth;
+    Index begin = range.begin * kPer, end = range.end * kPer < depth ? range.end * kPer : depth, whole = (end - begin) / kPer;
     for (Index j = 0; j < all; j += group_of(j, all, most)) {
       Index width = group_of(j, all, most) * kW, used = n - j * kW < width ? n - j * kW : width;
       for (Index place = 0; place < places; ++place) {
-        Scalar<T> *to = scalars(result.data() + j * kW * places * tall + place * tall * width);
-        const E *from = data + place * place_stride + j * kW * n_stride;
-        for (Index k0 = range.begin * kPer; k0 < end; k0 += kSquare)
+        T *to = result.data() + j * kW * places * tall + (place * tall + range.begin) * width;
+        const E *from = data + place * place_stride + j * kW * n_stride + begin * k_stride;
+        if (used < width || end - begin < range.size() * kPer)
+          std::memset(to, 0, range.size() * width * sizeof(T));
+        Index k0 = 0; // up to which a fast way has gone
+        if (n_stride == 1) {
+          k0 = end - begin;
+          if constexpr (kPer == 1)
+            for_channels<kW>(0, used, CopyBody<E, T>{from, k_stride, k0, width, to});
+          else
+            pair_rows<false>(Matrix<const E>{from, k_stride}, k0, used, nullptr, nullptr, width, to);
+        } else if constexpr (std::is_same<E, Scalar<T>>::value) {
+          if (k_stride == 1 && n_stride % kPer == 0) {
+            k0 = whole * kPer;
+            copy_transposed(reinterpret_cast<const T *>(from), n_stride / kPer, whole, used, width, to);
+          }
+        }
+        // In small squares, for one side or the other is far apart in memory.
+        for (; k0 < end - begin; k0 += kSquare)
           for (Index i = 0; i < used; ++i)
-            for (Index k = k0; k < end && k < k0 + kSquare; ++k)
-              assign(to[(k / kPer * width + i) * kPer + k % kPer], from[k * k_stride + i * n_stride]);
+            for (Index k = k0; k < end - begin && k < k0 + kSquare; ++k)
+              assign(scalars(to)[(k / kPer * width + i) * kPer + k % kPer], from[k * k_stride + i * n_stride]);
       }
     }
   });
@@ -205,9 +288,11 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
                Index stride) {
   constexpr Index kOutputs = kRegisters / 4;
   Index tiles = (outputs + kOutputs - 1) / kOutputs, all = vectors_of(channels);
-  for (Index i = 0; i < tiles; ++i) {
-    Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from, most = tile_vectors(n);
-    for (Index j = 0; j < all; j += most)
+  Index most = tile_vectors((outputs + tiles - 1) / tiles);
+  // A slice of `b` stays in the first-level cache for all outputs.
+  for (Index j = 0; j < all; j += most)
+    for (Index i = 0; i < tiles; ++i) {
+      Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from;
       with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
                 OuterTile<T>{{a.data + from, a.ld, a.line},
                              {b.data + j * kW, b.ld, b.line},
@@ -215,24 +300,44 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
                              rows,
                              into + from * stride + j * kW,
                              stride});
-  }
+    }
 }
+
+template <class E> struct GatherBody {
+  const std::vector<Buffer<float>> &parts;
+  Index offset;
+  E *out;
+  template <int W> void run(Index c) const {
+    vector<float, W> sum{};
+    for (const auto &part : parts)
+      sum += load<W>(part.data() + offset + c);
+    store<W>(out + c, sum);
+  }
+};
 
 // The gradient of the weight, in its memory format, from the sums (taps, out, stride) of all parts.
 template <class E>
-void gather_weight(const std::vector<std::vector<float>> &parts, Index stride, const Weight<E> &weight, E *grad,
+void gather_weight(const std::vector<Buffer<float>> &parts, Index stride, const Weight<E> &weight, E *grad,
                    int threads) {
   int chunks = chunks_for(weight.out, weight.taps * weight.out * weight.in, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(weight.out, chunk, chunks);
     for (Index o = range.begin; o < range.end; ++o)
-      for (Index tap = 0; tap < weight.taps; ++tap)
-        for (Index c = 0; c < weight.in; ++c) {
-          float sum = 0;
-          for (const auto &part : parts)
-            sum += part[(tap * weight.out + o) * stride + c];
-          set(grad[o * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride], sum);
+      for (Index tap = 0; tap < weight.taps; ++tap) {
+        Index offset = (tap * weight.out + o) * stride;
+        E *to = grad + o * weight.out_stride + tap * weight.tap_stride;
+        if (weight.in_stride == 1) {
+          for_channels<kW>(0, weight.in, GatherBody<E>{parts, offset, to});
+          continue;
         }
+        E row[kW];
+        for (Index c = 0; c < weight.in; c += kW) {
+          Index n = weight.in - c < kW ? weight.in - c : kW;
+          for_channels<kW>(0, n, GatherBody<E>{parts, offset + c, row});
+          for (Index i = 0; i < n; ++i)
+            to[(c + i) * weight.in_stride] = row[i];
+        }
+      }
   });
 }
 
@@ -260,16 +365,6 @@ template <class S> void zeros_behind(S *to, Index rows, Index channels, Index st
   for (Index r = 0; channels < stride && r < rows; ++r)
     std::memset(to + r * stride + channels, 0, (stride - channels) * sizeof(S));
 }
-
-template <class E, class S> struct CopyBody {
-  const E *x;
-  Index ldx, rows, ldo;
-  S *out;
-  template <int W> void run(Index c) const {
-    for (Index r = 0; r < rows; ++r)
-      store<W>(out + r * ldo + c, load<W>(x + r * ldx + c));
-  }
-};
 
 // relu(scale·x + shift) of some rows, `stride` elements apart, zeros behind the channels.
 template <class E, class T>

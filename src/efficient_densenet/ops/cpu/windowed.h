@@ -29,12 +29,12 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
   Index depth = elements<pair>(weight.in), all = vectors_of(weight.out);
   Units units(grid, lines_within(192 << 10, grid, depth));
   Taps taps(units, depth);
-  std::vector<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
+  Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
                                      weight.out_stride, threads);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    std::vector<pair> prefix(units.scratch(depth));
+    Buffer<pair> prefix(units.scratch(depth));
     float tile[kLargestTile];
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
@@ -66,7 +66,7 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
 // in the middle of the window at odd ones.
 struct PixelPairs {
   Index ld, line; // pairs from pixel pair to pixel pair, and from line to line
-  std::vector<pair> grad, even, odd;
+  Buffer<pair> grad, even, odd;
   PixelPairs(const Units &units, Index outputs, Index channels)
       : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), grad(units.lines * units.across * outputs),
         even((units.lines + 2) * line), odd((units.lines + 2) * line) {}
@@ -102,18 +102,20 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   Index depth = elements<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
   Units units(grid, lines_within(192 << 10, grid, prefix_depth));
   Taps taps(units, depth);
-  std::vector<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
+  Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
                                      weight.out_stride, weight.in, weight.in_stride, threads); // turned round
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<std::vector<float>> weight_parts(chunks);
   Index ld = all * kW;
+  std::vector<Buffer<float>> weight_parts;
+  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
+    weight_parts.emplace_back(9 * weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
+    Buffer<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
     PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
     float tile[kLargestTile];
     if (grad_weight)
-      weight_parts[chunk].assign(9 * weight.out * ld, 0);
+      std::memset(weight_parts[chunk].data(), 0, 9 * weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
