@@ -32,7 +32,7 @@ INSIDE = {
     "execution": [
         "__init__ buffers pieces synchronise plan recompute",
         "norms",
-        "operators stage stem_convolutions",
+        "operators stage stem_convolutions stem_pools",
         "library stem",
         "stem_library",
         "shared",

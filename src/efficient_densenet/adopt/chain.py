@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
 from efficient_densenet.adopt.record import Record
-from efficient_densenet.execution.plan import Entry, Norm, Plan, Ranges, Step, sources
+from efficient_densenet.execution.plan import Blur, Entry, Norm, Plan, Ranges, Step, sources
 
 _AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 _MAX_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices")
@@ -72,11 +72,14 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     growths = tuple(record.pieces[layer[-1]].channels for layer in layers)
     bottlenecks = tuple(record.pieces[layer[0]].channels for layer in layers if len(layer) == 2)
     reason = _layers_obstacle(record, layers)
-    tail_reason = None if last is None else _obstacle(last) if stem is None else _stem_obstacle(stem, steps)
+    blur = output.blur if isinstance(output, Stepped) else None
+    tail_reason = (
+        None if last is None else _tail_obstacle(last, blur) if stem is None else _stem_obstacle(stem, steps, blur)
+    )
     reason = reason or tail_reason or _norms_obstacle(record)
     plan = None
     if reason is None:
-        plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem)
+        plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem, blur)
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
     return Chain(width, growths, bottlenecks, tail, stem is not None, pools, plan, reason, tail_reason)
@@ -86,7 +89,7 @@ def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
     """What a transition or a stem made, and what followed; None where features come out."""
     steps: tuple[Step, ...] = ()
     if isinstance(output, Stepped):
-        number, steps = output
+        number, steps, _ = output
     elif isinstance(output, Features) and len(output.pieces) == 1 and output.pieces != (0,):
         (number,) = output.pieces
     else:
@@ -166,14 +169,18 @@ def _layers_obstacle(record: Record, layers: Sequence[tuple[int, ...]]) -> str |
     return None if len({len(layer) for layer in layers}) <= 1 else "its layers are not all of one form"
 
 
-def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step]) -> str | None:
+def _tail_obstacle(piece: Piece, blur: Blur | None) -> str | None:
+    return _obstacle(piece) or (None if blur is None else "there is a filter behind its convolution")
+
+
+def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step], blur: Blur | None) -> str | None:
     for piece in stem:
         reason = _obstacle(piece) if piece.entry is None else None
         if reason is not None:
             return reason
         if piece.dropouts:
             return "there is dropout in it"
-    if not _is_stems_pool(steps):
+    if not _is_stems_pool(steps, 2 if blur is None else 1):
         return "it does not end with the max pool of a DenseNet's stem (window 3, stride 2, padding 1)"
     return None
 
@@ -235,12 +242,11 @@ def _plan(
         tuple(pieces[layer[-1]].dropouts for layer in layers),
         pool,
         steps,
-        None,
-        _positions(record, layers, features),
+        output=_positions(record, layers, features),
     )
 
 
-def _plan_of_stem(width: int, stem: Sequence[Piece]) -> Plan:
+def _plan_of_stem(width: int, stem: Sequence[Piece], blur: Blur | None) -> Plan:
     """Of convolutions, if there are any, each with the norm behind it."""
     *made, _ = stem
     read = pairwise(accumulate([piece.channels for piece in made] or [width], initial=0))
@@ -251,7 +257,7 @@ def _plan_of_stem(width: int, stem: Sequence[Piece]) -> Plan:
         norms.append(norm._replace(source=source))
     entry = made[0].entry if made else Entry()
     convolutions = tuple(piece.convolution for piece in made if piece.convolution is not None)
-    return Plan(width, tuple(piece.channels for piece in made), tuple(norms), convolutions, entry=entry)
+    return Plan(width, tuple(piece.channels for piece in made), tuple(norms), convolutions, entry=entry, blur=blur)
 
 
 def _order(record: Record, read: Sequence[int]) -> Ranges:
@@ -294,13 +300,13 @@ def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, 
     return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
 
 
-def _is_stems_pool(steps: Sequence[Step]) -> bool:
+def _is_stems_pool(steps: Sequence[Step], stride: int) -> bool:
     pool, taken = _pool(steps, _MAX_POOLS)
     if pool is None or taken != len(steps):
         return False
     defaults: list[Any] = [[1], False]
     dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
-    return [set(p) for p in (*pool[:3], dilation)] == [{3}, {2}, {1}, {1}] and not ceil_mode
+    return [set(p) for p in (*pool[:3], dilation)] == [{3}, {stride}, {1}, {1}] and not ceil_mode
 
 
 def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None, int]:

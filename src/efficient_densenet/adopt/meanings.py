@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
@@ -55,10 +55,11 @@ class Active(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """A piece behind pools and the like."""
+    """A piece behind pools and the like, and then a blur."""
 
     piece: int
     steps: tuple[Step, ...]
+    blur: Blur | None = None
 
 
 class Scaled(NamedTuple):

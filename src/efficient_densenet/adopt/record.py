@@ -35,7 +35,7 @@ from efficient_densenet.adopt.meanings import (
     Zero,
     storage,
 )
-from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
 
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
@@ -45,8 +45,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
-    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
+    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze, _aten.reflection_pad2d, _aten.constant_pad_nd),
 }
+_PADS = {_aten.reflection_pad2d: "reflect", _aten.constant_pad_nd: "constant"}
 _EMPTY = {_aten.empty_like, _aten.new_empty}
 _COPIES = {_aten.clone, _aten.detach, _aten.alias}
 
@@ -201,7 +202,11 @@ class Record(Meanings):
             if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
                 rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
                 return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
-        if packet in _STEPS and not named:
+        if isinstance(x, Stepped) and packet is _aten.convolution:
+            blurred = self._blurred(x, args, made)
+            if blurred is not None:
+                return blurred
+        if packet in _STEPS and not named and not (isinstance(x, Stepped) and x.blur):
             step = Step(function, tuple(args[1:]))
             if isinstance(x, Stepped):
                 return x._replace(steps=(*x.steps, step))
@@ -336,6 +341,21 @@ class Record(Meanings):
         if owner is None or (bias is not None and (of_bias is None or of_bias[0] != owner[0])):
             return None
         return Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
+
+    def _blurred(self, x: Stepped, args: Sequence[Any], made: Tensor) -> Stepped | None:
+        """Behind a constant filter of each channel, with the padding before it."""
+        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        part, name = self.owners.get(id(weight), (-1, ""))
+        constant = part >= 0 and name in self.modules[part]._buffers
+        plain = bias is None and not transposed and not any(padding) and set(dilation) == {1}
+        *before, pad = x.steps
+        function: Any = pad.function
+        mode = _PADS.get(function.overloadpacket)
+        if not constant or not plain or not (groups == weight.shape[0] == made.shape[1]) or mode is None:
+            return None
+        if x.blur is not None or any(pad.arguments[1:]) or len(stride) != 2 or len(pad.arguments[0]) != 4:
+            return None
+        return Stepped(x.piece, tuple(before), Blur(part, name, tuple(pad.arguments[0]), mode, tuple(stride)))
 
     # ---- dropout -----------------------------------------------------------------------------------------------
 

@@ -45,15 +45,18 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
     norms = _norms(x, plan, modules)
     compiling = torch.compiler.is_compiling()
     if plan.entry is not None:
+        blur = plan.blur
         of_stem = StemArguments(
             norms.weights,
             norms.biases,
             weights,
             biases,
             norms.constants,
+            [] if blur is None else [getattr(modules[blur.part], blur.name).to(x.dtype)],
             norms.uses_batch,
             norms.eps,
             *plan.entry,
+            *(((), "", ()) if blur is None else blur[2:]),
             norms.group,
         )
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)

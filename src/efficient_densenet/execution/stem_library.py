@@ -13,7 +13,8 @@ from efficient_densenet.execution.buffers import empty_activation
 from efficient_densenet.execution.norms import Folded
 from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
 from efficient_densenet.execution.plan import Entry
-from efficient_densenet.execution.stem import Kept, Stem, pooled
+from efficient_densenet.execution.stem import Kept, Stem
+from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
 
 
 class StemArguments(NamedTuple):
@@ -23,6 +24,7 @@ class StemArguments(NamedTuple):
         norm_weights, norm_biases, constants, uses_batch, eps: as in `StageArguments`.
         weights, biases, group: as in `Stem`.
         stride, padding, dilation, groups: as in `Entry`.
+        filters, blur_padding, blur_mode, blur_stride: as in `Blur`; no filter: there is none.
     """
 
     norm_weights: Sequence[Tensor]
@@ -30,18 +32,25 @@ class StemArguments(NamedTuple):
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     constants: Sequence[Tensor]
+    filters: Sequence[Tensor]
     uses_batch: Sequence[bool]
     eps: Sequence[float]
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+    blur_padding: Sequence[int]
+    blur_mode: str
+    blur_stride: Sequence[int]
     group: str
 
     def stem(self) -> Stem:
         norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
         entry = Entry(tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups)
-        return Stem(norms, self.weights, self.biases, entry, self.group)
+        pool: MaxPool | BlurredPool = MaxPool()
+        if self.filters:
+            pool = BlurredPool(self.filters[0], self.blur_padding, self.blur_mode, self.blur_stride)
+        return Stem(norms, self.weights, self.biases, entry, pool, self.group)
 
 
 class _StemPasses(Passes):
@@ -69,7 +78,7 @@ class _StemPasses(Passes):
         stem = arguments.stem()
         size, channels = stem.like(x).shape[1:-1], [norm.weight.shape[0] for norm in stem.norms]
         made = [empty_activation(x, some, size).movedim(1, -1) for some in channels[:-1]]
-        output = empty_activation(x, channels[-1], pooled(size))
+        output = empty_activation(x, channels[-1], stem.pool.size(size))
         return [output, *folded_fake(x, sum(channels), sum(channels)), *made]
 
     def grad_x_fake(self, given: Given, need_x: bool, arguments: StemArguments) -> Tensor:
