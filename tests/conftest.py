@@ -10,7 +10,7 @@ import pytest
 QUICK = {
     *("test_imports.py", "test_errors.py", "test_ops_reference.py", "test_ops_backends.py", "test_densenet.py"),
     *("test_recognition.py", "test_dense_block_function.py", "test_shared_memory.py", "test_python_calls.py"),
-    *("test_dialects.py", "test_convert.py"),
+    *("test_dialects.py", "test_convert.py", "test_published_figures.py"),
 }
 
 

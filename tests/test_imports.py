@@ -48,6 +48,20 @@ INSIDE = {
         "report",
         "__init__ inspect",
     ],
+    "measure": [
+        "devices memory networks results",
+        "clock kinks machine peers processes tables",
+        "contenders script",
+        "contender plots",
+        "exactness profile",
+        "worker",
+        "contest max_batch",
+        "gpu_worker",
+        "deadline",
+        "gpu_sections",
+        "gradients",
+        "benchmark check_gpu check_gradients",
+    ],
 }
 
 

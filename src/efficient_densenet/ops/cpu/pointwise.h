@@ -1,5 +1,10 @@
-// 1×1 convolutions, included beside `products.h`: a few rows of the whole matrix at a time, whose rectified prefix is made
+// 1×1 convolutions: a few rows of the whole matrix at a time, whose rectified prefix is made
 // in a scratch of the thread and consumed from there.
+#pragma once
+
+#include "products.h"
+
+BEGIN_LEVEL
 
 constexpr Index kBlock = 12; // vectors of a block of channels in the backward pass
 
@@ -19,11 +24,18 @@ struct Steps {
   }
 };
 
+// The tiles of these rows, for `Product`.
+inline auto tiles_of(Index rows) {
+  return [rows](Index most, const auto &work) {
+    for_tiles(rows, most, [&](Index row, int n) { work(row, row, n); });
+  };
+}
+
 // `convolve` for a window of 1, with operands of type T.
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
                double *moments, int threads) {
-  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW, all = vectors_of(weight.out);
+  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW;
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
   Buffer<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
@@ -31,26 +43,19 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
     Buffer<T> prefix(step * stride);
-    float tile[kLargestTile];
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
       Matrix<E> to = from_row(out, first);
       fill_prefix(from_row(x, first), here, weight.in, scale, shift, stride, prefix.data());
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.out - c < width ? weight.out - c : width;
-        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
-          if (!j) { // what the next rows read and write
-            Index next = first + step + row, end = next + n < rows ? next + n : rows;
-            fetch(x, next, end, weight.in);
-            fetch<true>(out, next, end, weight.out);
-          }
-          with_tile(n, vectors, ProductTile<T>{prefix.data() + row * stride, stride, depth, b.data() + c * depth, tile,
-                                               width});
-          for_channels<kW>(0, used, CopyBody<float, E>{tile, width, n, to.ld, to.data + row * to.ld + c});
-        });
-      }
+      Product<T>{prefix.data(), stride, depth, b.data(), weight.out}.run(
+          0, vectors_of(weight.out), tiles_of(here),
+          [&](const Tile &tile) { // what the next rows read and write
+            Index next = first + step + tile.row, end = next + tile.rows < rows ? next + tile.rows : rows;
+            if (!tile.first)
+              fetch(x, next, end, weight.in), fetch<true>(out, next, end, weight.out);
+          },
+          [&](const Tile &tile) { store_tile(tile, to); });
       if (moments)
         parts[chunk].template add<E>(to, here, weight.out, {nullptr, 0});
     }
@@ -81,14 +86,15 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
   for_chunks(chunks, [&](int chunk) {
     Buffer<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
     Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
-    float tile[kLargestTile];
     if (grad_weight)
       std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
-      Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first), to = from_row(grad_x, first);
+      Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first);
+      Accumulation<E, kAdd> accumulation{x_here, from_row(grad_x, first), scale, shift, mean,
+                                         totals, totals + weight.in};
       const T *a = reinterpret_cast<const T *>(grad_here.data);
       Index lda = grad.ld / kScalars<T>;
       if (!in_place) {
@@ -114,25 +120,21 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
           add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, channels, 1, elements<T>(here),
                     weight_parts[chunk].data() + from, ld);
         }
-        for (Index j = begin; j < end; j += group_of(j, all)) {
-          int vectors = group_of(j, all);
-          Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
-          for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
-            if (j == begin) { // the next block, or the first of the next rows
-              Index next = first + row + (end < all ? 0 : step), until = next + n < rows ? next + n : rows;
-              Index at = end < all ? end * kW : 0, wide = weight.in - at < block * kW ? weight.in - at : block * kW;
-              fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
-              if (end == all)
-                fetch(grad, next, until, weight.out);
-            }
-            Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
-            fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
-            fetch<true>(x_tile, 0, n, used);
-            with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width});
-            accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n,
-                               used, totals + c, totals + weight.in + c);
-          });
-        }
+        Product<T>{a, lda, depth, b.data(), weight.in}.run(
+            begin, end, tiles_of(here),
+            [&](const Tile &tile) {
+              if (tile.first == from) { // the next block, or the first of the next rows
+                bool last = end == all;
+                Index next = first + tile.row + (last ? step : 0);
+                Index until = next + tile.rows < rows ? next + tile.rows : rows;
+                Index at = last ? 0 : end * kW, wide = weight.in - at < block * kW ? weight.in - at : block * kW;
+                fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
+                if (last)
+                  fetch(grad, next, until, weight.out);
+              }
+              accumulation.fetch_tile(tile);
+            },
+            [&](const Tile &tile) { accumulation.add(tile); });
       }
     }
   });
@@ -140,3 +142,5 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
   if (grad_weight)
     gather_weight(weight_parts, ld, weight, grad_weight, threads);
 }
+
+END_LEVEL

@@ -1,4 +1,4 @@
-// 3×3 convolutions with 16 multiplications in place of 36 for every 2×2 pixels, included beside `products.h`.
+// 3×3 convolutions with 16 multiplications in place of 36 for every 2×2 pixels.
 //
 // Winograd's minimal filtering F(2×2, 3×3) (Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, 2016). For
 // a 2×2 tile y of the result, the 4×4 pixels d around it and the window g,
@@ -13,6 +13,11 @@
 // and ½ keep the error of a sum in the size of the direct one's (tests compare both with double precision).
 //
 // An infinite or undefined value would spread over its tile: where one turns up, PyTorch's convolution has to do it.
+#pragma once
+
+#include "units.h"
+
+BEGIN_LEVEL
 
 constexpr Index kPositions = 16;
 
@@ -363,3 +368,5 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
   if (grad_weight)
     gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
 }
+
+END_LEVEL
