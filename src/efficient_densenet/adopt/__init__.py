@@ -71,13 +71,16 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
         if finding.looks:
             promised, is_stem = finding.reason is None, finding.chain.is_stem
             name = "the stem" if finding.segment is not None and not finding.chain.made else ""
-            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=promised, is_stem=is_stem)
+            looks, where = list(finding.looks), finding.where
+            adoption = Adoption(way, keep, name, where, looks=looks, promised=promised, is_stem=is_stem)
             if finding.segment is None:
                 adopt(finding.module, AdoptedPart, adoption)
             else:
                 segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
     for network, name, looks in networks(model, findings):
-        adoption = Adoption(way, keep, looks=looks, head=True)
+        block, norm = list(network.get_submodule(name).named_children())[-2:]
+        where = f"{name}.{block[0]} and {norm[0]}"
+        adoption = Adoption(way, keep, where=where, looks=looks, head=True)
         last = (Segment(-2, 0, adoption),)
         adopt(network, AdoptedNetwork, Adoption(way, keep, segments=last, features=name))
         segments.setdefault(network.get_submodule(name), [])

@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from efficient_densenet.adopt.conditions import hooked
 from efficient_densenet.adopt.decide import SHARED, Adoption, at_call, decide, run_as
 from efficient_densenet.adopt.head import Head, head_of
+from efficient_densenet.adopt.turns import in_turn
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import shared
-from efficient_densenet.execution.recompute import forgetting
+from efficient_densenet.execution.recompute import forgetting, obstacle
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -112,7 +113,7 @@ class AdoptedNetwork(Adopted):
         (segment,) = self.adoption.segments
         decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
         if decision.way == SHARED:
-            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep)
+            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep, segment.adoption.where)
         else:  # the block tells why, if it does not run on its buffer either
             x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
@@ -125,7 +126,7 @@ def _run_stem(convolution: nn.Module, modules: Sequence[nn.Module], x: Tensor, a
     # A compiler decides by itself what to compute again.
     forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     plain = type(convolution).forward in [kind.forward for kind in CONVOLUTIONS] and not hooked([convolution])
-    with forgetting(convolutions=True) if forget and plain else nullcontext():
+    with forgetting(convolutions=True) if forget and plain and not obstacle() else nullcontext():
         return run_segment(modules, in_order([convolution], x), adoption)
 
 
@@ -201,7 +202,9 @@ def _adopted_class(original: type[nn.Module], task: type[Adopted]) -> type[nn.Mo
 
         @functools.wraps(original.forward)  # which tracers read the signature of
         def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-            return self.run(*arguments, **named)
+            if torch.compiler.is_compiling():
+                return self.run(*arguments, **named)
+            return in_turn(self, self.run, *arguments, **named)
 
         members = {
             "original": original,

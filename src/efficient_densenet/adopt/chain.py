@@ -212,6 +212,7 @@ def _plan(
     features = output.pieces if last is None else ()
     return Plan(
         width,
+        len(record.size),
         tuple(piece.channels for piece in chain if piece.convolution is not None),
         tuple(norms),
         tuple(convolutions),

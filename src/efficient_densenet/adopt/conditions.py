@@ -74,6 +74,12 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
     return list(order), tuple(found)
 
 
+def compared(module: nn.Module) -> list[str]:
+    """The names of the attributes of `module` that are among its `conditions`."""
+    kinds = _PLAIN | CONTAINERS
+    return [name for name, value in module.__dict__.items() if type(value) in kinds and name not in _NOT_COMPARED]
+
+
 def frozen(value: Any) -> Any:
     """A plain container as it is now; of what is not plain in it, the type alone."""
     if type(value) in _PLAIN:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.fx import Proxy
 
 from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import compared, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.look import Look, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
+from efficient_densenet.adopt.tools import needs_ordinary, other_kind, other_kind_within, watched_calls
 from efficient_densenet.adopt.trial import Tensors
+from efficient_densenet.adopt.turns import alone
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
 from efficient_densenet.execution.plan import Plan, parts
-from efficient_densenet.execution.recompute import forgetting
+from efficient_densenet.execution.profiling import labelled
+from efficient_densenet.execution.recompute import forgetting, obstacle
 
 Way = Literal["shared", "recompute"]
 """What can be asked for: the shared buffer, or recomputation, which is exact and has gradients of gradients."""
@@ -31,8 +34,8 @@ Way = Literal["shared", "recompute"]
 WAYS: tuple[Way, ...] = get_args(Way)
 SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
-_TRACED = "it is traced, as the ordinary operations"
 _MOST_LOOKS = 50
+_OTHER_THREADS = "it has changed, and cannot be looked at while other threads run it"
 
 
 class Segment(NamedTuple):
@@ -50,8 +53,9 @@ class Adoption:
     Attributes:
         way, keep: as in `make_efficient`.
         name: what a warning calls them; empty: the class of the first of them.
+        where: their names in the model that was made efficient, which a profiler's trace calls them.
         argument: the name of the one tensor that the first of them takes.
-        looks: what they compute, under the conditions that were met, the latest first.
+        looks: what they compute, under the conditions that were met.
         promised: whether they were to run on the shared buffer when they were adopted.
         is_stem: whether they are the norm, activation and pool of a stem.
         head: whether relu and the mean over all pixels follow.
@@ -63,6 +67,7 @@ class Adoption:
     way: Way
     keep: Keep
     name: str = ""
+    where: str = ""
     argument: str = ""
     looks: list[Look] = field(default_factory=list)
     promised: bool = True
@@ -80,6 +85,27 @@ class Adoption:
     def __deepcopy__(self, memo: Any) -> Adoption:
         segments = copy.deepcopy(self.segments, memo)
         return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set())
+
+    def standing_look(self, addresses: tuple[int, ...], own_hooks: bool) -> tuple[int, tuple[tuple[str, ...], ...]]:
+        """For a compiler, which calls this as it is and takes the result for a constant.
+
+        Args:
+            addresses: of the modules, for it hands over no modules.
+            own_hooks: as in `decide`.
+
+        Returns:
+            Which of `looks` holds now, -1 if these modules cannot run on the shared buffer; and for each of their parts
+            what it depends on.
+        """
+        roots = [ctypes.cast(address, ctypes.py_object).value for address in addresses]
+        decision = standing(roots, self, own_hooks)
+        watched = tuple(tuple(compared(module)) for module in parts(roots))
+        for number, one in enumerate(self.looks):
+            if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
+                return number, watched
+        return -1, watched
+
+    standing_look._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler's decorator does
 
 
 class Decision(NamedTuple):
@@ -111,25 +137,28 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
     if decision is not None:
         return decision
     if torch.compiler.is_compiling():
-        return _decide_while_compiling(roots, adoption)
+        return _decide_while_compiling(roots, adoption, own_hooks)
     decision = standing(roots, adoption, own_hooks, x.shape)
-    if decision.way == SHARED and decision.chain is not None and decision.chain.width != x.shape[1]:
-        return Decision(ORDINARY, "its input has other channels", tell=False)  # an error, which it explains itself
+    if decision.way == SHARED and not decision.plan.takes(x.shape):
+        return Decision(ORDINARY, "", tell=False)  # an error, which the ordinary operations explain
     return decision
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
     """How it runs if the call itself decides that, whatever the modules are."""
-    reason = _must_be_ordinary(x)
+    reason = needs_ordinary(x)
     if reason is not None:
         return Decision(ORDINARY, reason, tell=bool(reason) and module.training)
     if torch.compiler.is_compiling():
         return None
+    kind = other_kind(x)
+    if kind is not None:
+        return Decision(ORDINARY, f"its input is a {kind}, a tensor of another kind")
     if not isinstance(x, Tensor):
         return Decision(RECOMPUTE, "it was called with other arguments than one tensor")
     if adoption.way == "recompute":
         return Decision(RECOMPUTE)
-    slower = ops.slower_than_recomputing(x)
+    slower = watched_calls() or ops.slower_than_recomputing(x)
     return None if slower is None else Decision(RECOMPUTE, slower)
 
 
@@ -142,6 +171,9 @@ def standing(
         return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")
     if hooked_globally():
         return Decision(RECOMPUTE, "there are hooks on all modules, which must take effect")
+    kind = other_kind_within(modules)
+    if kind is not None:
+        return Decision(ORDINARY, f"a {kind}, a tensor of another kind, is among its parameters and buffers")
     known = _known(roots, adoption, found)
     reason = known.reason
     if reason is None and known.sizes and shape is not None:
@@ -163,15 +195,17 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
     """
     if decision.way == SHARED:
         plan = decision.plan
-        made = shared.run(x, plan, decision.modules, adoption.keep)
+        made = shared.run(x, plan, decision.modules, adoption.keep, adoption.where)
         # What is handed out may be changed in place; the features that are kept for backward may not.
         whole = not (plan.pool or plan.max_pool or plan.output)
         return made.clone() if whole and made.requires_grad else made
+    forget = decision.way == RECOMPUTE and torch.is_grad_enabled()
+    cannot = obstacle() if forget else None
+    if cannot is not None:
+        decision, forget = Decision(ORDINARY, cannot), False
     _say(decision, module, adoption)
-    if decision.way == RECOMPUTE and torch.is_grad_enabled():
-        with forgetting():
-            return ordinary()
-    return ordinary()
+    with labelled(f"{adoption.where}: {decision.way}"), forgetting() if forget else nullcontext():
+        return ordinary()
 
 
 def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
@@ -187,32 +221,17 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 
-def _must_be_ordinary(x: Any) -> str | None:
-    """Why only the ordinary operations will do; an empty reason is none to tell."""
-    # What `is_exporting` returns; but PyTorch 2.11 takes that for true wherever it compiles.
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
-        return _TRACED
-    if torch.compiler.is_compiling():
-        return None
-    if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
-        return _TRACED
-    if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter):
-        return f"its input is a {type(x).__name__}, a tensor of another kind"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms it, for which it must consist of ordinary operations"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives need the ordinary operations"
-    return "" if isinstance(x, Tensor) and not x.numel() else None
-
-
-def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption) -> Decision:
-    """Without a look, which is nothing to compile: what was found last in this mode of the first module."""
-    if adoption.way == "shared":
-        for one in adoption.looks:
-            if one.training == roots[0].training:
-                if one.reason is not None or one.sizes:
-                    break
-                return Decision(SHARED, None, one.chain, parts(roots))
+def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
+    """As now, once, when the graph is made; what the compiler reads here, it watches: where that changes it comes anew."""
+    modules = parts(roots)
+    if adoption.way == "shared" and not hooked_globally() and not hooked(modules[1:] if own_hooks else modules):
+        number, watched = adoption.standing_look(tuple([id(root) for root in roots]), own_hooks)
+        for module, names in zip(modules, watched, strict=True):
+            for name in names:
+                if getattr(module, name):
+                    pass
+        if number >= 0:
+            return Decision(SHARED, None, adoption.looks[number].chain, modules)
     return Decision(ORDINARY, "", tell=False)
 
 
@@ -225,28 +244,32 @@ def look_now(roots: Sequence[nn.Module], adoption: Adoption) -> tuple[Chain | No
 def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...]) -> Look:
     """What the modules compute under these conditions."""
     looks, training = adoption.looks, roots[0].training
-    for i, one in enumerate(looks):
+    for one in looks:
         if one.conditions == found:
-            if i:
-                looks.insert(0, looks.pop(i))
             return one
     if getattr(roots[0], "_is_replica", False):
         return Look(found, None, False, "it is a replica of something that has changed", training)
     if len(looks) >= _MOST_LOOKS:
         return Look(found, None, False, f"its attributes have changed more than {_MOST_LOOKS} times", training)
-    try:
-        looks.insert(0, look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
-    except NotDenseError as error:
-        looks.insert(0, Look(found, None, False, str(error), training))
-    return looks[0]
+    with alone(roots) as nobody_else:
+        if not nobody_else:
+            return Look(found, None, False, _OTHER_THREADS, training)
+        try:
+            looks.append(look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
+        except NotDenseError as error:
+            looks.append(Look(found, None, False, str(error), training))
+        return looks[-1]
 
 
 def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> str | None:
     """Why what was found does not hold for an input of this shape, if so."""
     if shape not in known.by_size:
-        try:
-            same = look_at_size(roots, shape) == known.chain
-            known.by_size[shape] = None if same else "what it computes depends on the size of its input"
-        except NotDenseError as error:
-            known.by_size[shape] = str(error)
+        with alone(roots) as nobody_else:
+            if not nobody_else:
+                return _OTHER_THREADS
+            try:
+                same = look_at_size(roots, shape) == known.chain
+                known.by_size[shape] = None if same else "what it computes depends on the size of its input"
+            except NotDenseError as error:
+                known.by_size[shape] = str(error)
     return known.by_size[shape]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
 from efficient_densenet.adopt.meanings import Meanings, NotDenseError
 from efficient_densenet.adopt.trial import Tensors, on_trial
+from efficient_densenet.adopt.turns import alone
 from efficient_densenet.execution.plan import parts
 
 _aten = torch.ops.aten
@@ -44,11 +45,14 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
     """How the network ends, for an input of this shape, if its head may join the last block; `known` is added to."""
     modules, found = conditions([network], without=features)
     head = next((one for one in known if one.conditions == found), None)
-    if head is None:
-        head = _look(network, features, found, shape)
-        known.insert(0, head)
-    if head.sizes and shape not in head.by_size:
-        head.by_size[shape] = _look(network, features, found, shape) == head
+    if head is None or (head.sizes and shape not in head.by_size):
+        with alone([network]) as nobody_else:
+            if not nobody_else:
+                return None
+            seen = _look(network, features, found, shape)
+        if head is None:
+            known.insert(0, head := seen)
+        head.by_size[shape] = seen == head
     if not head.ends or (head.sizes and not head.by_size[shape]):
         return None
     classifier = network.get_submodule(head.classifier) if head.classifier else None

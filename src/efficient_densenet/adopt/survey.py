@@ -48,6 +48,14 @@ class Finding(NamedTuple):
         return chain
 
     @property
+    def where(self) -> str:
+        """The names of all its modules in the model."""
+        if self.segment is None:
+            return self.name
+        names = [name for name, _ in self.module.named_children()][slice(*self.segment)]
+        return f"{self.name}.{' and '.join(names)}"
+
+    @property
     def roots(self) -> list[nn.Module]:
         if self.segment is None:
             return [self.module]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.adopt.conditions import CONTAINERS, frozen
@@ -99,6 +100,7 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
         stack.enter_context(_random_states_kept())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
         stack.enter_context(_no_global_hooks())
+        stack.enter_context(_own_parametrized())
         try:
             for module, attributes, kind in kept:
                 object.__setattr__(module, "__dict__", _instead_of(attributes, tensors))
@@ -177,3 +179,13 @@ def _no_global_hooks() -> Iterator[None]:
     finally:
         for name, hooks in kept.items():
             setattr(global_hooks, name, hooks)
+
+
+@contextmanager
+def _own_parametrized() -> Iterator[None]:
+    """Within ``parametrize.cached()``, what the trial's weights make is not remembered for the user's."""
+    kept, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = kept

@@ -2,17 +2,22 @@
 compilers.
 
 An operator takes and returns tensors and lists of tensors (no None among them), and its outputs must not share memory.
-Packing and unpacking that is all that happens here.
+Packing and unpacking that is all that happens here, and what PyTorch wants to know of an operator: its gradients, what
+it does for a batch of gradients, how many operations it counts. None has forward-mode derivatives, and all refuse
+tangents, which PyTorch would drop without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution import stem
@@ -72,6 +77,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def stage_without_gradients(x: Tensor, *arguments: Any) -> list[Tensor]:
     """`engine.forward`, packed: what `stage_forward` does, and no operator."""
+    _refuse_tangents(x, *arguments)
     return _pack(*engine.forward(x, _stage(*arguments)))
 
 
@@ -118,6 +124,7 @@ def stage_backward(
 
     `x` is empty where the features are kept, for then it is not needed.
     """
+    _refuse_tangents(grad_output, x, packed, *arguments)
     stage = _stage(*arguments)
     gradients = engine.backward(grad_output, x, stage, _unpack(packed, stage), need_weights)
     of_norms = chain.from_iterable(zip(*gradients.norms, strict=True))
@@ -184,6 +191,7 @@ def stem_without_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, constants: Sequence[Tensor], eps: float, group: str
 ) -> list[Tensor]:
     """`stem.forward`: the output, and the folded norm; what `norm_relu_max_pool_forward` does, and no operator."""
+    _refuse_tangents(x, weight, bias, constants)
     output, folded = stem.forward(x, _norm(weight, bias, constants, eps), group)
     return [output, *folded]
 
@@ -211,6 +219,7 @@ def norm_relu_max_pool_backward(
     group: str,
 ) -> list[Tensor]:
     """`stem.backward`: the gradients of x, weight and bias."""
+    _refuse_tangents(grad_output, x, weight, bias, constants, folded)
     return list(stem.backward(grad_output, x, _norm(weight, bias, constants, eps), Folded(*folded), group))
 
 
@@ -251,3 +260,75 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 stage_backward.register_autograd(_refuse)
 norm_relu_max_pool_backward.register_autograd(_refuse)
+
+
+def _refuse_tangents(*arguments: Any) -> None:
+    if forward_ad._current_level < 0:
+        return
+    # Below `torch.func.jvp` an operator meets the primals alone.
+    if eager_transforms.JVP_NESTING or any(map(_has_tangent, arguments)):
+        raise RuntimeError(
+            "the shared buffer has no forward-mode derivatives: call the network while the dual level is open, for "
+            "then it runs its ordinary operations, or call make_efficient(model, way='recompute') before"
+        )
+
+
+def _has_tangent(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(map(_has_tangent, argument))
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
+    """What an operator does for a batch of some of its arguments, as ``is_grads_batched`` gives it."""
+
+    def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        each = [operator(*[_one_of(argument, dim, i) for argument, dim in pairs]) for i in range(info.batch_size)]
+        made = [torch.stack(some) for some in zip(*each, strict=True)]
+        return made, [0] * len(made)
+
+    return run
+
+
+def _one_of(argument: Any, dim: Any, i: int) -> Any:
+    if isinstance(argument, Tensor):
+        return argument if dim is None else argument.select(dim, i)
+    if isinstance(argument, list | tuple) and dim is not None:
+        return [_one_of(one, d, i) for one, d in zip(argument, dim, strict=True)]
+    return argument
+
+
+for _operator in (stage_backward, norm_relu_max_pool_backward):
+    _operator.register_vmap(_one_by_one(_operator))
+
+
+@register_flop_formula(torch.ops.efficient_densenet.stage_forward, get_raw=True)
+def _stage_forward_flops(x: Tensor, *arguments: Any, **_: Any) -> int:
+    """Two for each multiplication of the convolutions, which keep the resolution, as PyTorch counts them."""
+    return 2 * (x.numel() // x.shape[1]) * sum(w.numel() for w in _stage(*arguments).weights)
+
+
+@register_flop_formula(torch.ops.efficient_densenet.stage_backward, get_raw=True)
+def _stage_backward_flops(
+    grad_output: Tensor,
+    x: Tensor | None,
+    packed: Sequence[Tensor],
+    need_weights: Sequence[bool],
+    *arguments: Any,
+    **_: Any,
+) -> int:
+    """As in forward, for the gradient of each input, those of the weights that need one, and what runs again."""
+    stage = _stage(*arguments)
+    features = _unpack(packed, stage).features
+    values = x if features is None else features
+    assert values is not None
+    pixels = values.numel() // (values.shape[1] if features is None else values.shape[-1])
+    again = (
+        [i for first in stage.layers for i in range(first, first + stage.per_layer)] if not stage.keeps_features else []
+    )
+    if stage.keeps_features and stage.per_layer == 2 and not stage.keeps_bottlenecks:
+        again = list(stage.layers)
+    counts = [w.numel() for w in stage.weights]
+    needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
+    return 2 * pixels * (sum(counts) + needed + sum(counts[i] for i in again))

@@ -79,6 +79,7 @@ class Plan:
 
     Attributes:
         width: channels of the input.
+        dims: its spatial dimensions.
         made: channels that each convolution makes, in their order, layer by layer, the transition's last.
         norms, convolutions: likewise. A head or a stem is one norm more than there are convolutions.
         per_layer: norms and convolutions of each layer: 2 with a bottleneck.
@@ -90,6 +91,7 @@ class Plan:
     """
 
     width: int
+    dims: int
     made: tuple[int, ...] = ()
     norms: tuple[Norm, ...] = ()
     convolutions: tuple[Convolution, ...] = ()
@@ -103,6 +105,10 @@ class Plan:
     @property
     def layers(self) -> int:
         return len(self.dropouts)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether an input of this shape has these dimensions and channels, and pixels enough for the pool."""
+        return len(shape) == self.dims + 2 and shape[1] == self.width and min(shape[2:]) >= max(1, self.pool)
 
     @property
     def head(self) -> bool:

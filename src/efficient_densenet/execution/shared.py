@@ -22,6 +22,7 @@ from efficient_densenet.execution.library import (
     stem_without_gradients,
 )
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
+from efficient_densenet.execution.profiling import label_backward, labelled
 
 # Found here, for PyTorch 2.11 cannot compile the question.
 _WITH_AUTOCAST = frozenset(
@@ -29,7 +30,7 @@ _WITH_AUTOCAST = frozenset(
 )
 
 
-def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tensor:
+def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, name: str = "") -> Tensor:
     """Run what `plan` describes on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
@@ -44,7 +45,14 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         plan: see `Plan`.
         modules: those that it names, in the order of `plan.parts`.
         keep: one of `KEEP`.
+        name: what a profiler's trace calls it.
     """
+    label = f"{name}: shared buffer, keep={keep}"
+    with labelled(label):
+        return _run(x, plan, modules, keep, label)
+
+
+def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, label: str) -> Tensor:
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
     # Without gradients there is nothing that an operator would have to hide from autograd.
@@ -53,6 +61,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         output, statistics, count, _ = (norm_relu_max_pool_forward if operator else stem_without_gradients)(
             x, norms.weights[0], norms.biases[0], norms.constants, norms.eps[0], norms.group
         )
+        label_backward(output, label)
         _move_running_averages(norms.moving, statistics, count)
         return output
     masks, scales = _masks(x, plan, modules)
@@ -73,6 +82,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
+    label_backward(output, label)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
         output = step(output)

@@ -9,16 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from efficient_densenet.ops import cpu, eager, triton
+from efficient_densenet.ops.profiled import Profiled
 
 _plain_alone = False
 
 
-def backend(x: Tensor) -> ModuleType:
-    """The backend for activations like `x`."""
+def backend(x: Tensor) -> Any:
+    """The backend for activations like `x`; labelled, while a profiler is active."""
+    chosen = _choose(x)
+    return Profiled(chosen) if torch.autograd._profiler_enabled() else chosen
+
+
+def _choose(x: Tensor) -> ModuleType:
     if _plain_alone:
         return eager
     return triton if triton.supports(x) else cpu if cpu.supports(x) else eager
@@ -30,7 +38,7 @@ def slower_than_recomputing(x: Tensor) -> str | None:
     On a GPU without kernels, plain PyTorch's operations on the buffer move 26 times a layer's prefix in float32 and 43
     times in half precision, forward and backward; recomputing moves it 24 times, the ordinary network 18 times.
     """
-    if x.is_cuda and not _plain_alone and backend(x) is eager:
+    if x.is_cuda and not _plain_alone and _choose(x) is eager:
         return "without kernels for this GPU and type, the shared buffer moves more memory than recomputing"
     return None
 
