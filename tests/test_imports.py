@@ -28,16 +28,17 @@ RANK = {
 }
 # Inside these rooms a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["reference", "convolution", "eager", "cpu triton"],
+    "ops": ["reference profiled", "convolution", "eager", "cpu triton"],
     "execution": [
-        "__init__ buffers synchronise plan recompute",
+        "__init__ buffers synchronise plan profiling recompute",
         "norms",
         "stage stem",
         "library",
         "shared",
     ],
     "adopt": [
-        "conditions trial meanings",
+        "conditions meanings turns tools",
+        "trial",
         "record",
         "chain",
         "head look",

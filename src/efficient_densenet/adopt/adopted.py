@@ -64,7 +64,7 @@ class AdoptedPart(Adopted):
             return self.original.forward(self, *arguments, **named)
 
         x = one_tensor(self.adoption, arguments, named)
-        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, self, self.adoption, ordinary)
+        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, [self], self.adoption, ordinary)
 
 
 class AdoptedSequence(Adopted):
@@ -75,7 +75,7 @@ class AdoptedSequence(Adopted):
         decision = at_call(x, self, self.adoption)
         if decision is None:
             return self.run_modules(list(self), x)
-        return run_as(decision, x, self, self.adoption, lambda: self.original.forward(self, *arguments, **named))
+        return run_as(decision, x, [self], self.adoption, lambda: self.original.forward(self, *arguments, **named))
 
     def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         """Run all modules, or the first ones."""
@@ -143,7 +143,7 @@ def run_segment(modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> 
     decision = decide(x, modules, adoption, own_hooks=False)
     if decision.way != SHARED and any(isinstance(module, Adopted) for module in modules):
         return in_order(modules, x)  # they decide by themselves, and tell why
-    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x))
+    return run_as(decision, x, modules, adoption, lambda: in_order(modules, x))
 
 
 def one_tensor(adoption: Adoption, arguments: tuple, named: dict[str, Any]) -> Any:
@@ -202,9 +202,9 @@ def _adopted_class(original: type[nn.Module], task: type[Adopted]) -> type[nn.Mo
 
         @functools.wraps(original.forward)  # which tracers read the signature of
         def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return self.run(*arguments, **named)
-            return in_turn(self, self.run, *arguments, **named)
+            return in_turn(self, arguments, named)
 
         members = {
             "original": original,

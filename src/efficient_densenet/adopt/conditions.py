@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from efficient_densenet.execution.plan import parts
+
 _PLAIN = frozenset({
     *(int, float, bool, str, bytes, complex, type(None), tuple, frozenset, torch.dtype, torch.device, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type),
@@ -99,6 +101,13 @@ def hooked(modules: Sequence[nn.Module]) -> bool:
         if "_compiled_call_impl" in m.__dict__ and m.__dict__["_compiled_call_impl"] is not None:
             return True
     return False
+
+
+def compiled_within(roots: Sequence[nn.Module]) -> str | None:
+    """Why nothing that these make may be forgotten, if that is for a compiler to decide."""
+    if any(module.__dict__.get("_compiled_call_impl") is not None for module in parts(roots)):
+        return "a module inside it is compiled by itself"
+    return None
 
 
 def hooked_globally() -> bool:

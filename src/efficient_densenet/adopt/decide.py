@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conditions import compared, conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import compared, compiled_within, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.look import Look, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
@@ -183,13 +183,15 @@ def standing(
     return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
 
 
-def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, ordinary: Callable[[], Any]) -> Any:
+def run_as(
+    decision: Decision, x: Any, roots: Sequence[nn.Module], adoption: Adoption, ordinary: Callable[[], Any]
+) -> Any:
     """Run as decided.
 
     Args:
         decision: of `decide`.
         x: the input.
-        module: the first of the modules; for a warning.
+        roots: the modules.
         adoption: what is remembered of them.
         ordinary: runs them as they are.
     """
@@ -200,10 +202,10 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
         whole = not (plan.pool or plan.max_pool or plan.output)
         return made.clone() if whole and made.requires_grad else made
     forget = decision.way == RECOMPUTE and torch.is_grad_enabled()
-    cannot = obstacle() if forget else None
+    cannot = (obstacle() or compiled_within(roots)) if forget else None
     if cannot is not None:
         decision, forget = Decision(ORDINARY, cannot), False
-    _say(decision, module, adoption)
+    _say(decision, roots[0], adoption)
     with labelled(f"{adoption.where}: {decision.way}"), forgetting() if forget else nullcontext():
         return ordinary()
 
@@ -222,7 +224,7 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
 
 
 def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
-    """As now, once, when the graph is made; what the compiler reads here, it watches: where that changes it comes anew."""
+    """As things are when the graph is made. What the compiler reads here, it watches, and compiles anew at a change."""
     modules = parts(roots)
     if adoption.way == "shared" and not hooked_globally() and not hooked(modules[1:] if own_hooks else modules):
         number, watched = adoption.standing_look(tuple([id(root) for root in roots]), own_hooks)

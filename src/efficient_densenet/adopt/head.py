@@ -71,17 +71,17 @@ def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
 def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape: Sequence[int]) -> Head:
     modules, tensors = parts([network]), Tensors("meta")
     names = {module: name for name, module in network.named_modules()}
-    with on_trial(modules, tensors):
-        record = _Record(modules, features)
-        try:
+    try:
+        with on_trial(modules, tensors):
+            record = _Record(modules, features)
             features.__dict__["forward"] = _Empty(_width(features))
             record.set(x := tensors.activation(*shape), "input")
             output = record.watch(network, x)
-        except Exception:  # whatever it is: its parts run one by one
-            return Head(found, False)
-        ends = record.meaning(output) in ("pooled", "logits")
-        classifier = names[record.classifier] if record.classifier is not None else ""
-        return Head(found, ends, classifier, record.looks_at_sizes)
+    except Exception:  # whatever it is: its parts run one by one
+        return Head(found, False)
+    ends = record.meaning(output) in ("pooled", "logits")
+    classifier = names[record.classifier] if record.classifier is not None else ""
+    return Head(found, ends, classifier, record.looks_at_sizes)
 
 
 _USUAL_SIZE = 64

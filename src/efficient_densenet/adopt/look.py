@@ -163,22 +163,22 @@ def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
     dims, width = _dims(modules), _some_width(modules)
     while True:
         found: list[Chain | None] = []
-        with on_trial(modules, tensors):
-            synchronises = _set_modes(modules, True)
-            _leave_others_out(modules, synchronises)
-            record = Record(modules, synchronises)
-            x = tensors.activation(2, width, *(_QUICK_SIZE,) * dims)
-            try:
+        try:
+            with on_trial(modules, tensors):
+                synchronises = _set_modes(modules, True)
+                _leave_others_out(modules, synchronises)
+                record = Record(modules, synchronises)
+                x = tensors.activation(2, width, *(_QUICK_SIZE,) * dims)
                 for module in roots:
                     x = record.run(module, x)
                     found.append(_conclusion(record, x))
-            except OtherWidthError as error:
-                if not found and error.width != width:
-                    width = error.width
-                    continue
-            except Exception:  # whatever it is: here it ends
-                pass
-            return found
+        except OtherWidthError as error:
+            if not found and error.width != width:
+                width = error.width
+                continue
+        except Exception:  # whatever it is: here it ends
+            pass
+        return found
 
 
 def _conclusion(record: Record, x: Tensor) -> Chain | None:

@@ -24,6 +24,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.adopt.conditions import CONTAINERS, frozen
+from efficient_densenet.adopt.meanings import NotDenseError
+from efficient_densenet.adopt.turns import trial
 
 _HOOKS = [
     "_forward_hooks",
@@ -89,8 +91,14 @@ class Tensors:
 
 @contextmanager
 def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
-    """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace."""
-    kept = [(module, module.__dict__, type(module)) for module in modules]
+    """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace.
+
+    Raises:
+        NotDenseError: one of them is a script of torch.jit, which runs nothing that could be watched.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise NotDenseError("a module of it is a script of torch.jit")
+    kept = [(module, module.__dict__) for module in modules]
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(tensors.device)
@@ -101,15 +109,15 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
         stack.enter_context(_no_global_hooks())
         stack.enter_context(_own_parametrized())
+        stack.enter_context(trial())
+        stack.enter_context(_not_compiled())
         try:
-            for module, attributes, kind in kept:
+            for module, attributes in kept:
                 object.__setattr__(module, "__dict__", _instead_of(attributes, tensors))
-                object.__setattr__(module, "__class__", kind.__dict__.get("original", kind))
             yield
         finally:
-            for module, attributes, kind in kept:
+            for module, attributes in kept:
                 object.__setattr__(module, "__dict__", attributes)
-                object.__setattr__(module, "__class__", kind)
 
 
 def stored(modules: Sequence[nn.Module], before: Sequence[dict[str, Any]]) -> str | None:
@@ -189,3 +197,14 @@ def _own_parametrized() -> Iterator[None]:
         yield
     finally:
         parametrize._cache = kept
+
+
+@contextmanager
+def _not_compiled() -> Iterator[None]:
+    """A compiler that watches this thread leaves the trial alone."""
+    compiler = torch._C._dynamo.eval_frame
+    before = compiler.set_eval_frame(None)
+    try:
+        yield
+    finally:
+        compiler.set_eval_frame(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,22 @@ from torch import nn
 
 from efficient_densenet.execution.plan import parts
 
-_entering = threading.RLock()  # is held while modules are looked at
+_entering = threading.RLock()  # is held while modules are looked at that others might run
 _running: dict[int, nn.Module] = {}  # by thread, the outermost module of ours that it runs
+_on_trial: set[int] = set()  # threads that run modules as they were before they were adopted
 
 
-def in_turn(module: nn.Module, run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Run `module`, by calling this with these arguments, once no other thread looks at modules."""
+def in_turn(module: Any, arguments: tuple, named: dict[str, Any]) -> Any:
+    """Run a module of ours once no other thread looks at it; on trial, as what it was before it was adopted."""
     thread = threading.get_ident()
+    if thread in _on_trial:
+        return module.original.forward(module, *arguments, **named)
     if thread in _running:
-        return run(*arguments, **named)
+        return module.run(*arguments, **named)
     with _entering:
         _running[thread] = module
     try:
-        return run(*arguments, **named)
+        return module.run(*arguments, **named)
     finally:
         del _running[thread]
 
@@ -34,3 +37,14 @@ def alone(modules: Sequence[nn.Module]) -> Iterator[bool]:
     with _entering:
         others = [module for thread, module in list(_running.items()) if thread != threading.get_ident()]
         yield not others or set(parts(modules)).isdisjoint(parts(others))
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """While this is open, modules of ours run in this thread as what they were before they were adopted."""
+    thread = threading.get_ident()
+    _on_trial.add(thread)
+    try:
+        yield
+    finally:
+        _on_trial.discard(thread)

@@ -9,15 +9,16 @@ tangents, which PyTorch would drop without a word.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution import stem
@@ -77,6 +78,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def stage_without_gradients(x: Tensor, *arguments: Any) -> list[Tensor]:
     """`engine.forward`, packed: what `stage_forward` does, and no operator."""
+    count_in_flop_counters()
     _refuse_tangents(x, *arguments)
     return _pack(*engine.forward(x, _stage(*arguments)))
 
@@ -303,14 +305,20 @@ for _operator in (stage_backward, norm_relu_max_pool_backward):
     _operator.register_vmap(_one_by_one(_operator))
 
 
-@register_flop_formula(torch.ops.efficient_densenet.stage_forward, get_raw=True)
-def _stage_forward_flops(x: Tensor, *arguments: Any, **_: Any) -> int:
-    """Two for each multiplication of the convolutions, which keep the resolution, as PyTorch counts them."""
-    return 2 * (x.numel() // x.shape[1]) * sum(w.numel() for w in _stage(*arguments).weights)
+def count_in_flop_counters() -> None:
+    """Have PyTorch's counter of operations count ours, if somebody has imported it, which takes a while."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is not None and torch.ops.efficient_densenet.stage_forward not in counter.flop_registry:
+        counter.register_flop_formula(torch.ops.efficient_densenet.stage_forward, get_raw=True)(_forward_flops)
+        counter.register_flop_formula(torch.ops.efficient_densenet.stage_backward, get_raw=True)(_backward_flops)
 
 
-@register_flop_formula(torch.ops.efficient_densenet.stage_backward, get_raw=True)
-def _stage_backward_flops(
+def _forward_flops(x: Tensor, *arguments: Any, **_: Any) -> int:
+    """Two for each multiplication of the convolutions, which keep the resolution. The shapes count, as everywhere."""
+    return 2 * x.shape[0] * prod(x.shape[2:]) * sum(weight.numel() for weight in _stage(*arguments).weights)
+
+
+def _backward_flops(
     grad_output: Tensor,
     x: Tensor | None,
     packed: Sequence[Tensor],
@@ -321,14 +329,12 @@ def _stage_backward_flops(
     """As in forward, for the gradient of each input, those of the weights that need one, and what runs again."""
     stage = _stage(*arguments)
     features = _unpack(packed, stage).features
-    values = x if features is None else features
-    assert values is not None
-    pixels = values.numel() // (values.shape[1] if features is None else values.shape[-1])
-    again = (
-        [i for first in stage.layers for i in range(first, first + stage.per_layer)] if not stage.keeps_features else []
-    )
-    if stage.keeps_features and stage.per_layer == 2 and not stage.keeps_bottlenecks:
-        again = list(stage.layers)
-    counts = [w.numel() for w in stage.weights]
+    images, *pixels = (x[:, 0] if features is None else features[..., 0]).shape  # type: ignore[index]
+    counts = [weight.numel() for weight in stage.weights]
     needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
-    return 2 * pixels * (sum(counts) + needed + sum(counts[i] for i in again))
+    again = 0
+    if not stage.keeps_features:
+        again = sum(counts[: len(stage.layers) * stage.per_layer])
+    elif stage.per_layer == 2 and not stage.keeps_bottlenecks:
+        again = sum(counts[i] for i in stage.layers)
+    return 2 * images * prod(pixels) * (sum(counts) + needed + again)
