@@ -171,6 +171,7 @@ def _stage_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     norm_weights, norm_biases, constants, weights, biases, masks, packed = (
         list(islice(left, n)) for n in ctx.lengths
     )  # fmt: skip
+    _refuse_batches(grads[0])
     need_weights = ctx.needs_input_grad[_NEEDS_WEIGHTS]
     if grads[0] is None:
         found = iter([None] * (1 + len(norm_weights) + len(norm_biases) + len(weights) + len(biases)))
@@ -240,6 +241,7 @@ def _save_stem(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def _stem_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     x, weight, bias, statistics, count, vectors, *constants = ctx.saved_tensors
     found: Sequence[Tensor | None] = [None] * 3
+    _refuse_batches(grads[0])
     if grads[0] is not None:
         folded = [statistics, count, vectors]
         found = norm_relu_max_pool_backward(grads[0], x, weight, bias, constants, folded, ctx.eps, ctx.group)
@@ -264,6 +266,15 @@ stage_backward.register_autograd(_refuse)
 norm_relu_max_pool_backward.register_autograd(_refuse)
 
 
+def _refuse_batches(gradient: Tensor | None) -> None:
+    """Those of ``is_grads_batched``, which operators cannot have rules for, as they have for `torch.func.vmap`."""
+    if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
+        raise RuntimeError(
+            "the shared buffer has no backward pass for is_grads_batched and jacobian(vectorize=True): call "
+            "make_efficient(model, way='recompute') before forward, or use torch.func.jacrev"
+        )
+
+
 def _refuse_tangents(*arguments: Any) -> None:
     if forward_ad._current_level < 0:
         return
@@ -282,7 +293,7 @@ def _has_tangent(argument: Any) -> bool:
 
 
 def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
-    """What an operator does for a batch of some of its arguments, as ``is_grads_batched`` gives it."""
+    """What an operator does for a batch of some of its arguments, as `torch.func.vmap` over a backward pass gives it."""
 
     def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
         pairs = list(zip(arguments, in_dims, strict=True))
