@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.func
-import torchvision
 from comparison import buffers, gradients, training_step, weighted_sum
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -674,6 +673,3 @@ def quietly(program: Callable[[Make], Any], make: Make) -> Any:
     with warnings.catch_warnings(action="ignore"):
         torch.manual_seed(7)
         return program(make)
-
-
-assert torchvision  # without it, nothing here runs

@@ -293,7 +293,7 @@ def _has_tangent(argument: Any) -> bool:
 
 
 def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
-    """What an operator does for a batch of some of its arguments, as `torch.func.vmap` over a backward pass gives it."""
+    """What an operator does for a batch of some of its arguments, as `torch.func.vmap` gives it."""
 
     def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
         pairs = list(zip(arguments, in_dims, strict=True))
