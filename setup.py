@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 KERNELS = Extension(
     "efficient_densenet.ops.cpu._kernels",
-    sources=["src/efficient_densenet/ops/cpu/kernels.cpp"],
+    sources=sorted(glob("src/efficient_densenet/ops/cpu/*.cpp")),
     depends=glob("src/efficient_densenet/ops/cpu/*.h"),
     extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
     optional=True,  # without a compiler, plain PyTorch runs in their place, and says so

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import Instructions
-from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, Backend, Statistics, statistics_dtype
 
 # Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels and pixels.
 SHAPES = [
@@ -29,10 +29,7 @@ _loaded = library.load()
 LEVELS = [level for level in Instructions if _loaded.kernels is not None and level <= _loaded.instructions]
 
 
-EVERY_OPERATION = [
-    *("norm_relu_conv", "norm_relu_conv_backward", "norm_relu_max_pool", "norm_relu_max_pool_backward"),
-    *("norm_relu_mean", "norm_relu_mean_backward", "fold_norm", "statistics", "finish"),
-]
+EVERY_OPERATION = [name for name in vars(Backend) if not name.startswith("_")]
 
 
 class Operands(NamedTuple):
@@ -57,15 +54,15 @@ def double(norm: Affine) -> Affine:
     return Affine(*(t.double() for t in norm))
 
 
-def place(x: Tensor, channels: int | None = None) -> Statistics:
-    """Room for the statistics of activations like `x`, which must be overwritten."""
+def empty_statistics(x: Tensor, channels: int | None = None) -> Statistics:
+    """NaN where an operation must write the statistics of activations like `x`."""
     n = x.shape[-1] if channels is None else channels
     return Statistics(*torch.full((2, n), torch.nan, dtype=statistics_dtype(x.dtype), device=x.device))
 
 
-def measured(ops: Any, x: Tensor) -> Statistics:
+def measured(ops: Backend, x: Tensor) -> Statistics:
     """`ops.statistics` of `x`."""
-    found = place(x)
+    found = empty_statistics(x)
     ops.statistics(x, found)
     return found
 

@@ -46,8 +46,8 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
     masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
     read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
     eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
-    plain = (scales, read, per_layer, pool, keep, "")
-    return x, norm_weights, norm_biases, constants, uses_batch, eps, weights, biases, masks, *plain
+    plain = (uses_batch, eps, read, scales, per_layer, pool, keep, "")
+    return x, *library.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
 
 
 @pytest.mark.parametrize(
@@ -68,21 +68,22 @@ def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
     arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
     packed = library.stage_forward(*arguments)
     x = arguments[0] if pool and keep == "inputs" else None
-    backward = (torch.randn_like(packed[0]), x, packed, [i != 0 for i in range(len(arguments[6]))], *arguments[1:])
+    need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
+    backward = (torch.randn_like(packed[0]), x, packed, need_weights, *arguments[1:])
     torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
     torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_stems_operators_are_proper(frozen):
-    x, gain, bias = torch.randn(2, 4, 7, 6, dtype=torch.float64), tensor(4), tensor(4)
+    x, weight, bias = torch.randn(2, 4, 7, 6, dtype=torch.float64), tensor(4), tensor(4)
     constants = [tensor(4), tensor(4)] if frozen else []
-    output, *statistics = library.norm_relu_max_pool_forward(x, gain, bias, constants, 1e-5, "")
-    backward = (torch.randn_like(output), x, gain, bias, constants, statistics, 1e-5, "")
+    output, *statistics = library.norm_relu_max_pool_forward(x, weight, bias, constants, 1e-5, "")
+    backward = (torch.randn_like(output), x, weight, bias, constants, statistics, 1e-5, "")
     torch.library.opcheck(library.norm_relu_max_pool_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    for leaf in (x, gain, bias):
+    for leaf in (x, weight, bias):
         leaf.requires_grad_()
-    forward = (x, gain, bias, constants, 1e-5, "")
+    forward = (x, weight, bias, constants, 1e-5, "")
     torch.library.opcheck(library.norm_relu_max_pool_forward, forward, test_utils=EVERY_CHECK)
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from efficient_densenet import ops
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 CHANNELS, OUTPUTS, SIZE = 256, 12, (8, 16, 16)
 
@@ -47,7 +47,7 @@ def on_the_buffer(dtype, kernel):
 
     def layer():
         eager.norm_relu_conv(x, norm, weight, out, 1, Statistics(*found))
-        eager.norm_relu_conv_backward(out, x, norm, weight, grad_x, True, through)
+        eager.norm_relu_conv_backward(BackwardOperands(out, x, norm, weight, grad_x, True, through))
 
     return moved(layer, dtype)
 

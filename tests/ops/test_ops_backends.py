@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import DTYPES, LEVELS, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
+from operands import (
+    DTYPES,
+    LEVELS,
+    SHAPES,
+    Operands,
+    double,
+    empty_statistics,
+    measured,
+    slice_of_channels,
+    weight_for,
+)
 
 from efficient_densenet.ops import convolution, cpu, eager, reference
 from efficient_densenet.ops.cpu import library
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 # Relative to the largest value: sums in another order; half precision is rounded once per value and accumulation.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -47,8 +58,8 @@ def pooled(shape, pool):
     return shape[0], *(n // pool for n in shape[1])
 
 
-def blank(shape, dtype, spare):
-    """Room that must be overwritten."""
+def poisoned(shape, dtype, spare):
+    """NaN where an operation must write."""
     return slice_of_channels(torch.full(shape, torch.nan, dtype=dtype), spare)
 
 
@@ -65,8 +76,8 @@ def test_norm_relu_conv(ops, shape, dtype, spare, kernel, pool):
     size = (*pooled(shape, pool), 5)
     grad_out = slice_of_channels(torch.randn(size).to(dtype), spare)
 
-    out, out64 = blank(size, dtype, spare), torch.empty(size, dtype=torch.float64)
-    found, expected = place(out), place(out64)
+    out, out64 = poisoned(size, dtype, spare), torch.empty(size, dtype=torch.float64)
+    found, expected = empty_statistics(out), empty_statistics(out64)
     ops.norm_relu_conv(x, norm, weight, out, pool, found)
     reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
     assert_close([out, *found], [out64, *expected], dtype)
@@ -74,12 +85,12 @@ def test_norm_relu_conv(ops, shape, dtype, spare, kernel, pool):
     ops.norm_relu_conv(x, norm, weight, out, pool)
     assert torch.equal(out, before)
 
-    grad_x, grad_x64 = blank(x.shape, dtype, spare), torch.empty_like(x64)
+    grad_x, grad_x64 = poisoned(x.shape, dtype, spare), torch.empty_like(x64)
     through = torch.randn(2, shape[2] + 2, dtype=norm.mean.dtype)[:, 1:-1]
     through64 = through.double()
-    sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, through, pool)
+    sums = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, False, through, pool))
     expected = reference.norm_relu_conv_backward(
-        grad_out.double(), x64, norm64, weight.double(), grad_x64, False, through64, pool
+        BackwardOperands(grad_out.double(), x64, norm64, weight.double(), grad_x64, False, through64, pool)
     )
     assert_close([grad_x, *sums, through], [grad_x64, *expected, through64], dtype)
     assert [t.dtype for t in sums] == [dtype, norm.scale.dtype, norm.scale.dtype]
@@ -93,9 +104,11 @@ def test_gradients_accumulate_and_weights_are_left_out(ops, dtype, spare):
     x, norm = Operands.random((3, (5, 7), 13), dtype, spare)
     weight, grad_out = weight_for(x, 5, 3), torch.randn(3, 5, 7, 5).to(dtype)
     alone, before = torch.empty_like(x), torch.randn(x.shape).to(dtype)
-    whole = ops.norm_relu_conv_backward(grad_out, x, norm, weight, alone, False, None)
+    whole = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, alone, False, None))
     grad_x = slice_of_channels(before, spare)
-    nothing, *sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, True, None, need_weight=False)
+    nothing, *sums = ops.norm_relu_conv_backward(
+        BackwardOperands(grad_out, x, norm, weight, grad_x, True, None, need_weight=False)
+    )
     assert nothing is None
     assert_close([grad_x, *sums], [before.double() + alone.double(), *(t.double() for t in whole[1:])], dtype)
 
@@ -110,13 +123,13 @@ def test_norm_relu_max_pool(ops, size, channels, dtype, spare):
     """Against the reference in the same type, for rounding makes ties, and a tie's gradient goes to the first pixel."""
     x, norm = Operands.random((3, size, channels), dtype, spare)
     halved = (3, *((n + 1) // 2 for n in size), channels)
-    out, expected = (blank(halved, dtype, spare) for _ in range(2))
+    out, expected = (poisoned(halved, dtype, spare) for _ in range(2))
     ops.norm_relu_max_pool(x, norm, out)
     reference.norm_relu_max_pool(x, norm, expected)
     assert_close([out], [expected.double()], dtype)
 
     grad_out = slice_of_channels(torch.randn(halved).to(dtype), spare)
-    grad_x, expected_grad_x = (blank(x.shape, dtype, spare) for _ in range(2))
+    grad_x, expected_grad_x = (poisoned(x.shape, dtype, spare) for _ in range(2))
     through, expected_through = norm.mean.new_zeros(2, 2, channels)
     sums = ops.norm_relu_max_pool_backward(grad_out, x, norm, grad_x, through)
     expected = reference.norm_relu_max_pool_backward(grad_out, x, norm, expected_grad_x, expected_through)
@@ -138,7 +151,7 @@ def test_norm_relu_mean(ops, shape, dtype, spare):
     reference.norm_relu_mean(x64, norm64, out64)
     assert_close([out], [out64], dtype)
 
-    grad_out, grad_x, grad_x64 = torch.randn(size).to(dtype), blank(x.shape, dtype, spare), torch.empty_like(x64)
+    grad_out, grad_x, grad_x64 = torch.randn(size).to(dtype), poisoned(x.shape, dtype, spare), torch.empty_like(x64)
     through, through64 = torch.ones(2, shape[2], dtype=norm.mean.dtype), torch.ones(2, shape[2], dtype=torch.float64)
     sums = ops.norm_relu_mean_backward(grad_out, x, norm, grad_x, through)
     expected = reference.norm_relu_mean_backward(grad_out.double(), x64, norm64, grad_x64, through64)
@@ -149,13 +162,11 @@ def test_norm_relu_mean(ops, shape, dtype, spare):
 @pytest.mark.parametrize("parameters", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fold_norm(ops, dtype, parameters):
     _, norm = Operands.random((1, (1, 1), 37), dtype)
-    statistics = reference.Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
-    gain, bias = norm.scale.to(parameters), norm.shift.to(parameters)
-    into, expected = (
-        reference.Affine(*torch.full((4, 37), torch.nan, dtype=t)) for t in (norm.mean.dtype, torch.float64)
-    )
-    ops.fold_norm(statistics, gain, bias, 1e-5, into)
-    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    statistics = Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
+    norm_weight, bias = norm.scale.to(parameters), norm.shift.to(parameters)
+    into, expected = (Affine(*torch.full((4, 37), torch.nan, dtype=t)) for t in (norm.mean.dtype, torch.float64))
+    ops.fold_norm(statistics, norm_weight, bias, 1e-5, into)
+    reference.fold_norm(statistics, norm_weight, bias, 1e-5, expected)
     small = torch.float64 if norm.mean.dtype == torch.float64 else torch.float32
     assert_close(into[1:], expected[1:], small)
 
@@ -171,7 +182,7 @@ def test_statistics_and_finish(ops, shape, dtype, spare):
     assert_close(measured(ops, x), measured(reference, x64), dtype)
 
     grad = slice_of_channels(torch.randn(x.shape).to(dtype), spare)
-    expected, elsewhere = torch.empty_like(x64), blank(x.shape, dtype, spare)
+    expected, elsewhere = torch.empty_like(x64), poisoned(x.shape, dtype, spare)
     through, count = torch.randn(2, shape[2] + 2, dtype=norm.mean.dtype)[:, 1:-1], norm.mean.new_full((), 3)
     reference.finish(grad.double(), x64, norm64.mean, through.double(), count.double(), expected)
     ops.finish(grad, x, norm.mean, through, count, elsewhere)
@@ -189,7 +200,7 @@ def test_statistics_do_not_cancel(ops, spare):
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, spare)
     expected = measured(reference, x.double())
     weight = torch.eye(7).view(7, 7, 1, 1)
-    out, through_conv = torch.empty(x.shape), place(x)
+    out, through_conv = torch.empty(x.shape), empty_statistics(x)
     ops.norm_relu_conv(x, plain(7), weight, out, into=through_conv)
     for mean, variance in (measured(ops, x), through_conv):
         torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
@@ -199,8 +210,8 @@ def test_statistics_do_not_cancel(ops, spare):
 def plain(channels, mean=None):
     """A norm that changes nothing; or one that shifts this mean to 8."""
     if mean is None:
-        return reference.Affine(*torch.tensor([0.0, 1, 1, 0]).repeat(channels, 1).T.contiguous())
-    return reference.Affine(mean, torch.ones(channels), torch.ones(channels), 8 - mean)
+        return Affine(*torch.tensor([0.0, 1, 1, 0]).repeat(channels, 1).T.contiguous())
+    return Affine(mean, torch.ones(channels), torch.ones(channels), 8 - mean)
 
 
 @pytest.mark.usefixtures("scratch")
@@ -211,10 +222,12 @@ def test_sums_do_not_cancel(ops):
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
     norm, weight = plain(7, measured(reference, x.double()).mean.float()), torch.ones(1, 7, 1, 1)
     grad_out = torch.randn(5, 17, 19, 1) + 1
-    _, centred, _ = ops.norm_relu_conv_backward(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    _, centred, _ = ops.norm_relu_conv_backward(
+        BackwardOperands(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    )
     exact = [t.double() for t in (grad_out, x)]
     _, expected, _ = reference.norm_relu_conv_backward(
-        *exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None
+        BackwardOperands(*exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None)
     )
     torch.testing.assert_close(centred.double(), expected, rtol=1e-3, atol=0.1)
 
@@ -227,9 +240,9 @@ def test_results_repeat_bit_for_bit(ops, dtype):
     weight, grad_out = weight_for(x, 5, 3), torch.randn(4, 9, 11, 5).to(dtype)
 
     def run():
-        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), place(grad_out)
+        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), empty_statistics(grad_out)
         ops.norm_relu_conv(x, norm, weight, out, into=found)
-        sums = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
+        sums = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, False, None))
         return [out, grad_x, *found, *sums]
 
     first = run()
@@ -250,11 +263,13 @@ def test_column_sums_of_wide_rows_are_those_of_the_channels(channels, pixels):
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 def test_fold_norm_of_vectors_in_other_layouts(ops, layout):
     """Parametrizations and functional calls make such weights."""
-    into, expected = (reference.Affine(*torch.zeros(4, 6).double()) for _ in range(2))
-    gain, bias = torch.rand(6, 2).double().unbind(1) if layout == "strided" else torch.rand(2, 1).double().expand(2, 6)
-    statistics = reference.Statistics(*torch.rand(6, 2).double().T)
-    ops.fold_norm(statistics, gain, bias, 1e-5, into)
-    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    into, expected = (Affine(*torch.zeros(4, 6).double()) for _ in range(2))
+    norm_weight, bias = (
+        torch.rand(6, 2).double().unbind(1) if layout == "strided" else torch.rand(2, 1).double().expand(2, 6)
+    )
+    statistics = Statistics(*torch.rand(6, 2).double().T)
+    ops.fold_norm(statistics, norm_weight, bias, 1e-5, into)
+    reference.fold_norm(statistics, norm_weight, bias, 1e-5, expected)
     assert_close(into, expected, torch.float64)
 
 

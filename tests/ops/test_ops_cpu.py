@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from operands import LEVELS, Operands, double, measured, place, slice_of_channels, weight_for
+from operands import LEVELS, Operands, double, empty_statistics, measured, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 import efficient_densenet
@@ -18,6 +18,7 @@ from efficient_densenet import densenet_cifar
 from efficient_densenet.ops import cpu, eager, reference
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import Instructions, convolutions
+from efficient_densenet.ops.protocol import Affine, BackwardOperands
 
 kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native kernels are not built")
 LARGE = (5, (33, 31), 37)  # enough for several threads
@@ -26,9 +27,9 @@ LARGE = (5, (33, 31), 37)  # enough for several threads
 def everything(x, norm, weight, pool=1):
     """The results of all operations."""
     out = torch.empty((len(x), *(n // pool for n in x.shape[1:-1]), len(weight)), dtype=x.dtype)
-    found, grad_x, through = place(out), torch.ones_like(x), norm.mean.new_zeros(2, len(norm.mean))
+    found, grad_x, through = empty_statistics(out), torch.ones_like(x), norm.mean.new_zeros(2, len(norm.mean))
     cpu.norm_relu_conv(x, norm, weight, out, pool, found)
-    sums = cpu.norm_relu_conv_backward(out, x, norm, weight, grad_x, True, through, pool)
+    sums = cpu.norm_relu_conv_backward(BackwardOperands(out, x, norm, weight, grad_x, True, through, pool))
     finished = torch.empty_like(x)
     cpu.finish(grad_x, x, norm.mean, through, norm.mean.new_full((), x[..., 0].numel()), finished)
     pooled = torch.empty((len(x), *((n + 1) // 2 for n in x.shape[1:-1]), x.shape[-1]), dtype=x.dtype)
@@ -120,16 +121,18 @@ def _many_units(size, channels, made, kernel, memory_format, dtype):
     out = slice_of_channels(torch.full((3, *size, made), torch.nan, dtype=dtype), 2)
     grad_x = torch.randn(x.shape).to(dtype)
     exact = [t.double() for t in (weight, grad_out, x, grad_x)]
-    found = place(out)
+    found = empty_statistics(out)
     cpu.norm_relu_conv(x, norm, weight, out, into=found)
-    sums = cpu.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, True, None)
+    sums = cpu.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, True, None))
     assert sums[0].stride() == weight.stride()
 
     weight, grad_out, x, expected_grad_x = exact
     expected_out = torch.empty(out.shape, dtype=torch.float64)
-    expected, norm = place(expected_out), double(norm)
+    expected, norm = empty_statistics(expected_out), double(norm)
     reference.norm_relu_conv(x, norm, weight, expected_out, into=expected)
-    expected_sums = reference.norm_relu_conv_backward(grad_out, x, norm, weight, expected_grad_x, True, None)
+    expected_sums = reference.norm_relu_conv_backward(
+        BackwardOperands(grad_out, x, norm, weight, expected_grad_x, True, None)
+    )
     actual = [out, *found, grad_x, *sums]
     for a, e in zip(actual, [expected_out, *expected, expected_grad_x, *expected_sums], strict=True):
         assert (a - e).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * e.abs().max()
@@ -182,7 +185,7 @@ def test_non_finite_values_are_passed_on(level, ours, kernel, dtype, value, wher
 def _both_passes(ops, x, norm, weight, grad_out):
     out, grad_x = torch.empty_like(grad_out), torch.empty_like(x)
     ops.norm_relu_conv(x, norm, weight, out)
-    gradients = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)
+    gradients = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, False, None))
     return _named(out, grad_x, *gradients, *measured(ops, x))
 
 
@@ -231,7 +234,7 @@ def test_non_finite_values_pass_through_the_max_pool(value):
 @pytest.mark.parametrize("value", [0.1, -0.1, 3.0, 65280.0, 1e-40, -0.0])
 def test_bfloat16_is_rounded_as_pytorch_rounds_it(value):
     x = (torch.full((1, 1, 40, 1), value) * torch.linspace(0.5, 2, 40).view(-1, 1)).to(torch.bfloat16)
-    norm = reference.Affine(*torch.tensor([[0], [1], [1.37], [0]]))
+    norm = Affine(*torch.tensor([[0], [1], [1.37], [0]]))
     found = cpu._prologue(x, norm, 1, torch.empty_like(x))
     assert torch.equal(found, F.relu(x.float() * 1.37).to(torch.bfloat16))
 
@@ -244,7 +247,7 @@ def test_one_row_and_no_row():
     assert torch.equal(variance, torch.zeros_like(variance))
     none = x[:0]
     weight, grad_x, grad_out = weight_for(x, 4, 3), torch.empty_like(none), x.new_empty(0, 1, 1, 4)
-    found = cpu.norm_relu_conv_backward(grad_out, none, norm, weight, grad_x, False, None)
+    found = cpu.norm_relu_conv_backward(BackwardOperands(grad_out, none, norm, weight, grad_x, False, None))
     assert all(torch.equal(t, torch.zeros_like(t)) for t in found)
 
 

@@ -56,7 +56,7 @@ def test_kernels_are_started_as_triton_would(tmp_path):
 
 
 class Started(TorchDispatchMode):
-    """The operations of PyTorch that compute something: no views, no room, no conversion to what something is."""
+    """The operations of PyTorch that compute something: no views, no empty tensors, no conversion to the same type."""
 
     NOTHING = (
         "empty",

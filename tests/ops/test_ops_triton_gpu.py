@@ -12,13 +12,13 @@ import warnings
 import pytest
 import torch
 import triton_processes
-from operands import EVERY_OPERATION, Operands, double, measured, place, slice_of_channels, weight_for
+from operands import EVERY_OPERATION, Operands, double, empty_statistics, measured, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 from efficient_densenet import DenseNet, densenet_cifar
 from efficient_densenet.ops import eager, reference
 from efficient_densenet.ops import triton as kernels
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import check, trust
 
 pytest.importorskip("triton")
@@ -110,16 +110,16 @@ def test_gpu_reference(shape, outputs, kernel, pool, kind, multiply):
     size = (shape[0], *(n // pool for n in shape[1]), outputs)
     grad_out, out = torch.randn(size, device="cuda").to(dtype), poisoned(size, dtype)
     out64 = torch.empty(size, dtype=torch.float64, device="cuda")
-    found, expected = place(out), place(out64)
+    found, expected = empty_statistics(out), empty_statistics(out64)
     kernels.norm_relu_conv(x, norm, weight, out, pool, found)
     reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
     close([out, *found], [out64, *expected], TOLERANCE[kind])
     grad_x, grad_x64 = poisoned(x.shape, dtype), torch.empty_like(x64)
     through = torch.zeros(2, shape[2], device="cuda")
     through64 = through.double()
-    found = kernels.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, through, pool)
+    found = kernels.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, False, through, pool))
     expected = reference.norm_relu_conv_backward(
-        grad_out.double(), x64, norm64, weight.double(), grad_x64, False, through64, pool
+        BackwardOperands(grad_out.double(), x64, norm64, weight.double(), grad_x64, False, through64, pool)
     )
     close([*found, grad_x, through], [*expected, grad_x64, through64], TOLERANCE[kind])
     close(measured(kernels, x), measured(reference, x64), 1e-5)
@@ -183,10 +183,12 @@ def test_gpu_results_repeat_bit_for_bit(outputs, kernel, pool, dtype):
     grad_out = torch.randn(16, 28 // pool, 28 // pool, outputs, device="cuda").to(dtype)
 
     def run():
-        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), place(grad_out)
+        out, grad_x, found = torch.empty_like(grad_out), torch.empty_like(x), empty_statistics(grad_out)
         through = torch.zeros(2, 128, device="cuda")
         kernels.norm_relu_conv(x, norm, weight, out, pool, found)
-        sums = kernels.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, through, pool)
+        sums = kernels.norm_relu_conv_backward(
+            BackwardOperands(grad_out, x, norm, weight, grad_x, False, through, pool)
+        )
         return [out, grad_x, *found, *sums, through]
 
     first = run()
@@ -268,7 +270,9 @@ def test_gpu_more_values_than_32_bits_count():
     for batch in (x, x[-1:].clone()):
         out, grad_x = torch.empty_like(batch), torch.empty_like(batch)
         kernels.norm_relu_conv(batch, norm, weight, out)
-        kernels.norm_relu_conv_backward(batch, batch, norm, weight, grad_x, False, None, need_weight=False)
+        kernels.norm_relu_conv_backward(
+            BackwardOperands(batch, batch, norm, weight, grad_x, False, None, need_weight=False)
+        )
         kernels.finish(grad_x, batch, norm.mean, nothing, torch.ones((), device="cuda"), grad_x)
         results.append((out[-1].clone(), grad_x[-1].clone()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -11,12 +11,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import EVERY_OPERATION, SHAPES, Operands, double, measured, place, slice_of_channels, weight_for
+from operands import (
+    EVERY_OPERATION,
+    SHAPES,
+    Operands,
+    double,
+    empty_statistics,
+    measured,
+    slice_of_channels,
+    weight_for,
+)
 from triton_interpreter import correct_bfloat16
 
 from efficient_densenet import DenseNet
 from efficient_densenet.ops import eager, reference
 from efficient_densenet.ops import triton as ops
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
@@ -59,7 +69,7 @@ def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False):
     size = (shape[0], *(n // pool for n in shape[1]), outputs)
     grad_out, out = slice_of_channels(torch.randn(size).to(dtype), 3), poisoned(size, dtype)
     out64 = torch.empty(size, dtype=torch.float64)
-    found, expected = place(out), place(out64)
+    found, expected = empty_statistics(out), empty_statistics(out64)
     ops.norm_relu_conv(x, norm, weight, out, pool, found)
     reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
     assert_close([out, *found], [out64, *expected], dtype)
@@ -72,9 +82,9 @@ def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False):
     grad_x = slice_of_channels(before, 3) if accumulate else poisoned(x.shape, dtype)
     grad_x64, through = before.double(), slice_of_channels(torch.randn(2, shape[2]), 3)
     through64 = through.double()
-    found = ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, accumulate, through, pool)
+    found = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, accumulate, through, pool))
     expected = reference.norm_relu_conv_backward(
-        grad_out.double(), x64, norm64, weight.double(), grad_x64, accumulate, through64, pool
+        BackwardOperands(grad_out.double(), x64, norm64, weight.double(), grad_x64, accumulate, through64, pool)
     )
     assert_close([grad_x, *found, through], [grad_x64, *expected, through64], dtype)
     untouched(grad_x)
@@ -152,22 +162,20 @@ def test_norm_relu_mean(shape, dtype):
 @pytest.mark.parametrize("channels", [5, 1030])
 def test_fold_norm(channels, parameters):
     _, norm = Operands.random((1, (1, 1), channels), torch.float32)
-    statistics = reference.Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
-    gain, bias = norm.scale.to(parameters), norm.shift.to(parameters)
-    into, expected = (
-        reference.Affine(*torch.full((4, channels), torch.nan, dtype=t)) for t in (torch.float32, torch.float64)
-    )
-    ops.fold_norm(statistics, gain, bias, 1e-5, into)
-    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    statistics = Statistics(norm.mean.to(parameters), norm.inverse.to(parameters))
+    norm_weight, bias = norm.scale.to(parameters), norm.shift.to(parameters)
+    into, expected = (Affine(*torch.full((4, channels), torch.nan, dtype=t)) for t in (torch.float32, torch.float64))
+    ops.fold_norm(statistics, norm_weight, bias, 1e-5, into)
+    reference.fold_norm(statistics, norm_weight, bias, 1e-5, expected)
     assert_close(into[1:], expected[1:], torch.float32)
 
 
 def test_fold_norm_of_vectors_in_other_layouts():
-    into, expected = (reference.Affine(*torch.zeros(4, 6)) for _ in range(2))
-    (gain, _), bias = torch.rand(6, 2).unbind(1), torch.rand(1).expand(6)
-    statistics = reference.Statistics(*torch.rand(6, 2).T)
-    ops.fold_norm(statistics, gain, bias, 1e-5, into)
-    reference.fold_norm(statistics, gain, bias, 1e-5, expected)
+    into, expected = (Affine(*torch.zeros(4, 6)) for _ in range(2))
+    (norm_weight, _), bias = torch.rand(6, 2).unbind(1), torch.rand(1).expand(6)
+    statistics = Statistics(*torch.rand(6, 2).T)
+    ops.fold_norm(statistics, norm_weight, bias, 1e-5, into)
+    reference.fold_norm(statistics, norm_weight, bias, 1e-5, expected)
     assert_close(into, expected, torch.float32)
 
 
@@ -191,9 +199,9 @@ def test_statistics_do_not_cancel():
     """In single precision, with a mean ten thousand times the deviation."""
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
-    expected, out, through_conv = measured(reference, x.double()), torch.empty(x.shape), place(x)
+    expected, out, through_conv = measured(reference, x.double()), torch.empty(x.shape), empty_statistics(x)
     ones, zeros = torch.ones(7), torch.zeros(7)
-    norm = reference.Affine(zeros, ones, ones, zeros)
+    norm = Affine(zeros, ones, ones, zeros)
     ops.norm_relu_conv(x, norm, torch.eye(7).view(7, 7, 1, 1), out, into=through_conv)
     for mean, variance in (measured(ops, x), through_conv):
         torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
@@ -204,12 +212,14 @@ def test_sums_do_not_cancel():
     torch.manual_seed(0)
     x = slice_of_channels(torch.randn(5, 17, 19, 7) + 1e4, 3)
     mean = measured(reference, x.double()).mean.float()
-    norm, weight = reference.Affine(mean, torch.ones(7), torch.ones(7), 8 - mean), torch.ones(1, 7, 1, 1)
+    norm, weight = Affine(mean, torch.ones(7), torch.ones(7), 8 - mean), torch.ones(1, 7, 1, 1)
     grad_out = torch.randn(5, 17, 19, 1) + 1
-    _, centred, _ = ops.norm_relu_conv_backward(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    _, centred, _ = ops.norm_relu_conv_backward(
+        BackwardOperands(grad_out, x, norm, weight, torch.empty_like(x), False, None)
+    )
     exact = [t.double() for t in (grad_out, x)]
     _, expected, _ = reference.norm_relu_conv_backward(
-        *exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None
+        BackwardOperands(*exact, double(norm), weight.double(), torch.empty_like(exact[1]), False, None)
     )
     torch.testing.assert_close(centred.double(), expected, rtol=1e-3, atol=0.1)
 
@@ -224,7 +234,7 @@ def test_layouts_that_are_no_matrix():
         (grad_out.movedim(-1, 1).contiguous().movedim(1, -1), weight.contiguous(memory_format=torch.channels_last)),
     ):
         grad_x = torch.empty_like(x)
-        results.append([grad_x, *ops.norm_relu_conv_backward(g, x, norm, w, grad_x, False, None)])
+        results.append([grad_x, *ops.norm_relu_conv_backward(BackwardOperands(g, x, norm, w, grad_x, False, None))])
     assert results[1][1].is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -233,8 +243,8 @@ def test_weight_gradient_left_out():
     x, norm = Operands.random((2, (5, 7), 13), torch.float32)
     arguments = torch.randn(2, 5, 7, 6), x, norm, weight_for(x, 6, 3)
     alone, both = torch.empty_like(x), torch.empty_like(x)
-    nothing, *sums = ops.norm_relu_conv_backward(*arguments, alone, False, None, need_weight=False)
-    _, *others = ops.norm_relu_conv_backward(*arguments, both, False, None)
+    nothing, *sums = ops.norm_relu_conv_backward(BackwardOperands(*arguments, alone, False, None, need_weight=False))
+    _, *others = ops.norm_relu_conv_backward(BackwardOperands(*arguments, both, False, None))
     assert nothing is None and torch.equal(alone, both)
     assert all(torch.equal(a, b) for a, b in zip(sums, others, strict=True))
 
@@ -250,11 +260,16 @@ def test_infinity_of_half_precision_stays_inside():
     torch.manual_seed(0)
     x = (300 + torch.randint(4, (3, 5, 7, 4)) / 4).half()
     scale = torch.full((4,), -400.0)
-    norm = reference.Affine(torch.full((4,), 300.0), torch.ones(4), scale, -301 * scale)
+    norm = Affine(torch.full((4,), 300.0), torch.ones(4), scale, -301 * scale)
     weight, grad_out = weight_for(x, 3, 3), torch.randn(3, 5, 7, 3).half()
-    out, grad_x, found = torch.empty(3, 5, 7, 3).half(), torch.empty_like(x), place(x, 3)
+    out, grad_x, found = torch.empty(3, 5, 7, 3).half(), torch.empty_like(x), empty_statistics(x, 3)
     ops.norm_relu_conv(x, norm, weight, out, into=found)
-    found = [out, *found, grad_x, *ops.norm_relu_conv_backward(grad_out, x, norm, weight, grad_x, False, None)]
+    found = [
+        out,
+        *found,
+        grad_x,
+        *ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, False, None)),
+    ]
     assert all(t.isfinite().all() for t in found)
 
 

@@ -13,11 +13,12 @@ import warnings
 
 import pytest
 import torch
-from operands import Operands, place, slice_of_channels, weight_for
+from operands import Operands, empty_statistics, slice_of_channels, weight_for
 from triton_interpreter import correct_bfloat16
 
 from efficient_densenet.ops import reference
 from efficient_densenet.ops import triton as ops
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
@@ -57,14 +58,18 @@ def first_use(monkeypatch):
 def results(run, operation, dtype=torch.float32):
     """What an operation writes, adds to and returns."""
     x, norm = Operands.random((2, (6, 8), 8), dtype, 3)
-    grad_x, through, found = slice_of_channels(torch.randn(x.shape).to(dtype), 3), torch.ones(2, 8), place(x)
+    grad_x, through, found = (
+        slice_of_channels(torch.randn(x.shape).to(dtype), 3),
+        torch.ones(2, 8),
+        empty_statistics(x),
+    )
     out, of_out, weight = torch.zeros(2, 6, 8, 4, dtype=dtype), torch.zeros(2, 4), weight_for(x, 4, 3)
     halved, pooled = torch.randn(2, 3, 4, 8).to(dtype), torch.randn(2, 8).to(dtype)
-    into = reference.Affine(*torch.zeros(4, 8))
+    into = Affine(*torch.zeros(4, 8))
     returned = {
-        "norm_relu_conv": lambda: run.norm_relu_conv(x, norm, weight, out, 1, reference.Statistics(*of_out)),
+        "norm_relu_conv": lambda: run.norm_relu_conv(x, norm, weight, out, 1, Statistics(*of_out)),
         "norm_relu_conv_backward": lambda: run.norm_relu_conv_backward(
-            torch.ones_like(out), x, norm, weight, grad_x, True, through
+            BackwardOperands(torch.ones_like(out), x, norm, weight, grad_x, True, through)
         ),
         "norm_relu_max_pool": lambda: run.norm_relu_max_pool(x, norm, halved),
         "norm_relu_max_pool_backward": lambda: run.norm_relu_max_pool_backward(halved, x, norm, grad_x, through),
@@ -72,7 +77,7 @@ def results(run, operation, dtype=torch.float32):
         "norm_relu_mean_backward": lambda: run.norm_relu_mean_backward(pooled, x, norm, grad_x, through),
         "statistics": lambda: run.statistics(x, found),
         "finish": lambda: run.finish(grad_x, x, norm.mean, through, torch.tensor(3.0), grad_x),
-        "fold_norm": lambda: run.fold_norm(reference.Statistics(*norm[:2]), norm.scale, norm.shift, 1e-5, into),
+        "fold_norm": lambda: run.fold_norm(Statistics(*norm[:2]), norm.scale, norm.shift, 1e-5, into),
     }[operation]()
     return [out, of_out, grad_x, through, halved, pooled, *found, *into, *(returned or ())]
 

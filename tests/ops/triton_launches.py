@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import forward, launch, moments, norms
 
 started: list[tuple] = []
@@ -93,9 +93,9 @@ def main():
     assert len({*twice(fold(vectors[0])), *twice(fold(vectors[0].to(torch.bfloat16)))}) == 2
     assert twice(fold(vectors[0])) == twice(fold(far))
 
-    # The moments' room is made anew each time: one that is kept here takes its place.
-    rooms = {}
-    moments.moments_of = lambda x, blocks: rooms.setdefault(blocks, torch.empty(2, x.shape[-1], blocks))
+    # The moments get another tensor each time; here they get the same one again.
+    kept = {}
+    moments.moments_of = lambda x, blocks: kept.setdefault(blocks, torch.empty(2, x.shape[-1], blocks))
     x, found = torch.randn(3, 5, 7, 16), Statistics(*torch.empty(2, 16))
     assert [name for name, _ in twice(lambda: moments.statistics(x, found))] == ["moments_kernel", "merge_kernel"]
     shifted = torch.randn(3 * 5 * 7 * 16 + 1)[1:].view(x.shape)  # not at a multiple of 16 bytes

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,37 +25,55 @@ from efficient_densenet.execution import stem
 from efficient_densenet.execution.buffers import empty_activation
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.stage import Kept, Stage
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
-# What describes a `Stage` to an operator: each norm's weight and bias; running mean and variance of each norm that uses
-# them, one behind the other; for each norm whether it uses the batch's statistics instead; the rest as in `Stage`.
-_STAGE = (
-    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] constants, bool[] uses_batch, float[] eps, "
-    "Tensor[] weights, Tensor[] biases, Tensor[] masks, float[] mask_scales, int[] sources, "
-    "int per_layer, int pool, str keep, str group"
+
+class StageArguments(NamedTuple):
+    """A `Stage` as the operators get it, tensors first; names and types are their schema.
+
+    Attributes:
+        norm_weights, norm_biases: of each norm.
+        weights, biases, masks: as in `Stage`.
+        constants: running mean and variance of each norm that uses them, in sequence.
+        uses_batch: for each norm whether it uses the batch's statistics instead.
+        eps: of each norm.
+        sources: first and last channel (exclusive) that each norm reads, in sequence.
+        mask_scales, per_layer, pool, keep, group: as in `Stage`.
+    """
+
+    norm_weights: Sequence[Tensor]
+    norm_biases: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    constants: Sequence[Tensor]
+    uses_batch: Sequence[bool]
+    eps: Sequence[float]
+    sources: Sequence[int]
+    mask_scales: Sequence[float]
+    per_layer: int
+    pool: int
+    keep: str
+    group: str
+
+    def stage(self) -> Stage:
+        constants = iter(self.constants)
+        norms = [
+            Norm(weight, bias, None if batch else Statistics(next(constants), next(constants)), eps)
+            for weight, bias, batch, eps in zip(
+                self.norm_weights, self.norm_biases, self.uses_batch, self.eps, strict=True
+            )
+        ]
+        sources = list(zip(self.sources[::2], self.sources[1::2], strict=True))
+        return Stage(norms, self.weights, self.biases, self.masks, self.mask_scales, sources, *self[-4:])
+
+
+_TYPES = get_type_hints(StageArguments)
+_TENSORS = list(_TYPES.values()).count(Sequence[Tensor])  # the first so many are lists of tensors
+_SCHEMA = ", ".join(
+    f"{get_args(type_)[0].__name__}[] {name}" if get_args(type_) else f"{type_.__name__} {name}"
+    for name, type_ in _TYPES.items()
 )
-
-
-def _stage(
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    uses_batch: Sequence[bool],
-    eps: Sequence[float],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    mask_scales: Sequence[float],
-    sources: Sequence[int],
-    *rest: Any,
-) -> Stage:
-    left = iter(constants)
-    norms = [
-        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
-        for weight, bias, batch, e in zip(norm_weights, norm_biases, uses_batch, eps, strict=True)
-    ]
-    pairs = list(zip(sources[::2], sources[1::2], strict=True))
-    return Stage(norms, weights, biases, masks, mask_scales, pairs, *rest)
 
 
 def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
@@ -80,20 +98,20 @@ def stage_without_gradients(x: Tensor, *arguments: Any) -> list[Tensor]:
     """`engine.forward`, packed: what `stage_forward` does, and no operator."""
     count_in_flop_counters()
     _refuse_tangents(x, *arguments)
-    return _pack(*engine.forward(x, _stage(*arguments)))
+    return _pack(*engine.forward(x, StageArguments(*arguments).stage()))
 
 
 stage_forward = torch.library.custom_op(
     "efficient_densenet::stage_forward",
     stage_without_gradients,
     mutates_args=(),
-    schema=f"(Tensor x, {_STAGE}) -> Tensor[]",
+    schema=f"(Tensor x, {_SCHEMA}) -> Tensor[]",
 )
 
 
 @stage_forward.register_fake
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
-    stage = _stage(*arguments)
+    stage = StageArguments(*arguments).stage()
     width = x.shape[1] + stage.growth
 
     def activation(channels: int, pool: int = 1) -> Tensor:
@@ -116,7 +134,7 @@ def _fake_folded(x: Tensor, channels: int, read: int) -> Folded:
 @torch.library.custom_op(
     "efficient_densenet::stage_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor? x, Tensor[] packed, bool[] need_weights, {_STAGE}) -> Tensor[]",
+    schema=f"(Tensor grad_output, Tensor? x, Tensor[] packed, bool[] need_weights, {_SCHEMA}) -> Tensor[]",
 )
 def stage_backward(
     grad_output: Tensor, x: Tensor | None, packed: Sequence[Tensor], need_weights: Sequence[bool], *arguments: Any
@@ -127,7 +145,7 @@ def stage_backward(
     `x` is empty where the features are kept, for then it is not needed.
     """
     _refuse_tangents(grad_output, x, packed, *arguments)
-    stage = _stage(*arguments)
+    stage = StageArguments(*arguments).stage()
     gradients = engine.backward(grad_output, x, stage, _unpack(packed, stage), need_weights)
     of_norms = chain.from_iterable(zip(*gradients.norms, strict=True))
     return [gradients.x, *of_norms, *[w for w in gradients.weights if w is not None], *gradients.biases]
@@ -135,56 +153,45 @@ def stage_backward(
 
 @stage_backward.register_fake
 def _(grad_output: Tensor, x: Tensor | None, packed: Any, need_weights: Any, *arguments: Any) -> list[Tensor]:
-    stage = _stage(*arguments)
+    given = StageArguments(*arguments)
+    stage = given.stage()
     wanted = [w for w, need in zip(stage.weights, need_weights, strict=True) if need]
     features = _unpack(packed, stage).features
     if features is not None:
         x = features.movedim(-1, 1)[:, : features.shape[-1] - stage.growth]
     assert x is not None
-    norm_weights, norm_biases = arguments[:2]
-    parameters = (*norm_weights, *norm_biases, *wanted, *stage.biases)
+    parameters = (*given.norm_weights, *given.norm_biases, *wanted, *given.biases)
     return [empty_activation(x, x.shape[1], x.shape[2:]), *(torch.empty_like(t) for t in parameters)]
 
 
-# Among the arguments of `stage_forward`.
-_NEEDS_WEIGHTS = 6
-
-
 def _save_stage(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    x, norm_weights, norm_biases, constants, uses_batch, eps, weights, biases, masks, *rest = inputs
-    stage = _stage(*inputs[1:])
-    ctx.plain = uses_batch, eps, rest
-    # Behind a transition or a head the output itself is not needed: anything takes its place.
+    x, *arguments = inputs
+    stage = StageArguments(*arguments).stage()
+    # The output of a transition or a head is not needed, and not kept.
     packed = [output[1] if stage.pool or stage.head else output[0], *output[1:]]
-    groups = (norm_weights, norm_biases, constants, weights, biases, masks, packed)
-    ctx.lengths = [len(some) for some in groups]
-    # The features begin with a copy of x, which takes its place where they stay.
-    ctx.save_for_backward(None if stage.keeps_features else x, *chain.from_iterable(groups))
+    tensors, ctx.plain = arguments[:_TENSORS], arguments[_TENSORS:]
+    ctx.lengths = [len(group) for group in tensors]
+    # The features begin with a copy of x: where they are kept, x is not.
+    ctx.save_for_backward(None if stage.keeps_features else x, *chain(*tensors, packed))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _stage_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    uses_batch, eps, rest = ctx.plain
     x, *saved = ctx.saved_tensors
     left = iter(saved)
-    norm_weights, norm_biases, constants, weights, biases, masks, packed = (
-        list(islice(left, n)) for n in ctx.lengths
-    )  # fmt: skip
     _refuse_batches(grads[0])
-    need_weights = ctx.needs_input_grad[_NEEDS_WEIGHTS]
+    tensors = [list(islice(left, length)) for length in ctx.lengths]
+    found: list[list | None] = [[None] * length for length in ctx.lengths]
+    found += [[] if plain == [] else None for plain in ctx.plain]  # an empty list may be one of tensors
     if grads[0] is None:
-        found = iter([None] * (1 + len(norm_weights) + len(norm_biases) + len(weights) + len(biases)))
-    else:
-        arguments = (norm_weights, norm_biases, constants, uses_batch, eps, weights, biases, masks, *rest)
-        found = iter(stage_backward(grads[0], x, packed, need_weights, *arguments))
-    of_x = next(found)
-    of_norms = [next(found) for _ in norm_weights], [next(found) for _ in norm_biases]
-    of_weights = [next(found) if need else None for need in need_weights]
-    of_biases = [next(found) for _ in biases]
-    nothing = [None] * len(constants), None, None
-    of_rest: list[list | None] = [[] if plain == [] else None for plain in rest]  # an empty list may be one of tensors
-    return (of_x, *of_norms, *nothing, of_weights, of_biases, [None] * len(masks), *of_rest)
+        return None, *found
+    need_weights = StageArguments(*ctx.needs_input_grad[1:]).weights
+    of_x, *parameters = stage_backward(grads[0], x, list(left), need_weights, *tensors, *ctx.plain)
+    some = iter(parameters)
+    of_norms = [[next(some) for _ in group] for group in tensors[:2]]
+    of_weights = [next(some) if need else None for need in need_weights]
+    return of_x, *of_norms, of_weights, list(some), *found[4:]
 
 
 stage_forward.register_autograd(_stage_gradients, setup_context=_save_stage)
@@ -326,7 +333,12 @@ def count_in_flop_counters() -> None:
 
 def _forward_flops(x: Tensor, *arguments: Any, **_: Any) -> int:
     """Two for each multiplication of the convolutions, which keep the resolution. The shapes count, as everywhere."""
-    return 2 * x.shape[0] * prod(x.shape[2:]) * sum(weight.numel() for weight in _stage(*arguments).weights)
+    return (
+        2
+        * x.shape[0]
+        * prod(x.shape[2:])
+        * sum(weight.numel() for weight in StageArguments(*arguments).stage().weights)
+    )
 
 
 def _backward_flops(
@@ -338,7 +350,7 @@ def _backward_flops(
     **_: Any,
 ) -> int:
     """As in forward, for the gradient of each input, those of the weights that need one, and what runs again."""
-    stage = _stage(*arguments)
+    stage = StageArguments(*arguments).stage()
     features = _unpack(packed, stage).features
     images, *pixels = (x[:, 0] if features is None else features[..., 0]).shape  # type: ignore[index]
     counts = [weight.numel() for weight in stage.weights]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efficient_densenet import ops
 from efficient_densenet.execution.synchronise import all_sums, share_statistics
-from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, Statistics, statistics_dtype
 
 
 class Norm(NamedTuple):
@@ -32,7 +32,7 @@ class Folded(NamedTuple):
 
     statistics: Tensor  # (2, channels): means and variances
     total: Tensor  # the number of values that they are of, over all processes that share them
-    vectors: Tensor  # (3, ΣC) of all norms one behind the other: inverse, scale and shift
+    vectors: Tensor  # (3, ΣC) of all norms in sequence: inverse, scale and shift
 
 
 class Norms:
@@ -78,7 +78,7 @@ class Norms:
         return affine
 
     def begin_backward(self) -> None:
-        """Make a place to add up what flows through the batch statistics, if anything does: ``(2, channels)``."""
+        """Begin the sums of what flows through the batch statistics, if anything does: ``(2, channels)``."""
         if self.used:
             self.through = self.means.new_zeros((2, len(self.means)))
 
@@ -105,7 +105,7 @@ class Norms:
         return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
 
 
-def blank(x: Tensor, channels: int, read: int) -> Folded:
+def empty_folded(x: Tensor, channels: int, read: int) -> Folded:
     """For the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
     dtype = statistics_dtype(x.dtype)
     return Folded(

@@ -1,4 +1,4 @@
-"""What a part of a network computes, found once: a dense block, with the transition or head behind it, or a stem.
+"""What a part of a network computes, found once: a dense block, with the transition or head after it, or a stem.
 
 A plan names modules by their numbers in the order of `parts`, and tensors by their names in them: so it fits copies and
 replicas too, and what is frozen, loaded, synchronised or parametrized later is read as it is at the call. Channels are
@@ -79,11 +79,10 @@ class Plan:
 
     Attributes:
         width: channels of the input.
-        dims: its spatial dimensions.
         made: channels that each convolution makes, in their order, layer by layer, the transition's last.
         norms, convolutions: likewise. A head or a stem is one norm more than there are convolutions.
         per_layer: norms and convolutions of each layer: 2 with a bottleneck.
-        dropouts: behind each layer; in evaluation none.
+        dropouts: after each layer; in evaluation none.
         pool: window of the transition's average pool, 1 without one; 0: no transition.
         steps: what follows the transition's convolution and this pool.
         max_pool: whether it is a stem: norm, relu and a max pool of window 3, stride 2 and padding 1.
@@ -91,7 +90,6 @@ class Plan:
     """
 
     width: int
-    dims: int
     made: tuple[int, ...] = ()
     norms: tuple[Norm, ...] = ()
     convolutions: tuple[Convolution, ...] = ()
@@ -105,10 +103,6 @@ class Plan:
     @property
     def layers(self) -> int:
         return len(self.dropouts)
-
-    def takes(self, shape: Sequence[int]) -> bool:
-        """Whether an input of this shape has these dimensions and channels, and pixels enough for the pool."""
-        return len(shape) == self.dims + 2 and shape[1] == self.width and min(shape[2:]) >= max(1, self.pool)
 
     @property
     def head(self) -> bool:
@@ -138,11 +132,11 @@ def sources(width: int, made: Sequence[int], per_layer: int, tail: bool) -> list
         tail: whether there is a norm more, of a transition, a head or a stem.
     """
     found = []
-    behind = width + sum(made[per_layer - 1 :: per_layer])
+    next_bottleneck = width + sum(made[per_layer - 1 :: per_layer])
     for i in range(0, len(made), per_layer):
         found.append((0, width))
         if per_layer == 2:
-            found.append((behind, behind + made[i]))
-            behind += made[i]
+            found.append((next_bottleneck, next_bottleneck + made[i]))
+            next_bottleneck += made[i]
         width += made[i + per_layer - 1]
     return [*found, (0, width)] if tail else found

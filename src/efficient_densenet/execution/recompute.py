@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, cheap: frozenset[Any]) -> None:
         super().__init__()
         self.cheap = cheap
-        # By the address of a storage, which stays taken as long as somebody refers to it, even weakly.
+        # By the address of a storage, which is not reused while anything refers to it, even weakly.
         self.results: dict[int, tuple[StorageWeakRef, _Result]] = {}
 
     def pack(self, tensor: Tensor) -> _Kept | _Promise:

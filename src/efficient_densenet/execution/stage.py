@@ -1,13 +1,13 @@
-"""One dense block on one buffer, and the transition or the head behind it if there is one: forward and backward.
+"""One dense block on one buffer, and the transition or the head after it if there is one: forward and backward.
 
 The mathematics is derived in docs/algorithm.md. In short, with ``X: (N, *spatial, C_T)`` the block's features:
 
-- layer l reads the prefix ``X[..., :C_l]`` and writes its channels behind it; nothing is concatenated;
+- layer l reads the prefix ``X[..., :C_l]`` and writes its channels after it; nothing is concatenated;
 - mean and variance belong to the channel: they are computed once, when it is written, and every norm that reads it
   turns them into its own scale ``a = γ/√(σ² + eps)`` and shift ``b = β − μ·a``;
 - in backward one buffer ``D`` collects ``Σ_l a_l·g_l`` over the readers of each channel, and what flows through the
   batch statistics, ``A + B·(x − μ)`` with ``A = Σ_l a_l·Σg_l / M`` and ``B = Σ_l a_l·inv_l²·Σg_l·(x − μ) / M``, is
-  subtracted once per channel, when the layer that made it takes its gradient out;
+  subtracted once per channel, when backward reaches the layer that made it;
 - a transition and a head (norm, relu, mean over all pixels) are readers of all channels, and take part in all this.
 
 Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing knows modules, autograd or policy.
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
-from efficient_densenet.execution.norms import Folded, Norm, Norms, blank
-from efficient_densenet.ops.reference import Statistics, statistics_dtype
+from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
+from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     """
     output = _with_input(x, stage)
     features = output.movedim(1, -1)
-    folded = blank(
+    folded = empty_folded(
         features, features.shape[-1] + stage.bottlenecks, sum([stop - start for start, stop in stage.sources])
     )
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
@@ -274,16 +274,10 @@ class _Readers:
         if self.stage.biases:
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
+        norm, through = self.folded.affines[i], self.folded.through_of(i)
+        weight, need_weight = self.stage.weights[i], self.need_weights[i]
         self.weights[i], *of_norm = self.folded.run.norm_relu_conv_backward(
-            grad_out,
-            source,
-            self.folded.affines[i],
-            self.stage.weights[i],
-            grad_source,
-            accumulate,
-            self.folded.through_of(i),
-            pool,
-            self.need_weights[i],
+            BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
         )
         self.norms[i] = self.folded.parameter_gradients(i, *of_norm)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
-from efficient_densenet.execution.norms import Folded, Norm, Norms, blank
+from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
 
 
 def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Folded]:
     """``max_pool(relu(norm(x)))`` of ``x: (N, C, *spatial)``; and the norm, folded."""
     source, channels = _channels_last(x), x.shape[1]
-    folded = blank(source, channels, channels)
+    folded = empty_folded(source, channels, channels)
     norms = Norms(source, [norm], [(0, channels)], folded, group)
     if norm.constants is None:
         norms.run.statistics(source, norms.statistics(0, channels))

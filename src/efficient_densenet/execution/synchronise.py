@@ -1,4 +1,4 @@
-"""Batch statistics of several processes taken together, as SyncBatchNorm has them.
+"""Batch statistics over several processes, as SyncBatchNorm has them.
 
 Each produced channel crosses the network once in forward (mean, variance, count) and once in backward (the two
 corrections): linear in depth, where norms that synchronise one by one send every channel once per reader.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from efficient_densenet.ops.reference import Statistics, merge
+from efficient_densenet.ops.protocol import Statistics
 
 
 def share_statistics(local: Statistics, count: int, total: Tensor, group: str) -> None:
@@ -26,8 +26,9 @@ def share_statistics(local: Statistics, count: int, total: Tensor, group: str) -
     everyone = own.new_empty(process_group.size() * len(own))
     dist.all_gather_into_tensor(everyone, own, process_group)
     means, variances, counts = everyone.view(-1, len(own)).split([len(mean), len(mean), 1], 1)
-    for place, merged in zip(local, merge(means, variances, counts.squeeze(1)), strict=True):
-        place.copy_(merged)
+    merged = Statistics.merged(means, variances, counts.squeeze(1))
+    mean.copy_(merged.mean)
+    variance.copy_(merged.variance)
     total.copy_(counts.sum())
 
 

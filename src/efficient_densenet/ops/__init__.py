@@ -1,35 +1,37 @@
 """The fused norm–relu–convolution and its statistics: tensors in, tensors out.
 
-`reference` defines the operations; every backend is a module with functions of the same names and meaning: `eager` in
-plain PyTorch, which runs on any device, `cpu`, compiled for processors, and `triton`, for GPUs. `backend` chooses.
+`Backend` in `protocol` says which operations there are, and `reference` defines them. The backends that run: `eager` in
+plain PyTorch, on any device, `cpu`, compiled for processors, and `triton`, for GPUs. `backend` chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.ops import cpu, eager, triton
 from efficient_densenet.ops.profiled import Profiled
+from efficient_densenet.ops.protocol import Backend
 
 _plain_alone = False
 
 
-def backend(x: Tensor) -> Any:
+def backend(x: Tensor) -> Backend:
     """The backend for activations like `x`; labelled, while a profiler is active."""
     chosen = _choose(x)
-    return Profiled(chosen) if torch.autograd._profiler_enabled() else chosen
+    return cast(Backend, Profiled(chosen)) if torch.autograd._profiler_enabled() else chosen
 
 
-def _choose(x: Tensor) -> ModuleType:
-    if _plain_alone:
-        return eager
-    return triton if triton.supports(x) else cpu if cpu.supports(x) else eager
+def _choose(x: Tensor) -> Backend:
+    if not _plain_alone and triton.supports(x):
+        return triton
+    if not _plain_alone and cpu.supports(x):
+        return cpu
+    return eager
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

@@ -20,7 +20,7 @@ _CHANNELS_PER_SUM = 64
 
 
 def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of images of ``x: (N, *spatial, C)``, each with a contiguous scratch tensor of its shape."""
+    """Slices of the images of ``x: (N, *spatial, C)``, each with a contiguous scratch tensor of its shape."""
     images = x.shape[0]
     if not images:
         return
@@ -39,10 +39,10 @@ def convolve(s: Tensor, weight: Tensor) -> Tensor:
 
 
 def convolve_pooled(s: Tensor, weight: Tensor) -> Tensor:
-    """`convolve` for a 1×1 window behind an average pool, as a sum over groups of channels.
+    """`convolve` for a 1×1 window after an average pool, as a sum over groups of channels.
 
-    In the ordinary network the pool comes behind the convolution and takes the mean of rounding errors too. Where it
-    comes first, shorter sums make up for that.
+    In the ordinary network the pool comes after the convolution and averages its rounding errors too. Where it comes
+    first, shorter sums make up for that.
     """
     groups = zip(s.split(_CHANNELS_PER_SUM, -1), weight.split(_CHANNELS_PER_SUM, 1), strict=True)
     return functools.reduce(torch.Tensor.add_, (convolve(*group) for group in groups))

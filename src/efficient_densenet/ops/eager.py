@@ -1,7 +1,8 @@
-"""The operations of `reference` in plain PyTorch, a few images at a time: the backend that runs everywhere.
+"""The operations of `Backend` in plain PyTorch, a few images at a time: the backend that runs everywhere.
 
 The rectified prefix lives in a scratch tensor that is filled and consumed a few images at a time. On a CPU the scratch
-stays in the cache, and the passes over it cost little beside the convolutions; on other devices it bounds the memory.
+stays in the cache, and the passes over it cost little compared with the convolutions; on other devices it bounds the
+memory.
 
 Facts this rests on (measured on two cores of an x86 processor): a column sum of a tall channels-last matrix is slow as
 ``sum(0)`` or ``var_mean(0)``, by an order of magnitude; the kernels of batch norm do the same sums at the speed of the
@@ -25,12 +26,13 @@ from efficient_densenet.ops.convolution import (
     convolve_pooled,
     pieces,
 )
-from efficient_densenet.ops.reference import AVERAGE_POOL, Affine, Statistics, merge, norm_gradients, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, statistics_dtype
 
 _aten = torch.ops.aten
+_AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 # As `_cube`, for one dimension as the second of two.
 _LINE = ([1, 3], [1, 2], [0, 1], [1, 1], False)
-# Values: two such rows of sums fit into the first-level cache beside what is added to them.
+# Values: two such rows of sums fit into the first-level cache together with what is added to them.
 _WIDEST_ROW = 4096
 # Rows that a CPU adds up one by one in single precision, before their sums are added up in double precision; other
 # devices add them up in a tree, which loses little, and want few and large operations.
@@ -65,17 +67,8 @@ def norm_relu_conv(
         moments.merge(into)
 
 
-def norm_relu_conv_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    through: Tensor | None,
-    pool: int = 1,
-    need_weight: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
+    grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight = operands
     grad_weight = torch.zeros_like(weight, dtype=norm.scale.dtype) if need_weight else None
     sums = _Sums(norm)
     for images, scratch in pieces(x):
@@ -89,7 +82,7 @@ def norm_relu_conv_backward(
         if grad_weight is not None:
             grad_weight += gw
         sums.add(_rectify_backward(g, s), piece, grad_x[images], accumulate, scratch)
-    return None if grad_weight is None else grad_weight.to(weight.dtype), *sums.gradients(through)
+    return None if grad_weight is None else grad_weight.to(weight.dtype), *norm_gradients(norm, sums.total, through)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -107,7 +100,7 @@ def norm_relu_max_pool_backward(
         _, indices = _max_pool(s)
         g = _max_pool_backward(channels_first(grad_out[images]), s, indices)
         sums.add(_rectify_backward(g, s), x[images], grad_x[images], False, scratch)
-    return sums.gradients(through)
+    return norm_gradients(norm, sums.total, through)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -147,6 +140,15 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
         out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
 
 
+def norm_gradients(norm: Affine, sums: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From ``Σ g`` and ``Σ g·(x − mean)``, ``(2, C)``: add to `through`; the gradients of weight and bias."""
+    g, g_centred = sums.to(norm.scale.dtype)
+    if through is not None:
+        through[0].addcmul_(norm.scale, g)
+        through[1].addcmul_(norm.scale * norm.inverse.square(), g_centred)
+    return norm.inverse * g_centred, g
+
+
 class _Moments:
     """Mean and variance of each piece, merged as Chan et al. do it, so that nothing cancels."""
 
@@ -156,10 +158,10 @@ class _Moments:
         self.variances: list[Tensor] = []
 
     def add(self, piece: Tensor) -> None:
-        """Take in a contiguous ``(n, *spatial, C)``."""
+        """Add a contiguous ``(n, *spatial, C)``."""
         channels = piece.shape[-1]
         piece = piece.to(statistics_dtype(piece.dtype))
-        # Beside any pixel of its own, a channel's values are no larger than its deviations: the mean is not rounded.
+        # Less the value of some pixel, a channel's values are no larger than its deviations: the mean is not rounded.
         some = piece.flatten(0, -2)[0].clone()
         for rows in _runs(_wide_rows(piece - some)):
             if piece.device.type in ("cpu", "cuda"):
@@ -173,8 +175,9 @@ class _Moments:
     def merge(self, into: Statistics) -> None:
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
-        for place, found in zip(into, merge(means, torch.cat(self.variances), counts), strict=True):
-            place.copy_(found)
+        found = Statistics.merged(means, torch.cat(self.variances), counts)
+        into.mean.copy_(found.mean)
+        into.variance.copy_(found.variance)
 
 
 class _Sums:
@@ -184,12 +187,8 @@ class _Sums:
         self.norm = norm
         self.total = norm.mean.new_zeros((2, len(norm.mean)), dtype=_double(norm.mean))
 
-    def gradients(self, through: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `reference.norm_gradients`."""
-        return norm_gradients(self.norm, self.total, through)
-
     def add(self, g: Tensor, x: Tensor, grad_x: Tensor, accumulate: bool, scratch: Tensor) -> None:
-        """Take in ``g: (n, C, *spatial)``; `scratch` is overwritten."""
+        """Add ``g: (n, C, *spatial)``; `scratch` is overwritten."""
         scale, channels = self.norm.scale, x.shape[-1]
         g = channels_last(g).contiguous()
         g_rows, x_rows = _wide_rows(g), _wide_rows(x if x.is_contiguous() else scratch.copy_(x))
@@ -250,7 +249,7 @@ def _rectify_backward(g: Tensor, s: Tensor) -> Tensor:
 def _average_pool(s: Tensor, pool: int) -> Tensor:
     if s.dim() == 5 and s.device.type == "cpu":  # where it does not exist in half precision
         return F.avg_pool3d(s.to(statistics_dtype(s.dtype)), pool).to(s.dtype)
-    return AVERAGE_POOL[s.dim() - 2](s, pool)
+    return _AVERAGE_POOL[s.dim() - 2](s, pool)
 
 
 def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
@@ -264,7 +263,7 @@ def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
 
 
 def _max_pool(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Window 3, stride 2, padding 1; with the place of each maximum."""
+    """Window 3, stride 2, padding 1; and the argmax of each window."""
     if s.dim() == 3:
         pooled, indices = _aten.max_pool2d_with_indices(s.unsqueeze(2), *_LINE)
         return pooled.squeeze(2), indices.squeeze(2)

@@ -7,7 +7,6 @@ how a convolution is computed (by Winograd's transform, behind its pool) does no
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.profiler import record_function
 class Profiled:
     """The operations of a backend, in labels."""
 
-    def __init__(self, backend: ModuleType) -> None:
+    def __init__(self, backend: Any) -> None:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Any:

@@ -1,10 +1,10 @@
-"""The operations of `reference` on a GPU, as Triton kernels: prologue, product, epilogue in one pass each.
+"""The operations of `Backend` on a GPU, as Triton kernels: prologue, product, epilogue in one pass each.
 
-What each kernel computes and moves is written beside it: `forward`, `backward`, `max_pool`, `mean`, `moments`,
+What each kernel computes and moves is in its docstring: `forward`, `backward`, `max_pool`, `mean`, `moments`,
 `norms`. Products and sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged
 in a fixed order, so that results repeat bit for bit. Triton is imported at the first use.
 
-No part is handed to cuDNN so far; `tiles.BY_PYTORCH` is the place to say so, and why not yet.
+No part is handed to cuDNN so far; `tiles.BY_PYTORCH` would say so, and says why not yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import check, launch, trust
 from efficient_densenet.ops.triton.tiles import BY_PYTORCH
 
@@ -72,20 +72,9 @@ def norm_relu_conv(
     _run("forward.norm_relu_conv", covered, x, x, norm, weight, out, pool, into)
 
 
-def norm_relu_conv_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    through: Tensor | None,
-    pool: int = 1,
-    need_weight: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    covered = _covered(x, grad_x, "backward", weight, pool)
-    arguments = grad_out, x, norm, weight, grad_x, accumulate, through, pool, need_weight
-    return _run("backward.norm_relu_conv_backward", covered, x, *arguments)
+def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
+    covered = _covered(operands.x, operands.grad_x, "backward", operands.weight, operands.pool)
+    return _run("backward.norm_relu_conv_backward", covered, operands.x, operands)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:

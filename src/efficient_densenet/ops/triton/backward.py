@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine
+from efficient_densenet.ops.protocol import BackwardOperands
 from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import moments_of
 from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
+    coordinates,
     first_of_pool,
     inside,
     next_tap,
-    place,
     rectified,
     rectified_rows,
     window,
@@ -39,7 +39,7 @@ def grad_x_kernel(
     """``g[r, c] = [scale·x + shift > 0] · Σ_tap Σ_o grad_out[r − tap, o] · weight[o, tap, c]``; then D and the sums.
 
     ``grad_x += scale·g`` (or ``=``), and ``Σ g`` and ``Σ g·(x − mean)`` of each block of `ROWS` rows, while the tile
-    is in registers. Behind a pool, a row of the product belongs to a whole window of pixels, each with its own mask.
+    is in registers. With a pool, a row of the product belongs to a whole window of pixels, each with its own mask.
 
     Shapes: grad_out ``(rows, outputs)``, x and grad_x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``,
     sums ``(2, channels, blocks)``.
@@ -57,7 +57,7 @@ def grad_x_kernel(
     row_mask, channel_mask = row < rows, channel < channels
     grad_out_rows = grad_out + row.to(tl.int64)[:, None] * grad_out_stride
     if TAPS > 1:
-        _, d, h, w = place(row, depth, height, width)
+        _, d, h, w = coordinates(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     tap, start = 0, 0
     for _ in range(TAPS * tl.cdiv(outputs, DEPTH)):
@@ -66,8 +66,8 @@ def grad_x_kernel(
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d - dd, h - dh, w - dw, depth, height, width, TD, TH, TW)
-            behind = ((dd * height + dh) * width + dw).to(tl.int64)
-            at = grad_out_rows + (output - behind * grad_out_stride)[None, :]
+            offset = ((dd * height + dh) * width + dw).to(tl.int64)
+            at = grad_out_rows + (output - offset * grad_out_stride)[None, :]
         else:
             valid, at = row_mask, grad_out_rows + output[None, :]
         dy = tl.load(at, mask=valid[:, None] & output_mask[None, :], other=0.0)
@@ -128,9 +128,9 @@ def grad_weight_kernel(
     j_mask = j < TAPS * outputs
     if TAPS > 1:
         dd, dh, dw = window(j // outputs, TD, TH, TW)
-        behind = ((dd * height + dh) * width + dw).to(tl.int64)
+        offset = ((dd * height + dh) * width + dw).to(tl.int64)
         # `VEC` neighbours have the same tap, which the compiler does not see by itself.
-        column = tl.max_contiguous(tl.multiple_of(j % outputs - behind * grad_out_stride, VEC), VEC)
+        column = tl.max_contiguous(tl.multiple_of(j % outputs - offset * grad_out_stride, VEC), VEC)
     else:
         column = j.to(tl.int64)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -140,7 +140,7 @@ def grad_weight_kernel(
         row_mask = row < stop
         valid = row_mask[:, None] & j_mask[None, :]
         if TAPS > 1:
-            _, d, h, w = place(row, depth, height, width)
+            _, d, h, w = coordinates(row, depth, height, width)
             valid &= inside(
                 d[:, None] - dd[None, :], h[:, None] - dh[None, :], w[:, None] - dw[None, :],
                 depth, height, width, TD, TH, TW,
@@ -187,28 +187,19 @@ def sum_parts_kernel(
     tl.store(grad_weight + target, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
-def norm_relu_conv_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm: Affine,
-    weight: Tensor,
-    grad_x: Tensor,
-    accumulate: bool,
-    through: Tensor | None,
-    pool: int,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum."""
-    if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
+    x, grad_x, pool = operands.x, operands.grad_x, operands.pool
+    if pool > 1 and not operands.accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
-    product = Product(grad_out, x, norm, weight, pool)
+    product = Product(operands)
     tile = tuning.tuned(
         tiles.grad_x(product.of),
-        lambda tile: product.grad_x(torch.empty_like(x), accumulate, None, tile),
+        lambda tile: product.grad_x(torch.empty_like(x), operands.accumulate, None, tile),
         *("grad_x", x, product.of),
     )
-    of_norm = product.grad_x(grad_x, accumulate, through, tile)
-    if not need_weight:
+    of_norm = product.grad_x(grad_x, operands.accumulate, operands.through, tile)
+    if not operands.need_weight:
         return None, *of_norm
     tile = tuning.tuned(tiles.grad_weight(product.of), product.grad_weight, "grad_weight", x, product.of)
     return product.grad_weight(tile), *of_norm
@@ -217,14 +208,15 @@ def norm_relu_conv_backward(
 class Product:
     """The operands of both gradients, as the kernels take them."""
 
-    def __init__(self, grad_out: Tensor, x: Tensor, norm: Affine, weight: Tensor, pool: int) -> None:
+    def __init__(self, operands: BackwardOperands) -> None:
+        grad_out, x, norm, weight, *_ = operands
         self.grad_out, self.grad_out_stride = launch.matrix(grad_out.to(x.dtype))
         self.x, self.x_stride = launch.matrix(x)
         self.norm, self.weight = norm, weight
         self.outputs, self.channels = weight.shape[:2]
         self.rows, self.volume = grad_out.numel() // self.outputs, launch.cube(x.shape[1:-1])
-        self.windows = launch.windows(weight.shape[2:], pool)
-        self.of = tiles.product(x, self.outputs, prod(weight.shape[2:]), pool)
+        self.windows = launch.windows(weight.shape[2:], operands.pool)
+        self.of = tiles.product(x, self.outputs, prod(weight.shape[2:]), operands.pool)
 
     def _divided(self, *further: int) -> tuple[int, list[int]]:
         """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""

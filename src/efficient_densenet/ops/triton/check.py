@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.ops import reference
-from efficient_densenet.ops.reference import Affine, Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, Backend, BackwardOperands, Statistics, statistics_dtype
 
 KINDS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """How activations are held and multiplied: float32 exactly or, as PyTorch's convolutions by default, in TF32."""
@@ -28,6 +27,7 @@ READY = "ready"
 _TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 3e-3}
 _REPEATS = 8
 _SIDE = 28
+_Operation = Callable[[Backend, "_Give"], list[Tensor]]
 
 
 class Shape(NamedTuple):
@@ -51,12 +51,11 @@ def kind_of(dtype: torch.dtype) -> str:
 
 
 def faults(
-    backend: ModuleType | Any, device: torch.device, kind: str, rows: int = 0, shapes: Sequence[Shape] = SHAPES
+    backend: Backend, device: torch.device, kind: str, rows: int = 0, shapes: Sequence[Shape] = SHAPES
 ) -> list[str]:
     """What `backend` computes otherwise than `reference` in float64, or not the same each time; empty if all is right.
 
     Args:
-        backend: with the operations of `reference`.
         rows: at least so many pixels; 0: four programs of 128 rows for each multiprocessor of the device.
         shapes: of the convolutions.
     """
@@ -100,74 +99,78 @@ class _Case:
         wide[..., 16:-16] = x
         return wide[..., 16:-16]
 
-    def convolution(self, shape: Shape) -> Iterator[tuple[str, Any]]:
+    def convolution(self, shape: Shape) -> Iterator[tuple[str, _Operation]]:
         n, height, width, channels = self.x.shape
         size = n, height // shape.pool, width // shape.pool, shape.outputs
         weight = self.random(shape.outputs, channels, shape.kernel, shape.kernel) / (channels * shape.kernel**2) ** 0.5
         weight, grad_out = weight.to(self.dtype), self.random(*size).to(self.dtype)
         before = self.random(*self.x.shape).to(self.dtype)
 
-        def forward(run: Any, give: Any) -> list[Tensor]:
+        def forward(backend: Backend, give: _Give) -> list[Tensor]:
             out, statistics = give.empty(size), give.vectors(2, shape.outputs)
-            run.norm_relu_conv(give(self.x), give.norm, give(weight), out, shape.pool, Statistics(*statistics))
+            backend.norm_relu_conv(give(self.x), give.norm, give(weight), out, shape.pool, Statistics(*statistics))
             return [out, *statistics]
 
-        def backward(run: Any, give: Any) -> list[Tensor]:
+        def backward(backend: Backend, give: _Give) -> list[Tensor]:
             accumulate = shape.pool == 1
             grad_x = give.copy(before) if accumulate else give.empty(self.x.shape)
             through = give.vectors(2, channels).zero_()
-            gradients = run.norm_relu_conv_backward(
+            operands = BackwardOperands(
                 give(grad_out), give(self.x), give.norm, give(weight), grad_x, accumulate, through, shape.pool
             )
-            return [grad_x, through, *gradients]
+            of_weight, *of_norm = backend.norm_relu_conv_backward(operands)
+            assert of_weight is not None
+            return [grad_x, through, of_weight, *of_norm]
 
         yield "norm_relu_conv", forward
         yield "norm_relu_conv_backward", backward
 
-    def others(self) -> Iterator[tuple[str, Any]]:
+    def others(self) -> Iterator[tuple[str, _Operation]]:
         n, height, width, channels = self.x.shape
         halved = n, (height + 1) // 2, (width + 1) // 2, channels
         grad_halved, grad_mean = self.random(*halved).to(self.dtype), self.random(n, channels).to(self.dtype)
         grad = self.random(*self.x.shape).to(self.dtype)
         through_before = self.random(2, channels)
 
-        def max_pool(run: Any, give: Any) -> list[Tensor]:
+        def max_pool(backend: Backend, give: _Give) -> list[Tensor]:
             out = give.empty(halved)
-            run.norm_relu_max_pool(give(self.x), give.norm, out)
+            backend.norm_relu_max_pool(give(self.x), give.norm, out)
             return [out]
 
-        def max_pool_backward(run: Any, give: Any) -> list[Tensor]:
+        def max_pool_backward(backend: Backend, give: _Give) -> list[Tensor]:
             grad_x, through = give.empty(self.x.shape), give.vectors(2, channels).zero_()
             return [
-                *run.norm_relu_max_pool_backward(give(grad_halved), give(self.x), give.norm, grad_x, through),
+                *backend.norm_relu_max_pool_backward(give(grad_halved), give(self.x), give.norm, grad_x, through),
                 *(grad_x, through),
             ]
 
-        def mean(run: Any, give: Any) -> list[Tensor]:
+        def mean(backend: Backend, give: _Give) -> list[Tensor]:
             out = give.copy(grad_mean)
-            run.norm_relu_mean(give(self.x), give.norm, out)
+            backend.norm_relu_mean(give(self.x), give.norm, out)
             return [out]
 
-        def mean_backward(run: Any, give: Any) -> list[Tensor]:
+        def mean_backward(backend: Backend, give: _Give) -> list[Tensor]:
             grad_x, through = give.empty(self.x.shape), give.vectors(2, channels).zero_()
             return [
-                *run.norm_relu_mean_backward(give(grad_mean), give(self.x), give.norm, grad_x, through),
+                *backend.norm_relu_mean_backward(give(grad_mean), give(self.x), give.norm, grad_x, through),
                 *(grad_x, through),
             ]
 
-        def statistics(run: Any, give: Any) -> list[Tensor]:
+        def statistics(backend: Backend, give: _Give) -> list[Tensor]:
             found = Statistics(*give.vectors(2, channels))
-            run.statistics(give(self.x), found)
+            backend.statistics(give(self.x), found)
             return list(found)
 
-        def finish(run: Any, give: Any) -> list[Tensor]:
+        def finish(backend: Backend, give: _Give) -> list[Tensor]:
             out, count = give.empty(self.x.shape), give.vectors(1, 1)[0, 0].fill_(self.x.numel() // channels)
-            run.finish(give(grad), give(self.x), give.norm.mean, give.wide(through_before), count, out)
+            backend.finish(give(grad), give(self.x), give.norm.mean, give.wide(through_before), count, out)
             return [out]
 
-        def fold_norm(run: Any, give: Any) -> list[Tensor]:
+        def fold_norm(backend: Backend, give: _Give) -> list[Tensor]:
             into = Affine(give.norm.mean, *give.vectors(3, channels))
-            run.fold_norm(Statistics(give.norm.mean, give.norm.inverse), give.norm.scale, give.norm.shift, 1e-5, into)
+            backend.fold_norm(
+                Statistics(give.norm.mean, give.norm.inverse), give.norm.scale, give.norm.shift, 1e-5, into
+            )
             return [into.inverse, into.scale, into.shift]
 
         for operation in (max_pool, max_pool_backward, mean, mean_backward):
@@ -175,7 +178,7 @@ class _Case:
         for operation in (statistics, finish, fold_norm):
             yield operation.__name__, operation
 
-    def fault(self, operation: Any, backend: Any) -> str:
+    def fault(self, operation: _Operation, backend: Backend) -> str:
         """What is wrong with an operation, or nothing."""
         expected = operation(reference, _Give(self, torch.float64))
         give = _Give(self, self.dtype)
@@ -235,7 +238,7 @@ def main() -> None:
 
     precision = "tf32" if arguments.kind == "tf32" else "ieee"
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-    torch.backends.cudnn.deterministic = True  # where plain PyTorch runs in place of kernels that cannot start
+    torch.backends.cudnn.deterministic = True  # where plain PyTorch runs instead of kernels that cannot start
     torch.ones(1, device=arguments.device).item()
     print(READY, flush=True)
     try:

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
-from efficient_densenet.ops.triton.rows import first_of_pool, inside, next_tap, place, rectified_rows, window
+from efficient_densenet.ops.triton.rows import coordinates, first_of_pool, inside, next_tap, rectified_rows, window
 
 _MUST_WAIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 """Whether Triton lets a product of a warp group still read its left operand's registers while the next step of the
@@ -46,10 +46,10 @@ def norm_relu_conv_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     output = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     row_mask, output_mask = row < rows, output < outputs
-    # Rows behind the last repeat it: what becomes of them is not stored.
+    # Rows after the last repeat it: what becomes of them is not stored.
     first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
     if TAPS > 1:
-        _, d, h, w = place(row, depth, height, width)
+        _, d, h, w = coordinates(row, depth, height, width)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     tap, start = 0, 0
     for _ in range(TAPS * tl.cdiv(channels, DEPTH)):

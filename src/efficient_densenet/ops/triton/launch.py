@@ -119,7 +119,7 @@ def options(tile: Tile) -> dict[str, Any]:
 
 @functools.cache
 def _layout(function: Callable[..., Any]) -> tuple[Callable[[Any], Any], int]:
-    """What takes the tensors out of the arguments of a kernel; and the first that is a constant for the compiler."""
+    """What picks the tensors out of the arguments of a kernel; and the first that is a constant for the compiler."""
     parameters = list(inspect.signature(function).parameters.values())
     constants = next(i for i, p in enumerate(parameters) if "constexpr" in str(p.annotation))
     return itemgetter(*[i for i, p in enumerate(parameters[:constants]) if p.name not in RUN_TIME]), constants
@@ -144,7 +144,7 @@ def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight's channels lie side by side, its taps behind each other, and its outputs last."""
+    """Whether a weight's channels lie side by side, its taps after each other, and its outputs last."""
     return _is_packed(weight.shape, weight.stride())
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine
+from efficient_densenet.ops.protocol import Affine
 from efficient_densenet.ops.triton import launch, tiles
 from efficient_densenet.ops.triton.moments import moments_of
 from efficient_densenet.ops.triton.norms import norm_gradients

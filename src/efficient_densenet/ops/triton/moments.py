@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Statistics
+from efficient_densenet.ops.protocol import Statistics
 from efficient_densenet.ops.triton import launch, tiles
 
 
@@ -18,7 +18,7 @@ from efficient_densenet.ops.triton import launch, tiles
 def block_moments(y, row_mask, count):
     """Mean and centred sum of squares of each column of a tile, of the rows in the mask, `count` in number.
 
-    The mean is taken twice: what the first one missed is the mean of the deviations from it.
+    The mean is computed twice: what the first one missed is the mean of the deviations from it.
     """
     y = tl.where(row_mask[:, None], y, 0.0)
     mean = tl.sum(y, 0) / count
@@ -54,7 +54,7 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, channels, COLUMNS: tl.constexpr):
-    """The moments of all blocks taken together (Chan, Golub, LeVeque, 1979), a channel per program.
+    """The moments of all blocks together (Chan, Golub, LeVeque, 1979), a channel per program.
 
     ``μ = μ₀ + Σ n_b·(μ_b − μ₀)/n`` with the first block's mean μ₀, ``σ² = Σ (m_b + n_b·(μ_b − μ)²)/n``.
 
@@ -106,7 +106,7 @@ def finish_kernel(
 
 
 def moments_of(x: Tensor, blocks: int) -> Tensor:
-    """Room for two numbers per channel of `x` and block of its rows."""
+    """An empty tensor for two numbers per channel of `x` and block of its rows."""
     return torch.empty((2, x.shape[-1], blocks), dtype=torch.float32, device=x.device)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles
 
 
@@ -42,13 +42,13 @@ def norm_gradients_kernel(
     """
     channel = tl.program_id(0)
     at = sums + channel.to(tl.int64) * blocks
-    behind = channels.to(tl.int64) * blocks
+    offset = channels.to(tl.int64) * blocks
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     total_centred = tl.zeros((COLUMNS,), dtype=tl.float32)
     for start in range(0, blocks, COLUMNS):
         block = start + tl.arange(0, COLUMNS)
         total += tl.load(at + block, mask=block < blocks, other=0.0)
-        total_centred += tl.load(at + behind + block, mask=block < blocks, other=0.0)
+        total_centred += tl.load(at + offset + block, mask=block < blocks, other=0.0)
     g, g_centred = tl.sum(total, 0), tl.sum(total_centred, 0)
     inverse_ = tl.load(inverse + channel)
     tl.store(grad_weight + channel, inverse_ * g_centred)

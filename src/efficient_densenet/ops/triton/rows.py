@@ -25,7 +25,7 @@ def rectified(x, scale, shift, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def place(rows, depth, height, width):
+def coordinates(rows, depth, height, width):
     """Image, plane, line and pixel of each row."""
     line = rows // width
     plane = line // height
@@ -34,7 +34,7 @@ def place(rows, depth, height, width):
 
 @triton.jit
 def window(tap, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-    """How far tap number `tap` lies from the middle of the window, in planes, lines and pixels."""
+    """How far tap number `tap` lies from the centre of the window, in planes, lines and pixels."""
     plane = tap // (TH * TW) - TD // 2 if TD > 1 else tap * 0
     line = (tap // TW) % TH - TH // 2 if TH > 1 else tap * 0
     return plane, line, tap % TW - TW // 2
@@ -42,7 +42,7 @@ def window(tap, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
 
 @triton.jit
 def next_tap(tap, start, TAPS: tl.constexpr, DEPTH: tl.constexpr):
-    """The next tap for the channels from `start` on; behind the last one the first, for the next `DEPTH` channels.
+    """The next tap for the channels from `start` on; after the last one the first, for the next `DEPTH` channels.
 
     What the taps share is then still in the cache. Counted, for a division takes registers.
     """
@@ -71,13 +71,13 @@ def first_of_pool(rows, depth, height, width, PD: tl.constexpr, PH: tl.constexpr
     if PD * PH * PW == 1:
         return rows
     else:
-        image, d, h, w = place(rows, depth // PD, height // PH, width // PW)
+        image, d, h, w = coordinates(rows, depth // PD, height // PH, width // PW)
         return ((image * depth + d * PD) * height + h * PH) * width + w * PW
 
 
 @triton.jit
 def within_pool(p, height, width, PH: tl.constexpr, PW: tl.constexpr):
-    """How many rows pixel number `p` of a pool's window lies behind the first."""
+    """By how many rows pixel number `p` of a pool's window comes after the first."""
     return ((p // (PH * PW)) * height + (p // PW) % PH) * width + p % PW
 
 
@@ -108,7 +108,7 @@ def rectified_rows(
     else:
         total = tl.zeros(at.shape, dtype=tl.float32)
         for p in tl.static_range(PD * PH * PW):
-            behind = within_pool(p, height, width, PH, PW)
-            values = tl.load(at + behind.to(tl.int64) * x_stride, mask=mask, other=0.0)
+            offset = within_pool(p, height, width, PH, PW)
+            values = tl.load(at + offset.to(tl.int64) * x_stride, mask=mask, other=0.0)
             total += rectified(values, a, b, DTYPE).to(tl.float32)
         return (total * (1.0 / (PD * PH * PW))).to(DTYPE)

@@ -125,7 +125,7 @@ def elementwise(channels: int, values: int = 4096) -> Tile:
 def forward(of: Product) -> Tile:
     """Columns are outputs, depth is channels.
 
-    A pool holds several tiles of x at a time, and so takes flatter ones; so do channels that are loaded one by one.
+    A pool holds several tiles of x at a time, and so needs flatter ones; so do channels that are loaded one by one.
     """
     if of.exact:
         return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)

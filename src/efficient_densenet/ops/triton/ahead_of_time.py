@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
-import gpu_machine_code
 import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.reference import Affine, Statistics
-from efficient_densenet.ops.triton import backward, forward, launch, max_pool, mean, moments, norms, tiles
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.triton import backward, forward, launch, machine_code, max_pool, mean, moments, norms, tiles
 
 TARGETS = {
     **{f"sm_{sm}": GPUTarget("cuda", sm, 32) for sm in (80, 89, 90, 100, 120)},
@@ -170,7 +169,7 @@ def record(target: str, kind: str, launched: Launched) -> dict[str, Any]:
         "tile": asdict(launched.tile),
         "flags": launched.flags,
         "shared_bytes": compiled.metadata.shared,
-        **gpu_machine_code.describe(compiled),
+        **machine_code.describe(compiled),
     }
 
 
@@ -222,18 +221,6 @@ def compile_everything_here() -> None:
             attempt.exception()
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The same in markdown."""
-    header = ["kernel", "shape", "type", "target", "tile", "warps", "stages", "registers", "shared kB", "spills"]
-    lines = [header, ["---"] * 3 + ["---:"] * 7]
-    for r in found:
-        t = r["tile"]
-        tile = "×".join(str(t[side]) for side in ("rows", "columns", "depth") if t[side])
-        numbers = [t["warps"], t["stages"], r["registers"], f"{r['shared_bytes'] / 1024:.0f}", r["spilled_bytes"]]
-        lines.append([r["kernel"], r["shape"], r["type"], r["target"], tile, *map(str, numbers)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _device(target: str) -> tiles.Device:
     if TARGETS[target].backend == "hip":
         return tiles.ROCM
@@ -273,7 +260,9 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
     for accumulate in {plain, False}:
-        backward.norm_relu_conv_backward(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
+        backward.norm_relu_conv_backward(
+            BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
+        )
     norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
     moments.statistics(x, Statistics(vector, vector))
     moments.finish(grad_x, x, vector, through, count, grad_x)

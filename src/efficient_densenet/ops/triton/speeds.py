@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import triton
-from gpu_compiled import SHAPES, TYPES, Shape
 from torch import Tensor
 
-from efficient_densenet.ops.reference import Affine, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, forward, moments, tiles
+from efficient_densenet.ops.triton.ahead_of_time import SHAPES, TYPES, Shape
 
 
 def speeds(quick: bool = False) -> dict[str, Any]:
@@ -21,7 +21,8 @@ def speeds(quick: bool = False) -> dict[str, Any]:
 
     Bytes are those that must be moved once: re-reading through the cache counts for nothing.
     """
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed = []
     ceilings = {dtype: _ceilings(dtype, 1024 if quick else 8192) for dtype in (torch.bfloat16, torch.float32)}
     for dtype, (copy, product) in ceilings.items():
         for shape in [replace(SHAPES[0], images=2, size=(8, 8))] if quick else SHAPES:
@@ -73,7 +74,7 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
     weight = torch.randn((shape.outputs, shape.channels, *[shape.kernel] * len(shape.size)), device="cuda").to(dtype)
     small, large = (t.numel() * t.element_size() for t in (out, x))
     flop = 2 * out.numel() * weight[0].numel()
-    product = backward.Product(out, x, norm, weight, shape.pool)
+    product = backward.Product(BackwardOperands(out, x, norm, weight, grad_x, True, through, shape.pool))
     found, count = Statistics(*torch.empty(2, shape.outputs, device="cuda")), torch.ones((), device="cuda")
     tile, weight_tile = tiles.grad_x(product.of), tiles.grad_weight(product.of)
     yield "forward", lambda: forward.norm_relu_conv(x, norm, weight, out, shape.pool, found), large + small, flop
