@@ -28,9 +28,9 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "reference", "convolution", "eager", "cpu triton"],
+    "ops": ["protocol profiled", "reference", "convolution", "eager", "cpu triton"],
     "execution": [
-        "__init__ buffers pieces synchronise plan recompute",
+        "__init__ buffers pieces synchronise plan profiling recompute",
         "norms",
         "operators stage stem_convolutions stem_pools",
         "library stem",
@@ -38,8 +38,8 @@ INSIDE = {
         "shared",
     ],
     "adopt": [
-        "conditions kinds",
-        "trial meanings",
+        "conditions kinds turns tools meanings",
+        "trial",
         "record",
         "chain",
         "head look",

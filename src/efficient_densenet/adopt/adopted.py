@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
 from efficient_densenet.adopt.head import Head, head_of
 from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.turns import in_turn
 from efficient_densenet.errors import UserError
 
 
@@ -57,7 +58,7 @@ class AdoptedPart(Adopted):
             return self.original.forward(self, *arguments, **named)
 
         x = one_tensor(self.adoption, arguments, named)
-        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, self, self.adoption, ordinary)
+        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, [self], self.adoption, ordinary)
 
 
 class AdoptedSequence(Adopted):
@@ -68,7 +69,7 @@ class AdoptedSequence(Adopted):
         decision = at_call(x, self, self.adoption)
         if decision is None:
             return as_ordinary(*self.run_modules(list(self), x))
-        return run_as(decision, x, self, self.adoption, lambda: self.original.forward(self, *arguments, **named))
+        return run_as(decision, x, [self], self.adoption, lambda: self.original.forward(self, *arguments, **named))
 
     def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, bool | None]:
         """Run all modules, or the first ones; see `as_ordinary` for what comes out."""
@@ -105,7 +106,7 @@ class AdoptedNetwork(Adopted):
         (segment,) = self.adoption.segments
         decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
         if decision.way == SHARED:
-            x, _ = run_shared(x, decision, segment.adoption.keep, channels_last)
+            x, _ = run_shared(x, decision, segment.adoption, channels_last)
         else:  # the block tells why, if it does not run on its buffer either
             x = in_order([block, norm], as_ordinary(x, channels_last))
             x = F.relu(x).mean(tuple(range(2, x.dim())))
@@ -124,11 +125,11 @@ def run_segment(
     """Run modules as one; `channels_last`, given and returned, as in `run_shared`."""
     decision = decide(x, modules, adoption, own_hooks=False)
     if decision.way == SHARED:
-        return run_shared(x, decision, adoption.keep, channels_last)
+        return run_shared(x, decision, adoption, channels_last)
     x = as_ordinary(x, channels_last)
     if any(isinstance(module, Adopted) for module in modules):
         return in_order(modules, x), None  # they decide by themselves, and tell why
-    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x)), None
+    return run_as(decision, x, modules, adoption, lambda: in_order(modules, x)), None
 
 
 def one_tensor(adoption: Adoption, arguments: tuple, named: dict[str, Any]) -> Any:
@@ -176,7 +177,9 @@ def _adopted_class(original: type[nn.Module], task: type[Adopted]) -> type[nn.Mo
 
         @functools.wraps(original.forward)  # which tracers read the signature of
         def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-            return self.run(*arguments, **named)
+            if torch.compiler.is_dynamo_compiling():
+                return self.run(*arguments, **named)
+            return in_turn(self, arguments, named)
 
         members = {
             "original": original,

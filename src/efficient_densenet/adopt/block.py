@@ -55,4 +55,4 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck
     if x.shape[1] != chain.width:
         raise UserError(f"the first layer reads {chain.width} channels, and the input has {x.shape[1]}")
     decision = decide(x, [block], adoption, own_hooks=True)
-    return run_as(decision, x, block, adoption, lambda: block(x))
+    return run_as(decision, x, [block], adoption, lambda: block(x))

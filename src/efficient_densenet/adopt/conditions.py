@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from efficient_densenet.execution.plan import parts
+
 PLAIN = frozenset({
     *(int, float, bool, str, bytes, complex, type(None), tuple, frozenset, torch.dtype, torch.device, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type),
@@ -95,6 +97,11 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
     return list(order), tuple(found)
 
 
+def compared(module: nn.Module) -> list[str]:
+    """The names of the plain attributes of `module` that are among its `conditions`."""
+    return [name for name, value in module.__dict__.items() if type(value) in PLAIN and name not in OF_EVERY_MODULE]
+
+
 def frozen(value: Any, depth: int = DEPTH) -> Any:
     """A plain value as it is; a container or an object with what is plain in it; of anything else, the type alone.
 
@@ -138,6 +145,13 @@ def hooked(modules: Sequence[nn.Module]) -> bool:
         if "_compiled_call_impl" in m.__dict__ and m.__dict__["_compiled_call_impl"] is not None:
             return True
     return False
+
+
+def compiled_within(roots: Sequence[nn.Module]) -> str | None:
+    """Why nothing that these make may be forgotten, if that is for a compiler to decide."""
+    if any(module.__dict__.get("_compiled_call_impl") is not None for module in parts(roots)):
+        return "a module inside it is compiled by itself"
+    return None
 
 
 def hooked_globally() -> bool:

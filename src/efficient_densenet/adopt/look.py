@@ -243,22 +243,22 @@ def _find(
     """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
     found: list[Chain | None] = []
     tensors = Tensors("meta")
-    with on_trial(modules, tensors):
-        synchronises = _set_modes(modules, True)
-        _leave_others_out(modules, synchronises)
-        record = Record(modules, synchronises)
-        x = tensors.activation(*shape)
-        try:
+    try:
+        with on_trial(modules, tensors):
+            synchronises = _set_modes(modules, True)
+            _leave_others_out(modules, synchronises)
+            record = Record(modules, synchronises)
+            x = tensors.activation(*shape)
             for module in roots:
                 x = record.run(module, x)
                 found.append(_conclusion(record, x))
-        except OtherWidthError as error:
-            if not found and error.width != shape[1]:
-                return _find(roots, modules, (shape[0], error.width, *shape[2:]))
-        except NotDenseError:
-            pass
-        except Exception:  # whatever it is: here it ends
-            return found, True
+    except OtherWidthError as error:
+        if not found and error.width != shape[1]:
+            return _find(roots, modules, (shape[0], error.width, *shape[2:]))
+    except NotDenseError:
+        pass
+    except Exception:  # whatever it is: here it ends
+        return found, True
     return found, False
 
 

@@ -49,6 +49,14 @@ class Finding(NamedTuple):
         return chain
 
     @property
+    def where(self) -> str:
+        """The names of all its modules in the model."""
+        if self.segment is None:
+            return self.name
+        names = [name for name, module in self.module._modules.items() if module is not None][slice(*self.segment)]
+        return f"{self.name}.{' and '.join(names)}"
+
+    @property
     def roots(self) -> list[nn.Module]:
         if self.segment is None:
             return [self.module]

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from efficient_densenet.adopt.conditions import DEPTH, OF_EVERY_MODULE, PLAIN, contents, frozen, levels
-from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.meanings import NotDenseError
+from efficient_densenet.adopt.turns import trial
 
 _HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
 _NOTHING = object()
@@ -82,8 +84,14 @@ class Tensors:
 
 @contextmanager
 def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
-    """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace."""
-    kept = [(module, module.__dict__, type(module), original_class(module)) for module in modules]
+    """While this is open, these modules have other tensors and no hooks, and their forward leaves no trace.
+
+    Raises:
+        NotDenseError: one of them is a script of torch.jit, which runs nothing that could be watched.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise NotDenseError("a module of it is a script of torch.jit")
+    kept = [(module, module.__dict__) for module in modules]
     copies: dict[int, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -96,15 +104,16 @@ def on_trial(modules: Sequence[nn.Module], tensors: Tensors) -> Iterator[None]:
         stack.enter_context(_other_random_states_kept())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they would be about the trial
         stack.enter_context(_no_global_hooks())
+        stack.enter_context(_own_parametrized())
+        stack.enter_context(trial())
+        stack.enter_context(_not_compiled())
         try:
-            for module, attributes, _, original in kept:
+            for module, attributes in kept:
                 object.__setattr__(module, "__dict__", _instead_of(attributes, tensors, copies))
-                object.__setattr__(module, "__class__", original)
             yield
         finally:
-            for module, attributes, kind, _ in kept:
+            for module, attributes in kept:
                 object.__setattr__(module, "__dict__", attributes)
-                object.__setattr__(module, "__class__", kind)
 
 
 def attributes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
@@ -206,3 +215,24 @@ def _no_global_hooks() -> Iterator[None]:
     finally:
         for name, hooks in kept.items():
             setattr(global_hooks, name, hooks)
+
+
+@contextmanager
+def _own_parametrized() -> Iterator[None]:
+    """Within ``parametrize.cached()``, what the trial's weights make is not remembered for the user's."""
+    kept, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = kept
+
+
+@contextmanager
+def _not_compiled() -> Iterator[None]:
+    """A compiler that watches this thread leaves the trial alone."""
+    compiler = torch._C._dynamo.eval_frame
+    before = compiler.set_eval_frame(None)
+    try:
+        yield
+    finally:
+        compiler.set_eval_frame(before)

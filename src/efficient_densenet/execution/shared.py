@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
+from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
 
 # Found here, for PyTorch 2.11 cannot compile the question.
@@ -26,7 +27,9 @@ _WITH_AUTOCAST = frozenset(
 )
 
 
-def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool = False) -> Tensor:
+def run(
+    x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool = False, name: str = ""
+) -> Tensor:
     """Run what `plan` describes on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
@@ -42,7 +45,14 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels
         modules: those that it names, in the order of `plan.parts`.
         keep: one of `KEEP`.
         channels_last: whether `x` would be so in the ordinary network: dropout draws in the order of the memory.
+        name: what a profiler's trace calls it.
     """
+    label = f"{name}: shared buffer, keep={keep}"
+    with labelled(label):
+        return _run(x, plan, modules, keep, channels_last, label)
+
+
+def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool, label: str) -> Tensor:
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
     compiling = torch.compiler.is_compiling()
@@ -62,6 +72,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels
             norms.group,
         )
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
+        label_backward(output, label)
         _move_running_averages(norms.moving, statistics, count)
         return output
     masks, scales = _masks(x, plan, modules, channels_last)
@@ -82,6 +93,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels
         norms.group,
     )
     output, statistics, count, *_ = stage_forward(x, *arguments) if compiling else run_stage(x, arguments)
+    label_backward(output, label)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
         if step.function is F.dropout and not (channels_last or makes_channels_last(plan, modules)):

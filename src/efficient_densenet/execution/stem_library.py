@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -84,6 +85,21 @@ class _StemPasses(Passes):
     def grad_x_fake(self, given: Given, need_x: bool, arguments: StemArguments) -> Tensor:
         (x,) = given.x
         return empty_activation(x, x.shape[1], x.shape[2:]) if need_x else x.new_empty(0)
+
+    def forward_flops(self, x: Tensor, arguments: StemArguments) -> int:
+        return sum(_flops(x, arguments))
+
+    def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StemArguments) -> int:
+        counts = _flops(given.x[0], arguments)
+        needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
+        # The gradient of each input but the image's, if nobody wants that; and the last convolution once more.
+        return needed + sum(counts[0 if need_x else 1 :]) + sum(counts[-1:])
+
+
+def _flops(x: Tensor, arguments: StemArguments) -> list[int]:
+    """Two for each multiplication of each convolution."""
+    pixels = prod(arguments.stem().like(x).shape[:-1])
+    return [2 * pixels * weight.numel() for weight in arguments.weights]
 
 
 run_stem = _StemPasses()

@@ -78,7 +78,7 @@ def norm_relu_conv(
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    sums = torch.zeros((2, operands.x.shape[-1]), dtype=torch.float64)
+    sums = operands.x.new_zeros((2, operands.x.shape[-1]), dtype=torch.float64)
     grad_weight, done = None, _Done.NOTHING
     if operands.pool == 1:
         done, grad_weight = _convolve_backward(operands, sums)
@@ -169,8 +169,8 @@ def norm_relu_max_pool_backward(
     volume, channels, threads = _volume(x, 3), x.shape[-1], torch.get_num_threads()
     if row_stride(grad_out) is None:
         grad_out = grad_out.contiguous()
-    argmax = torch.empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
-    sums = torch.zeros((2, channels), dtype=torch.float64)
+    argmax = grad_out.new_empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
+    sums = x.new_zeros((2, channels), dtype=torch.float64)
     _kernels(x).max_pool(
         _rows(x), volume, channels, _affine(norm), library.Rows(), argmax.data_ptr(),
         threads,
@@ -192,7 +192,7 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    sums = x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
     _kernels(x).mean_backward(
         _rows(grad_out.contiguous()), _rows(x), *_images(x),
         _affine(norm), _rows(grad_x), sums.data_ptr(), torch.get_num_threads(),
@@ -247,7 +247,7 @@ def _prologue(x: Tensor, norm: Affine, pool: int, scratch: Tensor) -> Tensor:
     if pool == 1:
         _kernels(x).prologue(_rows(x), x.numel() // channels, channels, _affine(norm), scratch.data_ptr(), threads)
         return scratch
-    pooled = torch.empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
+    pooled = x.new_empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels))
     _kernels(x).prologue_pool(_rows(x), _volume(x, pool), channels, _affine(norm), pooled.data_ptr(), threads)
     return pooled
 
@@ -264,7 +264,7 @@ def _accumulate(g: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: 
 
 
 def _no_moments(x: Tensor) -> Tensor:
-    return torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    return x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
 
 
 def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before: int = 0) -> int:
