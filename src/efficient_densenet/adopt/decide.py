@@ -190,7 +190,7 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
 def _must_be_ordinary(x: Any) -> str | None:
     """Why only the ordinary operations will do; an empty reason is none to tell."""
     # What `is_exporting` returns; but PyTorch 2.11 takes that for true wherever it compiles.
-    if torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False):
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return _TRACED
     if torch.compiler.is_compiling():
         return None

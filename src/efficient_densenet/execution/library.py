@@ -196,10 +196,7 @@ def stem_without_gradients(
 
 
 norm_relu_max_pool_forward = torch.library.custom_op(
-    "efficient_densenet::norm_relu_max_pool_forward",
-    stem_without_gradients,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor[] constants, float eps, str group) -> Tensor[]",
+    "efficient_densenet::norm_relu_max_pool_forward", stem_without_gradients, mutates_args=()
 )
 
 
@@ -209,12 +206,7 @@ def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     return [output, *_fake_folded(x, x.shape[1], x.shape[1])]
 
 
-@torch.library.custom_op(
-    "efficient_densenet::norm_relu_max_pool_backward",
-    mutates_args=(),
-    schema="(Tensor grad_output, Tensor x, Tensor weight, Tensor bias, Tensor[] constants, Tensor[] folded, float eps, "
-    "str group) -> Tensor[]",
-)
+@torch.library.custom_op("efficient_densenet::norm_relu_max_pool_backward", mutates_args=())
 def norm_relu_max_pool_backward(
     grad_output: Tensor,
     x: Tensor,
