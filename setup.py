@@ -25,7 +25,7 @@ class PlainLibrary(build_ext):
 
 
 class WheelForEveryPython(bdist_wheel):
-    """One wheel for each platform, ``py3-none-PLATFORM``; on Windows too, where the platform is why it has no kernels."""
+    """One wheel for each platform, ``py3-none-PLATFORM``; on Windows too, whose wheel has no kernels."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

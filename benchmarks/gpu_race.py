@@ -10,7 +10,6 @@ itself and with float64. Without the wait, a device of compute capability 9.0 an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
-from efficient_densenet.measure import machine
-from efficient_densenet.measure.report import write_json
+from efficient_densenet.measure import machine, results
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.triton import check, forward
 
@@ -44,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{kind:10}{'with' if wait else 'without'} the wait: {'; '.join(faults) or 'right'}", flush=True)
     file = arguments.output / "race.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    found = json.loads(file.read_text()) if file.exists() else {}
     about = machine.describe("cuda")
     name = f"{about['hardware']['gpus'][0]['name']}, Triton {triton.__version__}"
-    write_json(file, found | {name: {"quick": arguments.quick, **about, "records": records}})
+    results.keep(file, name, "race", {"quick": arguments.quick, **about, "records": records})
     return 1 if any(record["faults"] for record in records if record["shipped"]) else 0
 
 

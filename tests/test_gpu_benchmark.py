@@ -16,8 +16,10 @@ from triton_interpreter import needs_interpreter
 
 import efficient_densenet
 from efficient_densenet.errors import UserError
+from efficient_densenet.measure import deadline, gpu_sections, gpu_worker
 
 pytest.importorskip("triton")
+from efficient_densenet.ops.triton import speeds
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +36,8 @@ def test_the_benchmark_needs_a_gpu_and_says_so(monkeypatch, capsys):
 
 
 def test_the_product_beside_the_kernels_is_in_tf32_and_nothing_after_it(monkeypatch):
-    import gpu_kernels
-
     before = torch.backends.cuda.matmul.fp32_precision
-    with gpu_kernels._tf32():
+    with speeds._tf32():
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert torch.backends.cuda.matmul.fp32_precision == before
 
@@ -75,51 +75,47 @@ class Contender:
 
 
 def test_contenders_get_ready_while_others_are_measured_and_none_is_left(monkeypatch):
-    import gpu as benchmark
-
-    monkeypatch.setattr(benchmark, "Team", Contender)
-    clock = benchmark.Clock(60)
+    monkeypatch.setattr(deadline, "Team", Contender)
+    left = deadline.Deadline(60)
     jobs = [{"contender": name} for name in ("a", "b", "c", "broken", "d")]
-    answers = [clock.ask(job, "times", then) for job, then in zip(jobs, [*jobs[1:], None], strict=True)]
+    answers = [left.ask(job, "times", then) for job, then in zip(jobs, [*jobs[1:], None], strict=True)]
     assert [answer.get("answered") for answer in answers] == ["a: times", "b: times", "c: times", None, "d: times"]
     assert answers[3] == {"failed": "it does not start"} and not Contender.alive
-    clock.ask(jobs[0], "times", jobs[1])
-    assert clock.ask(jobs[2], "times", jobs[0])["answered"] == "c: times"  # another than was expected
-    monkeypatch.setattr(clock, "MOST", 0.1)
-    assert clock.ask({"contender": "slow"}, "times") == {"failed": "took more than 0.1 s"}
-    clock.close()
+    left.ask(jobs[0], "times", jobs[1])
+    assert left.ask(jobs[2], "times", jobs[0])["answered"] == "c: times"  # another than was expected
+    monkeypatch.setattr(left, "MOST", 0.1)
+    assert left.ask({"contender": "slow"}, "times") == {"failed": "took more than 0.1 s"}
+    left.close()
     assert not Contender.alive
-    assert benchmark.Clock(0).ask(jobs[0], "times") == {"failed": "no time left"}
+    assert deadline.Deadline(0).ask(jobs[0], "times") == {"failed": "no time left"}
 
 
 def test_contenders_that_compile_do_it_side_by_side_and_wait_for_their_turn(monkeypatch):
-    import gpu as benchmark
-
-    monkeypatch.setattr(benchmark, "Team", Contender)
-    clock = benchmark.Clock(60)
+    monkeypatch.setattr(deadline, "Team", Contender)
+    left = deadline.Deadline(60)
     jobs = [{"contender": name} for name in ("compiled", "broken", "compiled for long", "never asked")]
-    monkeypatch.setattr(clock, "PREPARATION", 5.3)
-    clock.prepare(jobs)
+    monkeypatch.setattr(left, "PREPARATION", 5.3)
+    left.prepare(jobs)
     assert sorted(Contender.alive) == ["compiled", "never asked"]
-    assert clock.ask(jobs[0], "times", jobs[3])["answered"] == "compiled: times"
-    assert clock.ask(jobs[1], "times") == {"failed": "it does not start"}
-    assert clock.ask(jobs[2], "times") == {"failed": "took more than 5.3 s to compile"}
+    assert left.ask(jobs[0], "times", jobs[3])["answered"] == "compiled: times"
+    assert left.ask(jobs[1], "times") == {"failed": "it does not start"}
+    assert left.ask(jobs[2], "times") == {"failed": "took more than 5.3 s to compile"}
     assert Contender.alive == ["never asked"]
-    clock.close()
+    left.close()
     assert not Contender.alive
 
 
 def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
     """With an answer in place of each process: every section, in the order of its worth; kept as it comes."""
-    import gpu as benchmark
+    import gpu
 
     asked, expected, kept, prepared = [], [], {}, []
 
-    class Clock:
+    class Everything:
         def prepare(self, jobs):
             prepared.extend(job["contender"] for job in jobs)
 
-        def ask(self, job, request, following=None):
+        def ask(self, job, request, following=None, until_the_end=False):
             asked.append(job["contender"])
             expected.append(following)
             if request == "speeds":
@@ -127,20 +123,20 @@ def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
                 return {"rows": [row | {"share_of_copy": 0.5, "share_of_product": 0.1}]}
             if request == "largest":
                 return {"largest_batch": 100, "limit_bytes": 12e9}
-            if job["contender"] == "timm, channels_last":
+            if job["contender"] == "timm-channels-last":
                 return {"failed": "no time left"}
             times = {"forward_ms": None, "backward_ms": None, "step_ms": 2.0}
-            return times | {"batch": job["batch"], "images_per_second": 1.0, "peak_bytes": 1e9}
+            return times | {"batch": job["batch_size"], "images_per_second": 1.0, "peak_bytes": 1e9}
 
-    found = benchmark.measure(list(benchmark.SECTIONS), Clock(), False, kept.__setitem__)
+    found = gpu_sections.measure(gpu.SECTIONS, Everything(), False, kept.__setitem__)
     assert kept == found
-    assert asked[-1] == "compiled, max-autotune" and asked[0] == "kernels"
-    assert prepared.count("ordinary, channels_last, cudnn.benchmark") == prepared.count("compiled") == 2
-    assert "compiled, max-autotune" not in prepared and "compiled, budget 0.1" in prepared
+    assert asked[-1] == "torchvision-compiled-max-autotune" and asked[0] == "kernels"
+    assert {"ordinary-cudnn-benchmark", "torchvision-cudnn-benchmark", "compiled-budget-0.1"} <= set(prepared)
+    assert not [name for name in prepared if name.endswith("max-autotune")]
     ready = [(job["contender"], then) for job, then in zip(expected[:-1], asked[1:], strict=True) if job]
     assert len(ready) > 30 and all(prepared == then for prepared, then in ready)
     assert [r["batch"] for r in found["DenseNet-264"] if "batch" in r] == [95] * 8
-    table = benchmark.table({name: {"records": records} for name, records in found.items()})
+    table = gpu_sections.table({name: {"records": records} for name, records in found.items()})
     assert "at most 100 images in 12.0 GB" in table and "no time left" in table and "50% of a copy" in table
 
 
@@ -177,12 +173,12 @@ def test_the_first_call_on_a_gpu(stand_in, tmp_path):
     result = first(stand_in, "1", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert {file.stem for file in tmp_path.iterdir()} == {"race", "tests", "memcheck", "kernels", "gpu-quick"}
-    (race,) = json.loads((tmp_path / "race.json").read_text()).values()
+    (race,) = (found["race"] for found in json.loads((tmp_path / "race.json").read_text()).values())
     assert [record["wait"] for record in race["records"]] == [True, False]
     assert not any(record["faults"] for record in race["records"])
     assert "1 passed" in (tmp_path / "tests.log").read_text()
     assert "sanitized" in (tmp_path / "memcheck.log").read_text()
-    (kernels,) = json.loads((tmp_path / "gpu-quick.json").read_text())["kernels"]["records"]
+    (kernels,) = json.loads((tmp_path / "gpu-quick.json").read_text())["stand-in"]["kernels"]["records"]
     assert len(kernels["rows"]) == 10 and not kernels["failed_kernels"]
 
 
@@ -191,13 +187,15 @@ def test_the_first_call_on_a_gpu(stand_in, tmp_path):
 def test_the_later_calls_on_a_gpu_measure_every_contender_and_keep_what_is_there(stand_in, tmp_path, call, section):
     import gpu
 
-    (tmp_path / "gpu-quick.json").write_text(json.dumps({"kept": {"quick": True, "records": []}}))
+    before = {"another": {}, "stand-in": {"kept": {"quick": True, "records": []}}}
+    (tmp_path / "gpu-quick.json").write_text(json.dumps(before))
     result = first(stand_in | {"ONE_PROCESS": "1"}, call, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    found = json.loads((tmp_path / "gpu-quick.json").read_text())
-    assert set(found) == {"kept", section} | ({"kernels"} if call == "2" else set())
+    kept = json.loads((tmp_path / "gpu-quick.json").read_text())
+    found = kept.pop("stand-in")
+    assert kept == {"another": {}} and set(found) == {"kept", section} | ({"kernels"} if call == "2" else set())
     records = {record["contender"]: record for record in found[section]["records"]}
-    assert set(records) == {c for c in gpu.SECTIONS[section]["contenders"] if not c.startswith(("memory", "timm"))}
+    assert list(records) == sorted(gpu.SECTIONS[section].contenders, key=gpu_sections._tunes)
     assert not [record for record in records.values() if "failed" in record]
 
 
@@ -219,9 +217,21 @@ def test_the_first_calls_say_how_they_are_used(stand_in, arguments, tmp_path):
 
 
 def test_a_result_is_not_lost_to_a_later_failure():
-    import gpu
-
     before = [{"contender": "a", "step_ms": 1}, {"contender": "b", "failed": "no time left"}, {"contender": "c"}]
     now = [{"contender": "a", "failed": "no time left"}, {"contender": "b", "step_ms": 2}, {"contender": "d"}]
     expected = [{"contender": "a", "step_ms": 1}, {"contender": "b", "step_ms": 2}, {"contender": "c"}, now[2]]
-    assert gpu.merged(before, now) == expected
+    assert gpu_sections.merged(before, now) == expected
+
+
+def test_the_largest_batch_is_searched_within_the_limit(monkeypatch):
+    tried = []
+
+    class Step:
+        def peak(self, batch_size):
+            tried.append(batch_size)
+            return None if batch_size > 40 else 1000 + 10 * batch_size
+
+    monkeypatch.setattr(gpu_worker, "limit_memory", tried.append)
+    found = gpu_worker.GpuStep.largest(Step(), 1300)
+    assert found["largest_batch"] == 30 and found["limit_bytes"] == tried[0] == 1300
+    assert set(tried[2:]) == set(found["trials"])

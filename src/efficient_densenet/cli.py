@@ -1,4 +1,4 @@
-"""The command `efficient-densenet`: one line per command; what a command does is written in its room.
+"""The command `efficient-densenet`: one line per command; what a command does is written in its package.
 
 Every command's module has ``add_arguments(parser)`` and ``run(arguments) -> int`` (the exit code), and is imported
 only when its command is asked for. Lightning parses the options of `fit`, `validate` and `test` by itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,14 +15,17 @@ import pytest
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from efficient_densenet import ops
+from efficient_densenet import UserError, ops
 from efficient_densenet.cli import main
-from efficient_densenet.measure import contender, contest, machine, max_batch
+from efficient_densenet.execution import KEEP
+from efficient_densenet.measure import benchmark as command
+from efficient_densenet.measure import contest, machine, max_batch, worker
 from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
+from efficient_densenet.measure.exactness import errors
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.measure.networks import Network
+from efficient_densenet.measure.networks import TINY, Network
 from efficient_densenet.measure.processes import Team
 from efficient_densenet.ops import eager
 
@@ -69,30 +73,57 @@ def test_several_devices(tmp_path):
     assert result["step_bytes"] < 0.7 * peak_bytes(alone), "each device has half of the batch"
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+PACKAGES = {name: name for name in ("torchvision", "timm", "monai", "onnxruntime", "openvino")}
+PACKAGES["resnet50"] = "torchvision"
+
+
+LIKE_ORDINARY = ("torchvision-c", "torchvision-g", "monai")  # made in the same way as the ordinary network's forms
+CALLED = [name for name, made in CONTENDERS.items() if not (made.evaluates_only or name.startswith(LIKE_ORDINARY))]
+
+
+@pytest.mark.parametrize("name", CALLED)
 def test_contenders_are_what_they_are_called(name, monkeypatch):
-    network, usual = Network(None, {"num_init_features": 4, "block_config": [1]}, 8, 10), ops.backend(torch.ones(1))
-    evaluates_only = CONTENDERS[name].evaluates_only
-    if evaluates_only:
-        pytest.importorskip(name)
-    step = TrainingStep(name, network, 2, Place("cpu"), training=not evaluates_only)
-    if evaluates_only:
-        expected = step.network(step.images)
-        torch.manual_seed(0)
-        torch.testing.assert_close(expected, network.build().eval()(step.images), rtol=1e-4, atol=1e-4)
-        return
-    block = step.network.features.denseblock1
-    expected = name if name == "recompute" else not name.startswith(("ordinary", "compiled", "checkpointing"))
-    adoption = getattr(block, "adoption", None)  # of a block that was made efficient
-    assert (adoption and adoption.way) == {True: "shared", "recompute": "recompute", False: None}[expected]
-    assert expected is not True or adoption.keep == name.removesuffix("-plain")
-    assert isinstance(step.network, OptimizedModule) == name.startswith("compiled")
-    channels_last = name.endswith("channels-last") or "budget" in name
-    assert step.images.is_contiguous(memory_format=torch.channels_last) == channels_last
-    if not name.startswith("compiled"):  # which takes minutes
-        backend = backends_from_now_on(monkeypatch)
+    made, usual = CONTENDERS[name], ops.backend(torch.ones(1))
+    pytest.importorskip(PACKAGES.get(name.split("-")[0], "torch"))
+    step = TrainingStep(name, TINY, 2, Place("cpu"))
+    assert isinstance(step.network, OptimizedModule) == ("compiled" in name or "reduce-overhead" in name)
+    in_channels_last = any(word in name for word in ("channels-last", "budget", "graph", "cudnn", "autotune", "reduce"))
+    assert step.images.is_contiguous(memory_format=torch.channels_last) == in_channels_last
+    module = getattr(step.network, "_orig_mod", step.network)
+    kept = name.split("-")[0] if name.split("-")[0] in KEEP else None
+    if kept or name == "recompute":
+        adoption = module.features.denseblock1.adoption
+        assert adoption.way == ("shared" if kept else "recompute") and kept in (None, adoption.keep)
+    else:
+        assert not any(hasattr(part, "adoption") for part in module.modules())
+    flags = [getattr(p, "memory_efficient", getattr(p, "grad_checkpointing", False)) for p in module.modules()]
+    assert ("flag" in name) == any(flags)
+    if not made.compile:  # to compile takes minutes
+        backends = backends_from_now_on(monkeypatch)
         assert all(0 < t < 60_000 for t in step())
-        assert expected is not True or backend == {eager if name.endswith("-plain") else usual}
+        assert backends == ({eager if name.endswith("-plain") else usual} if kept else set())
+
+
+BUILDS = {
+    made.build: name for name, made in reversed(CONTENDERS.items()) if not (name.startswith("resnet50") or made.compile)
+}
+
+
+@pytest.mark.parametrize("name", BUILDS.values())
+def test_contenders_are_one_and_the_same_network(name):
+    pytest.importorskip(PACKAGES.get(name.split("-")[0], "torch"))
+    expected, actual = (TrainingStep(n, TINY, 2, Place("cpu"), training=False) for n in ("ordinary", name))
+    with torch.inference_mode():
+        given = actual.network(actual.images)
+        torch.testing.assert_close(given, expected.network(expected.images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_library_without_such_a_network_says_so():
+    pytest.importorskip("timm")
+    other = {"num_init_features": 4, "block_config": [1], "growth_rate": 4}
+    for arguments in (other, other | {"bn_size": 2}):
+        with pytest.raises(UserError, match="timm has no network of the shape"):
+            TrainingStep("timm", Network(None, arguments, 8, 10), 2, Place("cpu"))
 
 
 def backends_from_now_on(monkeypatch):
@@ -148,6 +179,52 @@ def test_instructions_are_held_to_a_level_in_every_worker(tmp_path):
     assert said.stdout.startswith("DEFAULT") and " baseline," in said.stdout
 
 
+def test_peers_beside_each_other(tmp_path, monkeypatch, capsys):
+    """Each is compared with float64; a package that is not there is a gap, with the command that installs it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "timm.py").write_text("raise ModuleNotFoundError('no timm here', name='timm')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
+    (tmp_path / "results").mkdir()
+    names = ["ordinary", "checkpointing", "timm"]
+    options = ["--peers", "--batch-size", "3", "--rounds", "2", "--iterations", "1", "--contenders", ",".join(names)]
+    record = benchmark(tmp_path / "results", *SMALL, *options)
+    assert [row["contender"] for row in record["summary"]] == names[:2]
+    (gap,) = record["gaps"]
+    assert gap["contender"] == "timm" and "pip install 'efficient-densenet[peers]'" in gap["reason"]
+    table = capsys.readouterr().out
+    assert "pip install 'efficient-densenet[peers]'" in table and "% off" in table
+    for row in record["summary"]:
+        assert row["ready_s"] > 0 and 0 < row["errors"]["gradient"] < 1e-5
+        right = row["errors"]["statistics"] < 1e-6
+        assert right == (row["contender"] != "checkpointing"), "checkpoints move running statistics twice"
+
+
+def test_everybody_takes_part_where_nobody_is_named():
+    def named(*options):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return command.contenders(parser.parse_args(options))
+
+    training = named("--peers")
+    assert set(training) >= {"recompute", *KEEP, "torchvision-flag", "timm-channels-last", "monai"}
+    assert not any(CONTENDERS[name].evaluates_only for name in training)
+    assert set(named("--peers", "--evaluation")) >= {"onnxruntime", "openvino", "compiled"}
+    assert not any(CONTENDERS[name].compile for name in named("--peers", "--max-batch", "2GB"))
+    assert named() == ["ordinary", "ordinary-channels-last", *KEEP]
+
+
+def test_a_wrong_gradient_and_wrong_statistics_are_found():
+    network = Network(None, {"num_init_features": 6, "block_config": [2, 2], "input_size": 12}, 12, 100)
+    step = TrainingStep("bottleneck", network, 3, Place("cpu"))
+    step()  # what was before does not matter
+    right = errors(step)
+    assert right["gradient"] < 1e-5 and right["statistics"] < 1e-6
+    step.network.classifier.weight.register_hook(lambda grad: 1.01 * grad)
+    step.network.features.norm3.momentum = 0.2
+    wrong = errors(step)
+    assert wrong["gradient"] > 1e-4 and wrong["statistics"] > 1e-3
+
+
 def test_summary():
     result = {"num_devices": 2, "step_bytes": 10, "step_bytes_per_image": 5.0, "process_bytes": 99}
     rows = contest.summarize(
@@ -161,7 +238,7 @@ def test_summary():
     assert (rows[0]["B/F"], rows[0]["F+B"], rows[0]["F+B ratio"]) == (2, 6, 1)
     assert (rows[1]["F"]["std"], rows[1]["F+B ratio"], rows[1]["memory ratio"]) == (0, 0.5, 0.5)
     assert rows[2]["F+B ratio"] == 1, "ratios are to the first on as many devices"
-    assert rows[2]["F+B to ordinary"] is None
+    assert rows[2]["F+B to ordinary"] is rows[2]["pairs"] is None
 
 
 def test_the_faster_ordinary_form_counts():
@@ -173,6 +250,14 @@ def test_the_faster_ordinary_form_counts():
     assert [row["F+B to ordinary"] for row in rows] == [0.5, pytest.approx(4 / 3), 1]
 
 
+def test_ratios_are_taken_in_pairs():
+    """Of steps that follow each other, for the machine may become slower in between."""
+    result = {"num_devices": 1, "step_bytes": 1, "step_bytes_per_image": 1.0, "process_bytes": 1}
+    times = {"ordinary": [[2.0, 4.0], [20.0]], "bottleneck": [[1.0, 2.0], [16.0]]}
+    results = [result | {"contender": n, "forward_ms": t, "backward_ms": [[0.0, 0.0], [0.0]]} for n, t in times.items()]
+    assert contest.summarize(results)[1]["pairs"] == {"low": 0.5, "median": 0.5, "high": pytest.approx(0.65)}
+
+
 def test_largest_batch(tmp_path, capsys):
     """With memory for one image and half of another one, one is found."""
     job = {
@@ -181,7 +266,7 @@ def test_largest_batch(tmp_path, capsys):
         "batch_size": 1,
         "memory_limit": None,
     }
-    with Team(contender.__name__, job, threads=1) as team:
+    with Team(worker.__name__, job, threads=1) as team:
         limit = team.ask("process_bytes")[0] + 10_000_000
     options = ["--contenders", "ordinary", "--threads", "1", "--max-batch", f"{limit}B"]
     (result,) = benchmark(tmp_path, *options)["results"]
@@ -205,6 +290,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
         (["--output", "no-such-folder/result.json"], "no-such-folder"),
         (["--output", "."], "is a folder"),
         (["--contenders", "ordinary,onnxruntime"], "--evaluation"),
+        (["--contenders", "ordinary-graph"], "benchmarks/gpu.py"),
         (["--max-batch", "1GB", "--instructions", "avx2"], "--instructions"),
         (["--compression", "0"], "compression"),
     ],

@@ -27,7 +27,8 @@ RUN_TESTS = "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider'
 ONE_ROW_TOO_MANY = """
 import torch
 x, zero = torch.zeros(99, 7), torch.zeros(7)
-loaded.kernels.finish(0, x.data_ptr(), 7, x.data_ptr(), 7, 100, 7, *[zero.data_ptr()] * 3, x.data_ptr(), 7, 1)
+rows = library.Rows(x.data_ptr(), 7)
+loaded.kernels[torch.float32].finish(rows, rows, 100, 7, *[zero.data_ptr()] * 3, rows, 1)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -38,9 +39,17 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    source = Path(cpu.__file__).parent / "kernels.cpp"
-    subprocess.run([COMPILER, *FLAGS, *SANITIZERS, "-o", library, source], check=True)
+    folder = tmp_path_factory.mktemp("kernels")
+    sources = sorted(Path(cpu.__file__).parent.glob("*.cpp"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    # Side by side: they take a minute.
+    compilers = [
+        subprocess.Popen([COMPILER, *FLAGS, *SANITIZERS, "-c", source, "-o", made])
+        for source, made in zip(sources, objects, strict=True)
+    ]
+    assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
+    library = folder / "kernels.so"
+    subprocess.run([COMPILER, *FLAGS, *SANITIZERS, *objects, "-o", library], check=True)
     return library
 
 
@@ -50,6 +59,13 @@ def run(library, code, *arguments):
     settings = {"LD_PRELOAD": ":".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
     command = [sys.executable, "-c", BEGIN + code, str(library), *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=TESTS.parents[1])
+
+
+def test_every_header_compiles_alone():
+    headers = sorted(Path(cpu.__file__).parent.glob("*.h"))
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wno-psabi", "-x", "c++"]
+    compilers = {header.name: subprocess.Popen([*command, header]) for header in headers}
+    assert [name for name, compiler in compilers.items() if compiler.wait() != 0] == []
 
 
 def test_no_kernel_goes_beyond_its_memory(sanitized):

@@ -9,29 +9,24 @@ import pytest
 import torch
 
 from efficient_densenet import densenet121, densenet161, densenet264, densenet_cifar
-from efficient_densenet.ops.triton import launch
 
 triton = pytest.importorskip("triton")
+from efficient_densenet.ops.triton import ahead_of_time, forward, launch, machine_code  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def benchmarks(monkeypatch, request, tmp_path):
-    monkeypatch.syspath_prepend(str(request.config.rootpath / "benchmarks"))
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def shapes(*names):
-    import gpu_compiled
-
-    found = tuple(shape for shape in gpu_compiled.SHAPES if shape.name in names)
+    found = tuple(shape for shape in ahead_of_time.SHAPES if shape.name in names)
     assert len(found) == len(names)
     return found
 
 
 def compiled(kernel, shape, kind, target):
-    import gpu_compiled
-
-    (launched,) = [one for _, one in gpu_compiled.distinct(target, shapes(shape), [kind]) if one.name == kernel]
+    (launched,) = [one for _, one in ahead_of_time.distinct(target, shapes(shape), [kind]) if one.name == kernel]
     return launched.compile(target)
 
 
@@ -53,36 +48,28 @@ WIDE, NARROW = "transition, DenseNet-121", "3×3, k=12, C=24"
 )
 def test_kernels_compile_for_devices_that_are_not_here(target, kinds, names):
     """Without spilling, with tensor cores, in the shared memory that there is."""
-    import gpu_compiled
-
     found = [
-        gpu_compiled.record(target, *launched) for launched in gpu_compiled.distinct(target, shapes(*names), kinds)
+        ahead_of_time.record(target, *launched) for launched in ahead_of_time.distinct(target, shapes(*names), kinds)
     ]
-    assert {record["kernel"] for record in found} == set(gpu_compiled.KERNELS)
-    assert not [fault for record in found for fault in gpu_compiled.faults(record)], gpu_compiled.table(found)
+    assert {record["kernel"] for record in found} == set(ahead_of_time.KERNELS)
+    assert not [fault for record in found for fault in ahead_of_time.faults(record)]
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])
 def test_no_product_is_overtaken_on_hopper(kind):
     """Every forward kernel: the left operand's registers stay as they are while a product may read them."""
-    import gpu_compiled
-
-    forward = [one for _, one in gpu_compiled.distinct("sm_90", kinds=[kind]) if one.name == "norm_relu_conv_kernel"]
-    found = [gpu_compiled.record("sm_90", kind, launched) for launched in forward]
+    kernels = [one for _, one in ahead_of_time.distinct("sm_90", kinds=[kind]) if one.name == "norm_relu_conv_kernel"]
+    found = [ahead_of_time.record("sm_90", kind, launched) for launched in kernels]
     assert len(found) >= 10 and all(record["tensor_cores"] for record in found)
-    assert not [fault for record in found for fault in gpu_compiled.faults(record)]
+    assert not [fault for record in found for fault in ahead_of_time.faults(record)]
 
 
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9), reason="this Triton waits by itself")
 def test_without_the_wait_products_are_overtaken_on_hopper(monkeypatch):
     """So that the test above can fail."""
-    import gpu_machine_code
-
-    from efficient_densenet.ops.triton import forward
-
     monkeypatch.setattr(forward, "_MUST_WAIT", False)
     code = compiled("norm_relu_conv_kernel", "bottleneck, DenseNet-121", "fp16", "sm_90")
-    assert gpu_machine_code.describe(code)["overtaken"]
+    assert machine_code.describe(code)["overtaken"]
 
 
 LISTING = """
@@ -119,10 +106,8 @@ LISTING = """
     ],
 )
 def test_what_overtakes_a_product_is_found(before, left, behind, overtaken):
-    import gpu_machine_code
-
     listing = LISTING.format(before=before, left=left, behind=behind)
-    assert gpu_machine_code.overtaken(listing) == overtaken
+    assert machine_code.overtaken(listing) == overtaken
 
 
 def test_scale_and_shift_are_loaded_sixteen_bytes_at_a_time():
@@ -141,13 +126,11 @@ def test_a_product_and_a_sum_are_fused():
 
 def test_one_compiled_kernel_for_all_layers():
     """Channel counts, strides, sizes and batches are run-time arguments; layers differ in nothing else."""
-    import gpu_compiled
-
     layers = [
-        gpu_compiled.Shape("", images, (size, size), channels, 32, 3)
+        ahead_of_time.Shape("", images, (size, size), channels, 32, 3)
         for images, size, channels in [(256, 56, 128), (255, 56, 160), (1, 7, 992), (64, 29, 480)]
     ]
-    assert len({frozenset(gpu_compiled.kernels_of(layer, "bf16")) for layer in layers}) == 1
+    assert len({frozenset(ahead_of_time.kernels_of(layer, "bf16")) for layer in layers}) == 1
 
 
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
@@ -163,10 +146,8 @@ def test_one_compiled_kernel_for_all_layers():
     ],
 )
 def test_what_networks_use_is_among_what_is_compiled(network, kind):
-    import gpu_compiled
-
-    known = set().union(*(gpu_compiled.kernels_of(shape, kind) for shape in gpu_compiled.SHAPES))
+    known = set().union(*(ahead_of_time.kernels_of(shape, kind) for shape in ahead_of_time.SHAPES))
     with torch.device("meta"):
-        layers = gpu_compiled.shapes_of(network())
-    missing = {layer: names for layer in layers if (names := gpu_compiled.kernels_of(layer, kind) - known)}
+        layers = ahead_of_time.shapes_of(network())
+    missing = {layer: names for layer in layers if (names := ahead_of_time.kernels_of(layer, kind) - known)}
     assert not missing, sorted(layer.name for layer in missing)

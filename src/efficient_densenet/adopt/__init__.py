@@ -31,7 +31,7 @@ def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shar
     """Make the dense blocks of any model run on the shared buffer, in place, and return the model.
 
     Dense blocks, transitions and the sequences that run them are recognised by what they compute: their forward is
-    recorded on a few random pixels, and tried beside what would run instead. Their objects get another class;
+    recorded on a few random pixels, and compared with what would run instead. Their objects get another class;
     parameters, buffers, keys, hooks and modes stay the very same. Blocks of other norms, activations or convolutions
     recompute instead, which needs more memory and is exact. See `report` for what became of each part, and `restore`
     to undo it.

@@ -16,16 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.adopt.conditions import hooked
-from efficient_densenet.adopt.decide import SHARED, Adoption, at_call, decide, run_as
+from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
 from efficient_densenet.adopt.head import Head, head_of
+from efficient_densenet.adopt.kinds import is_plain_convolution, original_class
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import shared
+from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.recompute import forgetting
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adopted(nn.Module):
@@ -73,23 +71,26 @@ class AdoptedSequence(Adopted):
         x = one_tensor(self.adoption, arguments, named)
         decision = at_call(x, self, self.adoption)
         if decision is None:
-            return self.run_modules(list(self), x)
+            return as_ordinary(*self.run_modules(list(self), x))
         return run_as(decision, x, self, self.adoption, lambda: self.original.forward(self, *arguments, **named))
 
-    def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """Run all modules, or the first ones."""
-        i = 0
+    def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, bool | None]:
+        """Run all modules, or the first ones; see `as_ordinary` for what comes out."""
+        i, channels_last = 0, None
         for start, stop, adoption in self.adoption.segments:
             if stop > len(modules):
                 break
-            if adoption.is_stem and start > i:
-                x = in_order(modules[i : start - 1], x)
-                x = _run_stem(modules[start - 1], modules[start:stop], x, adoption)
+            first = start - 1 if adoption.is_stem and start > i else start
+            if first > i:
+                x, channels_last = in_order(modules[i:first], as_ordinary(x, channels_last)), None
+            if first < start:
+                x, channels_last = _run_stem(modules[first], modules[start:stop], x, adoption)
             else:
-                x = in_order(modules[i:start], x)
-                x = run_segment(modules[start:stop], x, adoption)
+                x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last)
             i = stop
-        return in_order(modules[i:], x)
+        if i < len(modules):
+            x, channels_last = in_order(modules[i:], as_ordinary(x, channels_last)), None
+        return x, channels_last
 
 
 class AdoptedNetwork(Adopted):
@@ -108,41 +109,50 @@ class AdoptedNetwork(Adopted):
 
     def run_head(self: Any, features: Any, head: Head, x: Tensor) -> Tensor:
         *first, block, norm = list(features)
-        x = features.run_modules(first, x)
+        x, channels_last = features.run_modules(first, x)
         (segment,) = self.adoption.segments
         decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
         if decision.way == SHARED:
-            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep)
+            x, _ = run_shared(x, decision, segment.adoption.keep, channels_last)
         else:  # the block tells why, if it does not run on its buffer either
-            x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
+            x = in_order([block, norm], as_ordinary(x, channels_last))
+            x = F.relu(x).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
 
 
-def _run_stem(convolution: nn.Module, modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
+def _run_stem(
+    convolution: nn.Module, modules: Sequence[nn.Module], x: Any, adoption: Adoption
+) -> tuple[Tensor, bool | None]:
     """A convolution, and norm, relu and max pool of what it makes; with ``keep="inputs"`` that is not kept either."""
-    if isinstance(x, Tensor):
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
+    weight = convolution._parameters.get("weight")
+    if weight is None or not isinstance(x, Tensor) or x.dim() != weight.dim():
+        return run_segment(modules, in_order([convolution], x), adoption, None)
+    channels_last = is_channels_last(x) or is_channels_last(weight)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
     # A compiler decides by itself what to compute again.
     forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    plain = type(convolution).forward in [kind.forward for kind in CONVOLUTIONS] and not hooked([convolution])
+    plain = is_plain_convolution(convolution) and not hooked([convolution])
     with forgetting(convolutions=True) if forget and plain else nullcontext():
-        return run_segment(modules, in_order([convolution], x), adoption)
+        return run_segment(modules, in_order([convolution], x), adoption, channels_last)
 
 
 def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     for module in modules:
-        if isinstance(module, _BatchNorm) and isinstance(x, Tensor) and x.device.type == "cpu":
-            # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.
-            x = x.contiguous()
         x = module(x)
     return x
 
 
-def run_segment(modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
+def run_segment(
+    modules: Sequence[nn.Module], x: Tensor, adoption: Adoption, channels_last: bool | None
+) -> tuple[Tensor, bool | None]:
+    """Run modules as one; `channels_last`, given and returned, as in `run_shared`."""
     decision = decide(x, modules, adoption, own_hooks=False)
-    if decision.way != SHARED and any(isinstance(module, Adopted) for module in modules):
-        return in_order(modules, x)  # they decide by themselves, and tell why
-    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x))
+    if decision.way == SHARED:
+        return run_shared(x, decision, adoption.keep, channels_last)
+    x = as_ordinary(x, channels_last)
+    if any(isinstance(module, Adopted) for module in modules):
+        return in_order(modules, x), None  # they decide by themselves, and tell why
+    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x)), None
 
 
 def one_tensor(adoption: Adoption, arguments: tuple, named: dict[str, Any]) -> Any:
@@ -179,17 +189,6 @@ def adoptions(model: nn.Module) -> Iterator[Adoption]:
     for module in adopted_modules(model):
         yield module.adoption
         yield from [segment.adoption for segment in module.adoption.segments]
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    return module.original if isinstance(module, Adopted) else type(module)
-
-
-def runs_in_order(module: nn.Module) -> bool:
-    """Whether it is a sequence that runs its parts one after the other, or was one before it was adopted."""
-    return (
-        getattr(original_class(module), "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
-    )
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Chain:
     """What a module, or several in a row, compute: dense layers, a transition, both, or a stem.
 
     Attributes:
+        dims: spatial dimensions of the input.
         width: channels of the input.
         made: channels that each layer makes.
         bottlenecks: channels of each layer's bottleneck output; empty without bottlenecks.
@@ -34,6 +35,7 @@ class Chain:
         tail_reason: why the tail cannot run there, if so, whether the layers can or not.
     """
 
+    dims: int
     width: int
     made: tuple[int, ...]
     bottlenecks: tuple[int, ...]
@@ -76,7 +78,32 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     plan = None if reason is not None else _plan(record, output, layers, last, steps, is_stem)
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
-    return Chain(width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+    return Chain(len(record.size), width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+
+
+def join(block: Chain, tail: Chain, offset: int) -> Chain | None:
+    """Layers, and a transition or norm that reads all that they hand out, as one; None where they cannot be one.
+
+    Args:
+        block, tail: what each is.
+        offset: the number of the tail's first module behind those of the block.
+    """
+    first, second, width = block.plan, tail.plan, block.width + sum(block.made)
+    if first is None or second is None or block.tail or tail.made or tail.is_stem or first.output:
+        return None
+    if tail.width != width or tail.dims != block.dims:
+        return None
+    norms = [norm._replace(part=norm.part + offset, source=(0, width)) for norm in second.norms]
+    convolutions = [convolution._replace(part=convolution.part + offset) for convolution in second.convolutions]
+    plan = replace(
+        first,
+        made=first.made + second.made,
+        norms=(*first.norms, *norms),
+        convolutions=(*first.convolutions, *convolutions),
+        pool=second.pool,
+        steps=second.steps,
+    )
+    return replace(block, tail=tail.tail, pools=tail.pools, plan=plan)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
@@ -110,7 +137,7 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
     """
     end = _read(last) if last is not None else output.pieces if isinstance(output, Features) else ()
     found: list[tuple[int, ...]] = []
-    wanted = {piece for piece in end if piece != 0}
+    wanted = _concatenated(record, end)
     for number in sorted(wanted):
         piece = record.pieces[number]
         if piece.source is None or (piece.convolution is None and piece.obstacle is None):
@@ -131,8 +158,21 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
         known.add(layer[-1])
     if last is not None and (set(end) != known or len(end) != len(known)):
         raise NotDenseError("its last convolution does not read all features, each once")
-    if last is None and (len(end) != len(set(end)) or not known - {0} <= set(end)):
-        raise NotDenseError("it does not return all features that its layers made, each once")
+    return found
+
+
+def _concatenated(record: Record, pieces: Sequence[int]) -> set[int]:
+    """These pieces and all others that they were made of, but the input and bottleneck outputs."""
+    found: set[int] = set()
+    left = [*pieces]
+    while left:
+        number = left.pop()
+        if number != 0 and number not in found:
+            found.add(number)
+            read = _read(record.pieces[number])
+            while len(read) == 1 and read != (0,):
+                read = _read(record.pieces[read[0]])
+            left += read
     return found
 
 
@@ -224,36 +264,37 @@ def _plan(
     )
 
 
+def _ranges(record: Record, held: Sequence[int], wanted: Sequence[int]) -> Ranges:
+    """First channel and number of channels of the `wanted` pieces, where those `held` lie one behind the other."""
+    ranges, at = {}, 0
+    for number in held:
+        ranges[number] = (at, record.pieces[number].channels)
+        at += record.pieces[number].channels
+    return tuple(ranges[number] for number in wanted)
+
+
 def _order(record: Record, read: Sequence[int]) -> Ranges:
     """Where the oldest, the second oldest, ... of the pieces that a norm reads lie among its channels."""
-    places, at = {}, 0
-    for number in read:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    return () if list(read) == sorted(read) else tuple(places[number] for number in sorted(read))
+    return () if list(read) == sorted(read) else _ranges(record, read, sorted(read))
 
 
 def _positions(record: Record, layers: Sequence[tuple[int, ...]], output: Sequence[int]) -> Ranges:
     """Where the pieces that come out lie in the buffer; empty where they are all of it in its order."""
     held = [0, *(layer[-1] for layer in layers)]
-    if not output or list(output) == held:
+    if list(output) == held:
         return ()
-    places, at = {}, 0
-    for number in held:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    ranges: list[tuple[int, int]] = []
-    for start, count in (places[number] for number in output):
-        if ranges and sum(ranges[-1]) == start:
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
+    joined: list[tuple[int, int]] = []
+    for start, count in _ranges(record, held, output):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
         else:
-            ranges.append((start, count))
-    return tuple(ranges)
+            joined.append((start, count))
+    return tuple(joined)
 
 
 def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, ...]]:
     """The average pool that may run before the convolution, 1 if there is none; and what is left to run behind it."""
-    pool, taken = _pool(steps, _AVERAGE_POOLS)
+    pool, used = _pool(steps, _AVERAGE_POOLS)
     if pool is None or set(last.kernel) != {1}:
         return 1, steps
     window, *more = pool
@@ -261,12 +302,12 @@ def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, 
     defaults: list[Any] = [[], [0], False, True, None]
     stride, padding, ceil_mode, _, divisor = more + defaults[len(more) :]
     simple = list(stride or window) == list(window) and not any(padding) and not ceil_mode and divisor is None
-    return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
+    return (size, steps[used:]) if simple and len(set(window)) == 1 else (1, steps)
 
 
 def _is_stems_pool(steps: Sequence[Step]) -> bool:
-    pool, taken = _pool(steps, _MAX_POOLS)
-    if pool is None or taken != len(steps):
+    pool, used = _pool(steps, _MAX_POOLS)
+    if pool is None or used != len(steps):
         return False
     defaults: list[Any] = [[1], False]
     dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
@@ -274,7 +315,7 @@ def _is_stems_pool(steps: Sequence[Step]) -> bool:
 
 
 def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None, int]:
-    """The arguments of the pool of this kind that `steps` begin with, and how many of them it takes.
+    """The arguments of the pool of this kind that `steps` begin with, and how many of them it is.
 
     In one dimension it is a pool in two, on lines.
     """

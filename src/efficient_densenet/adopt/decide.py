@@ -15,13 +15,15 @@ from torch.fx import Proxy
 
 from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
 from efficient_densenet.adopt.head import Head
-from efficient_densenet.adopt.look import Look, look, look_at_size
+from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
+from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.recompute import forgetting
 
@@ -32,7 +34,6 @@ WAYS: tuple[Way, ...] = get_args(Way)
 SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
 _TRACED = "it is traced, as the ordinary operations"
-_MOST_LOOKS = 50
 
 
 class Segment(NamedTuple):
@@ -113,9 +114,24 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
     if torch.compiler.is_compiling():
         return _decide_while_compiling(roots, adoption)
     decision = standing(roots, adoption, own_hooks, x.shape)
-    if decision.way == SHARED and decision.chain is not None and decision.chain.width != x.shape[1]:
-        return Decision(ORDINARY, "its input has other channels", tell=False)  # an error, which it explains itself
+    if decision.way == SHARED and not _fits(x, decision):
+        return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
     return decision
+
+
+def _fits(x: Tensor, decision: Decision) -> bool:
+    """Whether shape, device and type of the input are those that the modules take."""
+    chain, plan = decision.chain, decision.plan
+    assert chain is not None
+    if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
+        return False
+    for part, (name, _), *_ in plan.convolutions[:1]:
+        weight = decision.modules[part]._parameters.get(name)
+        if weight is not None and weight.device != x.device:
+            return False
+        if weight is not None and weight.dtype != x.dtype and not shared.casts_automatically(x):
+            return False
+    return True
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
@@ -145,14 +161,53 @@ def standing(
     known = _known(roots, adoption, found)
     reason = known.reason
     if reason is None and known.sizes and shape is not None:
-        reason = _differs_at(known, roots, shape)
+        error = _differs_at(known, roots, shape)
+        if isinstance(error, NotTriedError):
+            return Decision(ORDINARY, str(error), known.chain, tell=False)  # it will raise that itself
+        reason = None if error is None else str(error)
     if adoption.way == "recompute":
         return Decision(RECOMPUTE, None, known.chain)
     return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
 
 
+def run_shared(x: Tensor, decision: Decision, keep: Keep, channels_last: bool | None) -> tuple[Tensor, bool]:
+    """Run on the shared buffer, as decided.
+
+    Args:
+        x: the input.
+        decision: of `decide`.
+        keep: as in `make_efficient`.
+        channels_last: whether the input would be so in memory in the ordinary network; None: it is as there.
+
+    Returns:
+        What comes out, and whether that would be channels-last in the ordinary network: see `as_ordinary`.
+    """
+    plan, modules = decision.plan, decision.modules
+    if channels_last is None:
+        channels_last = is_channels_last(x)
+    made = shared.run(x, plan, modules, keep, channels_last)
+    if plan.pool or (plan.output and 0 not in dict(plan.output)):  # made by convolutions alone, without the input
+        channels_last = channels_last or shared.makes_channels_last(plan, modules)
+    # What is handed out may be changed in place; the features that are kept for backward may not.
+    features = not (plan.pool or plan.max_pool or plan.head or plan.output)
+    if (features and made.requires_grad) or len(plan.output) == 1:
+        made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
+    return made, channels_last
+
+
+def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:
+    """Contiguous, as the ordinary network hands it out, unless that is channels-last; None: `x` is what it hands out.
+
+    A reader of ours needs no such copy; anybody else may view it as another shape, or draw dropout in its order.
+    """
+    if channels_last is not False or x.dim() < 3:
+        return x
+    # Of a single pixel both layouts are the same, but not what PyTorch makes of it when it is upsampled.
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(1) == 1 else x.contiguous()
+
+
 def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, ordinary: Callable[[], Any]) -> Any:
-    """Run as decided.
+    """Run as decided, and hand out what the ordinary network does.
 
     Args:
         decision: of `decide`.
@@ -162,11 +217,7 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
         ordinary: runs them as they are.
     """
     if decision.way == SHARED:
-        plan = decision.plan
-        made = shared.run(x, plan, decision.modules, adoption.keep)
-        # What is handed out may be changed in place; the features that are kept for backward may not.
-        whole = not (plan.pool or plan.max_pool or plan.output)
-        return made.clone() if whole and made.requires_grad else made
+        return as_ordinary(*run_shared(x, decision, adoption.keep, None))
     _say(decision, module, adoption)
     if decision.way == RECOMPUTE and torch.is_grad_enabled():
         with forgetting():
@@ -183,7 +234,7 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
         return
     adoption.said.add(reason)
     how = "recomputes" if decision.way == RECOMPUTE else "runs the ordinary way"
-    name = adoption.name or getattr(type(module), "original", type(module)).__name__
+    name = adoption.name or original_class(module).__name__
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 
@@ -202,7 +253,7 @@ def _must_be_ordinary(x: Any) -> str | None:
         return "torch.func transforms it, for which it must consist of ordinary operations"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need the ordinary operations"
-    return "" if isinstance(x, Tensor) and not x.numel() else None
+    return "" if isinstance(x, Tensor) and (x.layout != torch.strided or not x.numel()) else None
 
 
 def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption) -> Decision:
@@ -232,21 +283,23 @@ def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...
             return one
     if getattr(roots[0], "_is_replica", False):
         return Look(found, None, False, "it is a replica of something that has changed", training)
-    if len(looks) >= _MOST_LOOKS:
-        return Look(found, None, False, f"its attributes have changed more than {_MOST_LOOKS} times", training)
+    if len(looks) >= MOST_LOOKS:
+        return Look(found, None, False, f"its attributes have changed more than {MOST_LOOKS} times", training)
     try:
-        looks.insert(0, look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
+        (one,) = look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)
+        looks.insert(0, replace(one, conditions=found))  # those of a trial may differ, for it has copies of objects
     except NotDenseError as error:
         looks.insert(0, Look(found, None, False, str(error), training))
     return looks[0]
 
 
-def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> str | None:
+def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> NotDenseError | None:
     """Why what was found does not hold for an input of this shape, if so."""
     if shape not in known.by_size:
+        known.by_size[shape] = None
         try:
-            same = look_at_size(roots, shape) == known.chain
-            known.by_size[shape] = None if same else "what it computes depends on the size of its input"
+            if look_at_size(roots, shape) != known.chain:
+                known.by_size[shape] = NotDenseError("what it computes depends on the size of its input")
         except NotDenseError as error:
-            known.by_size[shape] = str(error)
+            known.by_size[shape] = error.with_traceback(None)  # which would keep tensors alive
     return known.by_size[shape]

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
+from efficient_densenet.adopt.kinds import modules_of
 from efficient_densenet.adopt.meanings import Meanings, NotDenseError
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.execution.plan import parts
@@ -44,6 +46,8 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
     """How the network ends, for an input of this shape, if its head may join the last block; `known` is added to."""
     modules, found = conditions([network], without=features)
     head = next((one for one in known if one.conditions == found), None)
+    if head is None and len(known) >= MOST_LOOKS:
+        return None
     if head is None:
         head = _look(network, features, found, shape)
         known.insert(0, head)
@@ -57,7 +61,7 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
 
 def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
     """Whether it does, for images of a usual size."""
-    weight = next((p for p in features.parameters() if p.dim() > 2), None)
+    weight = next((p for p in features.parameters() if not is_lazy(p) and p.dim() > 2), None)
     if weight is None:
         return False
     shape = torch.Size((2, weight.shape[1], *[_USUAL_SIZE] * (weight.dim() - 2)))
@@ -71,6 +75,11 @@ def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape
         record = _Record(modules, features)
         try:
             features.__dict__["forward"] = _Empty(_width(features))
+            for module in modules:
+                if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+                    module.__dict__["forward"] = _Empty(
+                        1
+                    )  # a classifier that learns from its first input what it reads
             record.set(x := tensors.activation(*shape), "input")
             output = record.watch(network, x)
         except Exception:  # whatever it is: its parts run one by one
@@ -95,7 +104,7 @@ class _Empty:
 
 
 def _width(features: nn.Module) -> int:
-    norm: Any = [*features.children()][-1]
+    norm: Any = modules_of(features)[-1]
     return norm.num_features
 
 

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import contest, devices, machine, max_batch, networks, report
+from efficient_densenet.measure import contest, devices, machine, max_batch, networks, results, tables
 from efficient_densenet.measure.contender import DTYPES
-from efficient_densenet.measure.contenders import CONTENDERS, contender_list
+from efficient_densenet.measure.contenders import (
+    COMPILED,
+    CONTENDERS,
+    FORMS,
+    PEERS,
+    PEERS_IN_EVALUATION,
+    USUAL,
+    contender_list,
+)
 from efficient_densenet.measure.machine import HELD
 from efficient_densenet.measure.memory import parse_bytes
 from efficient_densenet.measure.networks import Network, int_list, positive_int
@@ -28,8 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders",
         type=contender_list,
-        default="ordinary,ordinary-channels-last,bottleneck,features,inputs",
-        help="; ".join(f"{name}: {made.description}" for name, made in CONTENDERS.items()),
+        help=f"who takes part (None: {', '.join(USUAL)}). "
+        + "; ".join(f"{name}: {made.description}" for name, made in CONTENDERS.items()),
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure ours in every mode beside other libraries', compiled ones and runtimes for evaluation, and "
+        "compare each with float64; what cannot take part is named, with the reason",
     )
     parser.add_argument(
         "--dtype",
@@ -67,33 +81,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write everything that was measured to a file."""
     network = networks.from_arguments(arguments)
-    report.check_output(arguments.output)
-    job = {
-        "network": asdict(network),
-        "batch_size": arguments.batch_size,
-        "warmup": arguments.warmup,
-        "iterations": arguments.iterations,
-        "memory_limit": None,
-        "dtype": arguments.dtype,
-        "training": not arguments.evaluation,
-    }
+    arguments.contenders = arguments.contenders or contenders(arguments)
+    results.check_output(arguments.output)
+    job = contest.job(
+        network,
+        arguments.batch_size,
+        arguments.warmup,
+        arguments.iterations,
+        dtype=arguments.dtype,
+        training=not arguments.evaluation,
+    )
     measure = _times if arguments.max_batch is None else _largest_batches
     content, table = measure(arguments, network, job)
     print(f"{network}\n\n{table}\n")
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     record = {"arguments": given, "network": asdict(network), **machine.describe(arguments.device), **content}
-    report.write_json(arguments.output, record)
+    results.write_json(arguments.output, record)
     print(f"written to {arguments.output}")
     return 0
+
+
+def contenders(arguments: argparse.Namespace) -> list[str]:
+    """Who takes part where nobody was named."""
+    if not arguments.peers:
+        return list(USUAL)
+    names = dict.fromkeys((*PEERS_IN_EVALUATION, *COMPILED) if arguments.evaluation else (*PEERS, *FORMS, *COMPILED))
+    if arguments.max_batch is None:
+        return list(names)
+    return [name for name in names if CONTENDERS[name].compile is None]  # each trial would compile again
 
 
 def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
     for num_devices in arguments.num_devices:
         devices.check(arguments.device, num_devices, arguments.batch_size)
         network.check_images(arguments.batch_size // num_devices, training=not arguments.evaluation)
-    results: list[contest.Result] = []
+    if arguments.peers and arguments.num_devices != [1]:
+        raise UserError("--peers measures one device: leave --num-devices away")
+    timed: list[contest.Result] = []
+    gaps: list[dict[str, str]] = []
     for num_devices in arguments.num_devices:
-        results += contest.run(
+        timed += contest.run(
             arguments.contenders,
             job,
             arguments.rounds,
@@ -101,9 +128,12 @@ def _times(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[d
             num_devices,
             arguments.threads,
             HELD.get(arguments.instructions),
+            check=arguments.peers,
+            gaps=gaps if arguments.peers else None,
         )
-    rows = contest.summarize(results)
-    return {"results": results, "summary": rows}, report.times_table(rows)
+    rows = contest.summarize(timed)
+    table = tables.peers(rows, arguments.batch_size) if arguments.peers else tables.contest(rows)
+    return {"results": timed, "summary": rows, "gaps": gaps}, "\n".join([table, *tables.gaps(gaps)])
 
 
 def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) -> tuple[dict[str, Any], str]:
@@ -113,5 +143,13 @@ def _largest_batches(arguments: argparse.Namespace, network: Network, job: Job) 
         raise UserError("--max-batch measures memory, which no instructions change: leave --instructions away")
     devices.check(arguments.device, num_devices=1, batch_size=1)
     network.check_images(1, training=not arguments.evaluation)
-    results = max_batch.run(arguments.contenders, job, arguments.max_batch, arguments.device, arguments.threads)
-    return {"results": results}, report.batches_table(results)
+    gaps: list[dict[str, str]] = []
+    found = max_batch.run(
+        arguments.contenders,
+        job,
+        arguments.max_batch,
+        arguments.device,
+        arguments.threads,
+        gaps if arguments.peers else None,
+    )
+    return {"results": found, "gaps": gaps}, "\n".join([tables.largest_batches(found), *tables.gaps(gaps)])

@@ -1,21 +1,21 @@
-"""One contender of a benchmark, in a process of its own: it times training steps, or measures their memory."""
+"""One contender of a benchmark: a training step that is timed, and whose memory is measured."""
 
 from __future__ import annotations
 
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.measure.clock import Clock
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
-from efficient_densenet.measure.memory import format_bytes, peak_bytes, resident_peak_bytes
+from efficient_densenet.measure.memory import peak_bytes, resident_peak_bytes
 from efficient_densenet.measure.networks import Network
-from efficient_densenet.measure.processes import serve
 from efficient_densenet.ops import plain_pytorch
 
 DTYPES = ("float32", "bfloat16", "float16", "amp-bf16")
@@ -42,54 +42,71 @@ class TrainingStep:
         dtype: str = "float32",
         training: bool = True,
     ) -> None:
-        self.place, self.training = place, training
-        made = CONTENDERS[contender]
-        if made.evaluates_only and (training or dtype != "float32"):
+        self._begun = time.perf_counter()
+        self.made, self.described, self.place, self.training = CONTENDERS[contender], network, place, training
+        if self.made.evaluates_only and (training or dtype != "float32" or place.device_type != "cpu"):
             raise UserError(
-                f"{contender} takes part with --evaluation and in float32 alone: leave it out of --contenders"
+                f"{contender} takes part with --evaluation on a CPU in float32 alone: leave it out of --contenders"
             )
         self.autocast = partial(torch.autocast, place.device_type, torch.bfloat16, enabled=dtype == "amp-bf16")
-        type_ = torch.float32 if dtype == "amp-bf16" else getattr(torch, dtype)
-        self.backends = plain_pytorch if made.plain else nullcontext
+        self.type = torch.float32 if dtype == "amp-bf16" else getattr(torch, dtype)
+        self.backends = plain_pytorch if self.made.plain else nullcontext
         torch.manual_seed(0)
-        module = made.build(network).to(place.device, memory_format=made.memory_format)  # type: ignore[call-overload]
-        self.network = place.wrap(module.to(type_).train(training))
-        images, self.labels = (place.share(x) for x in network.batch(batch_size))
-        self.images = images.to(type_).contiguous(memory_format=made.memory_format)
+        torch.backends.cudnn.benchmark = self.made.search
+        module = self.made.build(network).to(place.device, memory_format=self.made.memory_format)  # type: ignore[call-overload]
+        self.network = place.wrap(self.made.compiled(module.to(self.type).train(training)))
+        self.set_batch(batch_size)
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)  # there before the first step, so that it is not counted
+
+    def set_batch(self, batch_size: int) -> None:
+        """Take another batch of so many images over all devices."""
+        self.batch_size = batch_size
+        images, self.labels = (self.place.share(x) for x in self.described.batch(batch_size))
+        self.images = images.to(self.type).contiguous(memory_format=self.made.memory_format)
 
     def __call__(self) -> tuple[float, float]:
         """Run one step; return the milliseconds of forward and of backward."""
         with self.backends():
             return self._train() if self.training else (self._evaluate(), 0.0)
 
+    def output(self) -> Tensor:
+        with self.backends(), self.autocast():
+            return self.network(self.images)
+
+    def loss(self) -> Tensor:
+        with self.autocast():
+            return F.cross_entropy(self.network(self.images), self.labels)
+
     def _train(self) -> tuple[float, float]:
         self.network.zero_grad(set_to_none=False)
-        self.place.meet()
-        start = time.perf_counter()
-        with self.autocast():
-            loss = F.cross_entropy(self.network(self.images), self.labels)
-        self.place.synchronize()
-        middle = time.perf_counter()
+        clock = self._started()
+        loss = self.loss()
+        clock.mark()
         loss.backward()
-        self.place.synchronize()
-        return (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3
+        clock.mark()
+        forward, backward = clock.milliseconds()
+        return forward, backward
 
     @torch.inference_mode()
     def _evaluate(self) -> float:
-        self.place.meet()
-        start = time.perf_counter()
+        clock = self._started()
         with self.autocast():
             self.network(self.images)
-        self.place.synchronize()
-        return (time.perf_counter() - start) * 1e3
+        clock.mark()
+        return clock.milliseconds()[0]
+
+    def _started(self) -> Clock:
+        self.place.meet()
+        clock = Clock(self.place)
+        clock.mark()
+        return clock
 
     def turn(self, warmup: int, iterations: int) -> dict[str, list[float]]:
         """Milliseconds of `iterations` steps, after `warmup` steps that do not count."""
         times = [self() for _ in range(warmup + iterations)][warmup:]
         if self.place.device_type == "cuda":
-            torch.cuda.empty_cache()  # the next contender may need the room
+            torch.cuda.empty_cache()  # the next contender may need the memory
         return {"forward_ms": [forward for forward, _ in times], "backward_ms": [backward for _, backward in times]}
 
     def process_bytes(self) -> int:
@@ -102,32 +119,12 @@ class TrainingStep:
             return torch.cuda.max_memory_allocated(self.place.device)
         return resident_peak_bytes()
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of the process, and of live tensors that a step adds; the images that the step had."""
+    def memory(self) -> dict[str, float]:
+        """Bytes of the process, and of live tensors that a step adds; the images that the step had.
+
+        ``ready_s`` are the seconds until the first step was done: to build, export and compile.
+        """
         process = self.process_bytes()  # first: the recording of allocations takes memory too
-        return {"process": process, "step": peak_bytes(self, self.place.device), "images": len(self.images)}
-
-
-def start(job: dict[str, Any], place: Place) -> dict[str, Any]:
-    if job["memory_limit"] is not None and place.device_type == "cuda":
-        _limit_memory(job["memory_limit"])
-    how = {name: job[name] for name in ("dtype", "training") if name in job}
-    step = TrainingStep(job["contender"], Network(**job["network"]), job["batch_size"], place, **how)
-    return {
-        "turn": lambda: step.turn(job["warmup"], job["iterations"]),
-        "memory": step.memory,
-        "process_bytes": step.process_bytes,
-    }
-
-
-def _limit_memory(limit: int) -> None:
-    free, total = torch.cuda.mem_get_info()
-    if limit > free:
-        raise UserError(
-            f"{format_bytes(free)} of the GPU are free, not {format_bytes(limit)}: use a smaller --max-batch"
-        )
-    torch.cuda.set_per_process_memory_fraction(limit / total)
-
-
-if __name__ == "__main__":
-    serve(start)
+        ready = time.perf_counter() - self._begun
+        step = peak_bytes(self, self.place.device)
+        return {"process": process, "step": step, "images": len(self.images), "ready_s": ready}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import efficient_densenet
+from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import VARIABLE, Instructions
 
 HELD = {
@@ -34,14 +35,22 @@ HELD = {
 """Environment variables that hold this library, PyTorch, oneDNN and MKL to a level; read when a process starts."""
 
 
+_COMPARED_WITH = ("torchvision", "timm", "monai", "onnxruntime", "openvino")
+
+
 def describe(device_type: str) -> dict[str, Any]:
     """Hardware, versions of what matters, the commit of this package (None if unknown), and the date; plain data."""
     return {
         "hardware": _hardware(device_type),
-        "versions": _versions(),
+        "versions": _versions(device_type),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """Its name, and the best instructions that the kernels find on it: what figures are kept by."""
+    return f"{_cpu()}, {library.load().instructions.option}"
 
 
 def _hardware(device_type: str) -> dict[str, Any]:
@@ -66,15 +75,26 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str | None]:
+def _versions(device_type: str) -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     versions["cuda"] = torch.version.cuda
+    if device_type == "cuda":
+        versions |= {"driver": _driver(), "triton": _version("triton")}
     versions["efficient-densenet"] = efficient_densenet.__version__
+    return versions | {name: _version(name) for name in _COMPARED_WITH}
+
+
+def _version(distribution: str) -> str | None:
     try:
-        versions["torchvision"] = importlib.metadata.version("torchvision")
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        versions["torchvision"] = None
-    return versions
+        return None
+
+
+def _driver() -> str | None:
+    """Of NVIDIA's devices, as the kernel module tells it."""
+    module = Path("/proc/driver/nvidia/version")
+    return module.read_text().splitlines()[0] if module.exists() else None
 
 
 def _commit() -> str | None:

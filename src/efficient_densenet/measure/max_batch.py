@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.measure import contender
+from efficient_densenet.measure import worker
 from efficient_densenet.measure.memory import available_bytes, format_bytes
-from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team
+from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team, progress
 
 Peaks = dict[int, int | None]
 """The peak bytes of each batch that was tried; None where the device ran out of memory."""
 
 
-def run(names: Sequence[str], job: Job, limit: int, device_type: str, threads: int | None) -> list[dict[str, Any]]:
+def run(
+    names: Sequence[str],
+    job: Job,
+    limit: int,
+    device_type: str = "cpu",
+    threads: int | None = None,
+    gaps: list[dict[str, str]] | None = None,
+) -> list[dict[str, Any]]:
     """For each contender the largest batch that fits `limit` bytes, its peak, and the smallest that did not fit.
 
     On a GPU the allocator gets `limit` and runs out of it; on a CPU the peak resident size of the process decides.
+    `gaps` takes those that cannot take part, with the reason; where it is None, that is an error.
     """
     ceiling = None
     if device_type == "cpu":
@@ -31,7 +38,13 @@ def run(names: Sequence[str], job: Job, limit: int, device_type: str, threads: i
             )
     results = []
     for name in names:
-        peaks = largest_batch(partial(_peak, name, job, limit, device_type, threads), limit, ceiling)
+        try:
+            peaks = largest_batch(partial(_peak, name, job, limit, device_type, threads), limit, ceiling)
+        except UserError as error:
+            if gaps is None:
+                raise
+            gaps.append({"contender": name, "reason": str(error)})
+            continue
         largest = max((n for n, peak in peaks.items() if _fits(peak, limit)), default=0)
         smallest = min(n for n, peak in peaks.items() if not _fits(peak, limit))
         results.append(
@@ -118,10 +131,10 @@ def _known(peak: int | None) -> int:
 def _peak(name: str, job: Job, limit: int, device_type: str, threads: int | None, batch_size: int) -> int | None:
     trial = job | {"contender": name, "batch_size": batch_size, "memory_limit": limit}
     try:
-        with Team(contender.__name__, trial, device_type, threads=threads) as team:
+        with Team(worker.__name__, trial, device_type, threads=threads) as team:
             peak: int | None = team.ask("process_bytes")[0]
     except OutOfMemoryError:
         peak = None
     shown = "out of memory" if peak is None else format_bytes(peak)
-    print(f"{name}, batch {batch_size}: {shown}", file=sys.stderr, flush=True)
+    progress(f"{name}, batch {batch_size}: {shown}")
     return peak

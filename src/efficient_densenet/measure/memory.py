@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -48,6 +49,13 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
     )
     return max(accumulate((nbytes for _, nbytes in changes), initial=0))
+
+
+def bytes_per_image(peak_of: Callable[[int], int], batches: tuple[int, int]) -> dict[str, Any]:
+    """The peak bytes of two batches, and their slope, which leaves out what does not grow with the batch."""
+    small, large = batches
+    peaks = {n: peak_of(n) for n in batches}
+    return {"peak_bytes": peaks, "bytes_per_image": (peaks[large] - peaks[small]) / (large - small)}
 
 
 def resident_peak_bytes() -> int:

@@ -62,6 +62,27 @@ class Network:
         return f"{self.variant or 'DenseNet'}({arguments}) on images of {self.input_size}×{self.input_size}"
 
 
+TINY = Network(
+    None,
+    {"num_init_features": 8, "growth_rate": 4, "block_config": [1, 2], "bn_size": 2, "compression": 0.5,
+     "input_size": 36, "num_classes": 10},
+    36,
+    10,
+)  # fmt: skip
+"""A network that every library has, to try programs with."""
+
+
+def cifar(depth: int, growth_rate: int = 12, bottleneck: bool = False) -> Network:
+    """The network of the paper's CIFAR table with that depth, for ten classes."""
+    kind = {"bottleneck": True} if bottleneck else {}
+    return Network(_CIFAR, {"depth": depth, "growth_rate": growth_rate, **kind, "num_classes": 10}, 32, 10)
+
+
+def imagenet(name: str) -> Network:
+    """A network of the ImageNet family, such as ``"densenet121"``, at 224×224 pixels."""
+    return Network(name, {}, 224, 1000)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a network."""
     group = parser.add_argument_group("network", "plain DenseNet with L=40, k=12 where nothing is given")

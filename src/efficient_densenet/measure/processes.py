@@ -33,6 +33,11 @@ class OutOfMemoryError(UserError):
     """The device of a worker had less memory than the work needs."""
 
 
+def progress(text: str) -> None:
+    """Tell what is being done now; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Team:
     """One worker process for each of `num_devices` devices. A context: at its end no process is left.
 

@@ -11,10 +11,8 @@ Bytes moved per value of the prefix: forward reads x; backward reads x and D and
 
 from __future__ import annotations
 
-import ctypes
 from enum import IntEnum
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +26,15 @@ from efficient_densenet.ops.convolution import (
     row_stride,
     stride_of_rows,
 )
+from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
-from efficient_densenet.ops.cpu.library import TYPES, load
+from efficient_densenet.ops.cpu.library import load
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
 def supports(x: Tensor) -> bool:
     """Whether activations like `x` run here."""
-    return x.device.type == "cpu" and x.dtype in TYPES and load().kernels is not None
+    return x.device.type == "cpu" and x.dtype in (load().kernels or {})
 
 
 def describe() -> str:
@@ -44,7 +43,7 @@ def describe() -> str:
     if loaded.kernels is None:
         return loaded.description
     parts = [loaded.description]
-    for dtype in TYPES:
+    for dtype in loaded.kernels:
         ours, reason = convolutions(loaded.instructions, dtype)
         whose = "ours" if ours else "PyTorch's"
         parts.append(f"convolutions in {str(dtype).removeprefix('torch.')} are {whose}: {reason}")
@@ -57,8 +56,8 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     for i, vector in enumerate(constants):
         if vector.dtype != dtype or not vector.is_contiguous():
             constants[i] = vector.to(dtype).contiguous()
-    load().kernels.fold_norm(
-        TYPES[dtype], *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
+    _kernels(into.scale).fold_norm(
+        *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
     )
 
 
@@ -102,21 +101,23 @@ class _Done(IntEnum):
 
 def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Tensor | None) -> bool:
     """The whole operation without a pool in one kernel; False where there is none, or it leaves this to PyTorch."""
-    return _has_own_product(x, weight) and load().kernels.convolve(
-        TYPES[x.dtype], *_matrix(x), _sizes(x, weight), weight.data_ptr(), *_constants(norm.scale, norm.shift),
-        *_matrix(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
+    kernels = _own_convolution(x, weight)
+    return kernels is not None and kernels.convolve(
+        _rows(x), _convolution(x, weight), weight.data_ptr(), _affine(norm),
+        _rows(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _convolve_backward(operands: BackwardOperands, sums: Tensor) -> tuple[_Done, Tensor | None]:
     """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
     grad_out, x, norm, weight, grad_x, accumulate, _, _, need_weight = operands
-    if not _has_own_product(x, weight):
+    kernels = _own_convolution(x, weight)
+    if kernels is None:
         return _Done.NOTHING, None
     grad_weight = torch.empty_like(weight) if need_weight else None
-    done = load().kernels.convolve_backward(
-        TYPES[x.dtype], *_matrix(grad_out), *_matrix(x), _sizes(x, weight), weight.data_ptr(),
-        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), accumulate,
+    done = kernels.convolve_backward(
+        _rows(grad_out), _rows(x), _convolution(x, weight), weight.data_ptr(),
+        _affine(norm), _rows(grad_x), accumulate,
         None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return _Done(done), grad_weight
@@ -155,8 +156,8 @@ def _identity(norm: Affine) -> Affine:
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
     if not len(x):
         return
-    load().kernels.max_pool(
-        TYPES[x.dtype], *_matrix(x), _volume(x, 3), x.shape[-1], *_constants(norm.scale, norm.shift), *_matrix(out),
+    _kernels(x).max_pool(
+        _rows(x), _volume(x, 3), x.shape[-1], _affine(norm), _rows(out),
         None, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -171,20 +172,20 @@ def norm_relu_max_pool_backward(
         grad_out = grad_out.contiguous()
     argmax = torch.empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
     sums = torch.zeros((2, channels), dtype=torch.float64)
-    load().kernels.max_pool(
-        TYPES[x.dtype], *_matrix(x), volume, channels, *_constants(norm.scale, norm.shift), None, 0, argmax.data_ptr(),
+    _kernels(x).max_pool(
+        _rows(x), volume, channels, _affine(norm), library.Rows(), argmax.data_ptr(),
         threads,
     )  # fmt: skip
-    load().kernels.max_pool_backward(
-        TYPES[x.dtype], *_matrix(grad_out), argmax.data_ptr(), *_matrix(x), volume, channels,
-        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), threads,
+    _kernels(x).max_pool_backward(
+        _rows(grad_out), argmax.data_ptr(), _rows(x), volume, channels,
+        _affine(norm), _rows(grad_x), sums.data_ptr(), threads,
     )  # fmt: skip
     return eager.norm_gradients(norm, sums, through)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
-    load().kernels.mean(
-        TYPES[x.dtype], *_matrix(x), *_images(x), *_constants(norm.scale, norm.shift), *_matrix(out),
+    _kernels(x).mean(
+        _rows(x), *_images(x), _affine(norm), _rows(out),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -193,9 +194,9 @@ def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
-    load().kernels.mean_backward(
-        TYPES[x.dtype], *_matrix(grad_out.contiguous()), *_matrix(x), *_images(x),
-        *_constants(norm.scale, norm.shift, norm.mean), *_matrix(grad_x), sums.data_ptr(), torch.get_num_threads(),
+    _kernels(x).mean_backward(
+        _rows(grad_out.contiguous()), _rows(x), *_images(x),
+        _affine(norm), _rows(grad_x), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return eager.norm_gradients(norm, sums, through)
 
@@ -210,57 +211,56 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     channels = x.shape[-1]
     rows = x.numel() // channels
     constant, slope = through / count
-    load().kernels.finish(
-        TYPES[x.dtype], *_matrix(grad), *_matrix(x), rows, channels, *_constants(mean, constant, slope), *_matrix(out),
+    _kernels(x).finish(
+        _rows(grad), _rows(x), rows, channels, *_constants(mean, constant, slope), _rows(out),
         torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _has_own_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
+def _own_convolution(x: Tensor, weight: Tensor) -> library.Kernels | None:
+    """The kernels, where the whole operation is one of them: a 1×1 window, or 3×3 over images that are large enough.
 
     Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.
     """
-    if x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
-        return False
-    kernel = tuple(weight.shape[2:])
-    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
-    if kernel == (3, 3):
-        return dense and bool(load().kernels.suits(TYPES[x.dtype], *x.shape[1:3]))
-    return dense and prod(kernel) == 1
+    loaded = load()
+    if x.dtype not in loaded.convolves or weight.dtype != x.dtype or not x.shape[0]:
+        return None
+    if not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):  # nor channels-last
+        return None
+    assert loaded.kernels is not None
+    kernels = loaded.kernels[x.dtype]
+    if weight.shape[2:] == (3, 3):
+        return kernels if kernels.suits(*x.shape[1:3]) else None
+    return kernels if prod(weight.shape[2:]) == 1 else None
 
 
-def _sizes(x: Tensor, weight: Tensor) -> Any:
-    """Images, height, width and window; output and input channels of the weight, and its strides for them and for taps.
-
-    The taps of a window lie at equal distances, whether the weight is contiguous or channels-last.
-    """
+def _convolution(x: Tensor, weight: Tensor) -> library.Convolution:
+    """The taps of a window lie at equal distances, whether the weight is contiguous or channels-last."""
     n, height, width = x.shape[:3] if weight.dim() == 4 else (1, 1, x.numel() // x.shape[-1])
-    return (ctypes.c_int64 * 9)(
+    return library.Convolution(
         n, height, width, weight.shape[-1], *weight.shape[:2], *weight.stride()[:2], weight.stride(-1)
     )
 
 
 def _prologue(x: Tensor, norm: Affine, pool: int, scratch: Tensor) -> Tensor:
     """``average_pool(relu(scale·x + shift))`` in the scratch tensor."""
-    kernels, constants = load().kernels, _constants(norm.scale, norm.shift)
-    type_, channels, threads = TYPES[x.dtype], x.shape[-1], torch.get_num_threads()
+    channels, threads = x.shape[-1], torch.get_num_threads()
     if pool == 1:
-        kernels.prologue(type_, *_matrix(x), x.numel() // channels, channels, *constants, scratch.data_ptr(), threads)
+        _kernels(x).prologue(_rows(x), x.numel() // channels, channels, _affine(norm), scratch.data_ptr(), threads)
         return scratch
     pooled = torch.empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
-    kernels.prologue_pool(type_, *_matrix(x), _volume(x, pool), channels, *constants, pooled.data_ptr(), threads)
+    _kernels(x).prologue_pool(_rows(x), _volume(x, pool), channels, _affine(norm), pooled.data_ptr(), threads)
     return pooled
 
 
 def _accumulate(g: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: bool, pool: int, sums: Tensor) -> None:
-    kernels = load().kernels
+    kernels = _kernels(x)
     channels = x.shape[-1]
     run = kernels.accumulate if pool == 1 else kernels.accumulate_pool
     size = x.numel() // channels if pool == 1 else _volume(x, pool)
     run(
-        TYPES[x.dtype], g.data_ptr(), *_matrix(x), size, channels, *_constants(norm.scale, norm.shift, norm.mean),
-        *_matrix(grad_x), accumulate, sums.data_ptr(), torch.get_num_threads(),
+        g.data_ptr(), _rows(x), size, channels, _affine(norm),
+        _rows(grad_x), accumulate, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -272,8 +272,8 @@ def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before:
     """Copy `x` to `out`, if given, and add it to the moments of `before` rows, if wanted; return the rows so far."""
     channels = x.shape[-1]
     rows = x.numel() // channels
-    load().kernels.copy_moments(
-        TYPES[x.dtype], *_matrix(x), rows, channels, *((None, 0) if out is None else _matrix(out)),
+    _kernels(x).copy_moments(
+        _rows(x), rows, channels, library.Rows() if out is None else _rows(out),
         None if moments is None else moments.data_ptr(), before, torch.get_num_threads(),
     )  # fmt: skip
     return before + rows
@@ -294,11 +294,24 @@ def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(grad)
 
 
-def _matrix(x: Tensor) -> tuple[int, int]:
-    """Data, and the distance from row to row, of a slice of the channels of a contiguous ``(n, *spatial, C)``."""
+def _kernels(x: Tensor) -> library.Kernels:
+    """Those for activations of this type."""
+    kernels = load().kernels
+    assert kernels is not None
+    return kernels[x.dtype]
+
+
+def _rows(x: Tensor) -> library.Rows:
+    """A slice of the channels of a contiguous ``(n, *spatial, C)``."""
     stride = stride_of_rows(x.shape, x.stride())
     assert stride is not None, f"{x.shape} with strides {x.stride()} is no slice of channels"
-    return x.data_ptr(), stride
+    return library.Rows(x.data_ptr(), stride)
+
+
+def _affine(norm: Affine) -> library.Affine:
+    mean, _, scale, shift = norm
+    assert mean.is_contiguous() and scale.is_contiguous() and shift.is_contiguous()
+    return library.Affine(mean.data_ptr(), scale.data_ptr(), shift.data_ptr())
 
 
 def _constants(*vectors: Tensor) -> list[int]:
@@ -314,8 +327,7 @@ def _images(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], prod(x.shape[1:-1]), x.shape[-1]
 
 
-def _volume(x: Tensor, pool: int) -> Any:
-    """Images, planes, lines and pixels of ``x: (n, *spatial, C)``, and the window in each direction."""
-    missing = 5 - x.dim()
-    sizes = [x.shape[0], *[1] * missing, *x.shape[1:-1]]
-    return (ctypes.c_int64 * 7)(*sizes, *[1] * missing, *[pool] * (x.dim() - 2))
+def _volume(x: Tensor, pool: int) -> library.Volume:
+    """Of ``x: (n, *spatial, C)``, with a window of `pool` in each direction that there is."""
+    missing = [1] * (5 - x.dim())
+    return library.Volume(x.shape[0], *missing, *x.shape[1:-1], *missing, *[pool] * (x.dim() - 2))

@@ -1,17 +1,26 @@
-// The kernels for whole norm–relu–convolutions, chosen by window and type; included behind `loops.h`.
+// The kernels for whole norm–relu–convolutions, chosen by window and type.
 //
 // With a window of 3 they multiply values by zeros that the ordinary convolution leaves out, or spread them over a tile:
 // infinite and undefined values are therefore left to PyTorch.
-
-#include "products.h"
+#pragma once
 
 #include "pointwise.h"
-#include "units.h"
 #if PAIRS
 #include "windowed.h"
 #else
 #include "winograd.h"
 #endif
+
+BEGIN_LEVEL
+
+// Whether the kernel for a 3×3 window is faster than PyTorch's for images of this size.
+template <class E> bool suits(Index height, Index width) {
+#if PAIRS
+  return height > 0 && width > 0;
+#else
+  return suits_winograd(height, width);
+#endif
+}
 
 template <class E> bool is_finite(const Weight<E> &weight, const E *data, int threads) {
   Index n = weight.out * weight.in * weight.taps; // it has no gaps
@@ -56,3 +65,5 @@ Backward convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const 
 #endif
   return !grad_weight || is_finite(weight, static_cast<const E *>(grad_weight), threads) ? kDone : kNoWeight;
 }
+
+END_LEVEL

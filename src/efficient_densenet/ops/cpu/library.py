@@ -15,33 +15,68 @@ import torch
 
 from efficient_densenet.ops.cpu.instructions import BEST, Instructions, convolutions, limit
 
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 _int, _index, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_rows = [_pointer, _index]  # a matrix: data, and values from row to row
-_SIGNATURES = {
-    "convolve": [_int, *_rows, *[_pointer] * 4, *_rows, _pointer, _int],
-    "convolve_backward": [_int, *_rows, *_rows, *[_pointer] * 5, *_rows, _int, _pointer, _pointer, _int],
-    "suits": [_int, _index, _index],
-    "fold_norm": [_int, *[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3],
-    "prologue": [_int, *_rows, _index, _index, _pointer, _pointer, _pointer, _int],
-    "prologue_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, _pointer, _int],
-    "copy_moments": [_int, *_rows, _index, _index, *_rows, _pointer, _index, _int],
-    "accumulate": [_int, _pointer, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
-    "accumulate_pool": [_int, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _int, _pointer, _int],
-    "max_pool": [_int, *_rows, _pointer, _index, _pointer, _pointer, *_rows, _pointer, _int],
-    "max_pool_backward": [_int, *_rows, _pointer, *_rows, _pointer, _index, *[_pointer] * 3, *_rows, _pointer, _int],
-    "mean": [_int, *_rows, _index, _index, _index, _pointer, _pointer, *_rows, _int],
-    "mean_backward": [_int, *_rows, *_rows, _index, _index, _index, *[_pointer] * 3, *_rows, _pointer, _int],
-    "finish": [_int, *_rows, *_rows, _index, _index, *[_pointer] * 3, *_rows, _int],
-}  # fmt: skip
-_TELLING = ("suits", "convolve", "convolve_backward")
+
+
+def _indices(*names: str) -> list[tuple[str, Any]]:
+    return [(name, _index) for name in names]
+
+
+# The structures and the table of functions in `interface.h`, which says what they mean.
+class Rows(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("ld", _index)]
+
+
+class Affine(ctypes.Structure):
+    _fields_ = [("mean", _pointer), ("scale", _pointer), ("shift", _pointer)]
+
+
+class Volume(ctypes.Structure):
+    _fields_ = _indices("images", "planes", "lines", "pixels", "plane_window", "line_window", "pixel_window")
+
+
+class Convolution(ctypes.Structure):
+    _fields_ = _indices(
+        *("images", "height", "width", "window"),
+        *("outputs", "inputs", "output_stride", "input_stride", "tap_stride"),
+    )
+
+
+_volume, _convolution = ctypes.POINTER(Volume), ctypes.POINTER(Convolution)
+
+
+def _function(*arguments: Any, tells: bool = False) -> Any:
+    return ctypes.CFUNCTYPE(_int if tells else None, *arguments)
+
+
+class Kernels(ctypes.Structure):
+    _fields_ = [
+        ("suits", _function(_index, _index, tells=True)),
+        ("convolve", _function(Rows, _convolution, _pointer, Affine, Rows, _pointer, _int, tells=True)),
+        (
+            "convolve_backward",
+            _function(*(Rows, Rows, _convolution, _pointer, Affine, Rows, _int, _pointer, _pointer, _int), tells=True),
+        ),
+        ("fold_norm", _function(*[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3)),
+        ("prologue", _function(Rows, _index, _index, Affine, _pointer, _int)),
+        ("prologue_pool", _function(Rows, _volume, _index, Affine, _pointer, _int)),
+        ("copy_moments", _function(Rows, _index, _index, Rows, _pointer, _index, _int)),
+        ("accumulate", _function(_pointer, Rows, _index, _index, Affine, Rows, _int, _pointer, _int)),
+        ("accumulate_pool", _function(_pointer, Rows, _volume, _index, Affine, Rows, _int, _pointer, _int)),
+        ("max_pool", _function(Rows, _volume, _index, Affine, Rows, _pointer, _int)),
+        ("max_pool_backward", _function(Rows, _pointer, Rows, _volume, _index, Affine, Rows, _pointer, _int)),
+        ("mean", _function(Rows, _index, _index, _index, Affine, Rows, _int)),
+        ("mean_backward", _function(Rows, Rows, _index, _index, _index, Affine, Rows, _pointer, _int)),
+        ("finish", _function(Rows, Rows, _index, _index, *[_pointer] * 3, Rows, _int)),
+    ]
 
 
 class Loaded(NamedTuple):
-    """The kernels, or None; and in words what is in use, or why there are none."""
+    """The kernels of each type, or None; and in words what is in use, or why there are none."""
 
-    kernels: Any  # a ctypes.CDLL with the functions of `_SIGNATURES`
+    kernels: dict[torch.dtype, Kernels] | None
     description: str
     path: Path | None = None
     instructions: Instructions = Instructions.BASELINE
@@ -99,7 +134,6 @@ def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
     try:
         yield _loaded
     finally:
-        open_library(before.path, before.instructions)  # the level is a setting of the library, which is loaded once
         _loaded = before
 
 
@@ -109,19 +143,20 @@ def open_library(path: Path, level: Instructions = BEST) -> Loaded:
     Raises:
         OSError: the file is no library for this machine.
     """
-    kernels = ctypes.CDLL(str(path))
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(kernels, f"ed_{name}")
-        function.argtypes, function.restype = arguments, _int if name in _TELLING else None
-        setattr(kernels, name, function)
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "ed_kernels"):
+        raise OSError("it was built from other sources; install the package again")
     openmp = _running_openmp()
     functions: list[ctypes.c_void_p | None] = [None] * 3
     if openmp is not None:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [ctypes.cast(getattr(openmp, name), _pointer) for name in names]
-    kernels.ed_start.argtypes = [*[_pointer] * 3, _int]
-    level = Instructions(kernels.ed_start(*functions, level))
-    convolves = [dtype for dtype in TYPES if convolutions(level, dtype).ours]
+    library.ed_use_openmp.argtypes = [_pointer] * 3
+    library.ed_use_openmp(*functions)
+    library.ed_kernels.restype = ctypes.POINTER(Kernels)
+    level = min(level, Instructions(library.ed_best_instructions()))
+    kernels = {dtype: library.ed_kernels(level, type_).contents for dtype, type_ in _TYPES.items()}
+    convolves = [dtype for dtype in _TYPES if convolutions(level, dtype).ours]
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
     return Loaded(kernels, f"{path.name}, {level.option}, {threads}", path, level, frozenset(convolves))
 

@@ -1,84 +1,9 @@
-// The loops of `kernels.cpp`, included there once for each instruction set, inside a namespace that says how many bytes
-// its vectors have. Written with the vector types of GCC and Clang: no intrinsics, no assumptions about rounding.
-//
-// All loops go row by row through a few rows at a time, and through the channels in the widest vectors that fit, then
-// half as wide ones, down to single values: nothing is read or written beyond a row.
+// The passes before and after a convolution, of one loop each: they read and write what they must, once.
+#pragma once
 
-template <class S, int W> struct Vectors {
-  typedef S type __attribute__((vector_size(W * sizeof(S))));
-  typedef std::uint32_t bits32 __attribute__((vector_size(W * 4)));
-  typedef std::uint16_t bits16 __attribute__((vector_size(W * 2)));
-};
-template <class S, int W> using vector = typename Vectors<S, W>::type;
+#include "vectors.h"
 
-template <int W> inline vector<float, W> load(const float *p) {
-  vector<float, W> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <int W> inline vector<double, W> load(const double *p) {
-  vector<double, W> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <int W> inline vector<float, W> load(const bf16 *p) {
-  typename Vectors<float, W>::bits16 half;
-  std::memcpy(&half, p, sizeof half);
-  typename Vectors<float, W>::bits32 bits = __builtin_convertvector(half, typename Vectors<float, W>::bits32) << 16;
-  vector<float, W> v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
-template <int W> inline void store(float *p, vector<float, W> v) { std::memcpy(p, &v, sizeof v); }
-template <int W> inline void store(double *p, vector<double, W> v) { std::memcpy(p, &v, sizeof v); }
-template <int W> inline void store(bf16 *p, vector<float, W> v) { // to the nearest, ties to even
-#if PAIRS
-  if constexpr (W == 16) {
-    auto half = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(p, &half, sizeof half);
-    return;
-  }
-#endif
-  typename Vectors<float, W>::bits32 bits;
-  std::memcpy(&bits, &v, sizeof v);
-  typename Vectors<float, W>::bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  typename Vectors<float, W>::bits32 is_nan = (typename Vectors<float, W>::bits32)(v != v);
-  rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0);
-  auto half = __builtin_convertvector(rounded, typename Vectors<float, W>::bits16);
-  std::memcpy(p, &half, sizeof half);
-}
-
-// Zero where a value is at most zero; NaN stays NaN, as in PyTorch.
-template <class V> inline V rectify(V v) { return v <= 0 ? V{} : v; }
-template <class V> inline V where_positive(V v, V g) { return v <= 0 ? V{} : g; }
-
-template <class E> constexpr int widest() { return kVectorBytes / sizeof(Compute<E>); }
-
-// body.run<W>(c) for groups of W channels that together are all of them.
-template <int W, class Body> inline void for_channels(Index c, Index channels, const Body &body) {
-  for (; c + W <= channels; c += W)
-    body.template run<W>(c);
-  if constexpr (W > 1)
-    if (c < channels)
-      for_channels<W / 2>(c, channels, body);
-}
-
-// Sums of each channel: added up in the type of computation for a while, then in double precision.
-template <class S> struct Sums {
-  Index channels;
-  std::vector<S> parts;
-  std::vector<double> totals;
-  explicit Sums(Index channels) : channels(channels), parts(2 * channels), totals(2 * channels) {}
-  S *first() { return parts.data(); }
-  S *second() { return parts.data() + channels; }
-  void flush() {
-    for (Index i = 0; i < 2 * channels; ++i) {
-      totals[i] += parts[i];
-      parts[i] = 0;
-    }
-  }
-};
+BEGIN_LEVEL
 
 // ---- prologue ---------------------------------------------------------------------------------------------------
 
@@ -110,14 +35,20 @@ void prologue(Matrix<E> x, Index rows, Index channels, const Compute<E> *scale, 
 
 // ---- prologue and average pool ----------------------------------------------------------------------------------
 
+// The windows of an average pool.
+inline Index planes_out(const Volume &v) { return v.planes / v.plane_window; }
+inline Index lines_out(const Volume &v) { return v.lines / v.line_window; }
+inline Index pixels_out(const Volume &v) { return v.pixels / v.pixel_window; }
+inline Index pixels_of_window(const Volume &v) { return v.plane_window * v.line_window * v.pixel_window; }
+
 // Calls work(row of the output, row of the window's first pixel) for the lines of the output in a chunk.
 template <class Work> void for_windows(const Volume &v, int chunk, int chunks, const Work &work) {
-  Range range(v.images * v.planes_out() * v.lines_out(), chunk, chunks);
+  Range range(v.images * planes_out(v) * lines_out(v), chunk, chunks);
   for (Index line = range.begin; line < range.end; ++line) {
-    Index y = line % v.lines_out(), z = line / v.lines_out() % v.planes_out(), n = line / v.lines_out() / v.planes_out();
+    Index y = line % lines_out(v), z = line / lines_out(v) % planes_out(v), n = line / lines_out(v) / planes_out(v);
     Index first = ((n * v.planes + z * v.plane_window) * v.lines + y * v.line_window) * v.pixels;
-    for (Index x = 0; x < v.pixels_out(); ++x)
-      work(line * v.pixels_out() + x, first + x * v.pixel_window);
+    for (Index x = 0; x < pixels_out(v); ++x)
+      work(line * pixels_out(v) + x, first + x * v.pixel_window);
   }
 }
 
@@ -150,8 +81,8 @@ template <class E>
 void prologue_pool(Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale, const Compute<E> *shift,
                    E *out, int threads) {
   std::vector<Index> window = window_rows(v);
-  Index lines = v.images * v.planes_out() * v.lines_out();
-  int chunks = chunks_for(lines, lines * v.pixels_out() * channels * v.window(), threads);
+  Index lines = v.images * planes_out(v) * lines_out(v);
+  int chunks = chunks_for(lines, lines * pixels_out(v) * channels * pixels_of_window(v), threads);
   for_chunks(chunks, [&](int chunk) {
     for_windows(v, chunk, chunks, [&](Index to, Index from) {
       for_channels<widest<E>()>(
@@ -333,8 +264,8 @@ void accumulate_windows(const E *g, Matrix<E> x, const Volume &v, Index channels
                         const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x, double *sums, int threads) {
   std::vector<Index> window = window_rows(v);
   Compute<E> share = Compute<E>(1) / window.size();
-  Index lines = v.images * v.planes_out() * v.lines_out();
-  int chunks = chunks_for(lines, lines * v.pixels_out() * channels * v.window(), threads);
+  Index lines = v.images * planes_out(v) * lines_out(v);
+  int chunks = chunks_for(lines, lines * pixels_out(v) * channels * pixels_of_window(v), threads);
   std::vector<Sums<Compute<E>>> parts(chunks, Sums<Compute<E>>(channels));
   for_chunks(chunks, [&](int chunk) {
     Sums<Compute<E>> &part = parts[chunk];
@@ -345,7 +276,7 @@ void accumulate_windows(const E *g, Matrix<E> x, const Volume &v, Index channels
                                   AccumulateBody<E, kAdd>{g + to * channels, 0, x.data + (from + row) * x.ld, x.ld,
                                                           grad_x.data + (from + row) * grad_x.ld, grad_x.ld, 1, scale,
                                                           shift, mean, part.first(), part.second(), share});
-      if ((since_flush += v.window()) >= kRowsPerSum)
+      if ((since_flush += pixels_of_window(v)) >= kRowsPerSum)
         part.flush(), since_flush = 0;
     });
     part.flush();
@@ -396,7 +327,7 @@ void finish(Matrix<E> grad, Matrix<E> x, Index rows, Index channels, const Compu
 
 // In double precision, for an error in these is one of a whole channel, which no sum makes smaller. The shift belongs to
 // the scale as it was rounded.
-template <class E, class S = Compute<E>>
+template <class S>
 void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels, S *inverse,
                S *scale, S *shift) {
   for (Index c = 0; c < channels; ++c) {
@@ -406,3 +337,5 @@ void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias,
     shift[c] = static_cast<S>(bias[c] - static_cast<double>(mean[c]) * scale[c]);
   }
 }
+
+END_LEVEL

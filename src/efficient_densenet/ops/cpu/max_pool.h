@@ -1,5 +1,9 @@
 // The stem's norm, relu and max pool: window 3, stride 2, padding 1 in every direction of `Volume` whose window is 3.
-// Included there once for each instruction set.
+#pragma once
+
+#include "vectors.h"
+
+BEGIN_LEVEL
 
 // Of one direction: the input pixel that an output looks at by each tap.
 struct Direction {
@@ -40,7 +44,7 @@ template <class E> struct MaxPoolBody {
   int number;
   const Compute<E> *scale, *shift;
   E *out;
-  std::uint8_t *taken;
+  std::uint8_t *argmax;
   template <int W> void run(Index c) const {
     using V = vector<Compute<E>, W>;
     V a = load<W>(scale + c), b = load<W>(shift + c);
@@ -55,17 +59,17 @@ template <class E> struct MaxPoolBody {
       store<W>(out + c, best);
     else
       for (int i = 0; i < W; ++i)
-        taken[c + i] = static_cast<std::uint8_t>(where[i]);
+        argmax[c + i] = static_cast<std::uint8_t>(where[i]);
   }
 };
 
-// out = max_pool(relu(scale·x + shift)); or, where `out` has no data, which tap that was, in `taken` without gaps.
+// out = max_pool(relu(scale·x + shift)); or, where `out` has no data, which tap that was, in `argmax` without gaps.
 template <class E>
 void max_pool(Matrix<E> x, const Volume &v, Index channels, const Compute<E> *scale, const Compute<E> *shift,
-              Matrix<E> out, std::uint8_t *taken, int threads) {
+              Matrix<E> out, std::uint8_t *argmax, int threads) {
   Directions d(v);
   Index lines = v.images * d.lines_out();
-  int chunks = chunks_for(lines, lines * d.x.outputs() * channels * v.window(), threads);
+  int chunks = chunks_for(lines, lines * d.x.outputs() * channels * v.plane_window * v.line_window * v.pixel_window, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(lines, chunk, chunks);
     Tap taps[27];
@@ -84,7 +88,7 @@ void max_pool(Matrix<E> x, const Volume &v, Index channels, const Compute<E> *sc
         for_channels<widest<E>()>(0, channels,
                                   MaxPoolBody<E>{x.data, x.ld, taps, number, scale, shift,
                                                  out.data ? out.data + row * out.ld : nullptr,
-                                                 taken ? taken + row * channels : nullptr});
+                                                 argmax ? argmax + row * channels : nullptr});
       }
     }
   });
@@ -99,7 +103,7 @@ struct Windows {
 template <class E> struct MaxPoolBackwardBody {
   const E *grad_out;
   Index ldgrad;
-  const std::uint8_t *taken;
+  const std::uint8_t *argmax;
   Index channels;
   const Windows *windows; // of each row
   const E *x;
@@ -119,7 +123,7 @@ template <class E> struct MaxPoolBackwardBody {
       for (int i = 0; i < windows[r].number; ++i) {
         Tap window = windows[r].taps[i];
         Bytes bytes;
-        std::memcpy(&bytes, taken + window.row * channels + c, sizeof bytes);
+        std::memcpy(&bytes, argmax + window.row * channels + c, sizeof bytes);
         auto here = __builtin_convertvector(bytes == static_cast<std::uint8_t>(window.number), decltype(g == g));
         g += here ? load<W>(grad_out + window.row * ldgrad + c) : V{};
       }
@@ -135,7 +139,7 @@ template <class E> struct MaxPoolBackwardBody {
 
 // g = the gradients of the windows whose maximum a pixel is; then grad_x = scale·g, and sums as in `accumulate`.
 template <class E>
-void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *taken, Matrix<E> x, const Volume &v, Index channels,
+void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *argmax, Matrix<E> x, const Volume &v, Index channels,
                        const Compute<E> *scale, const Compute<E> *shift, const Compute<E> *mean, Matrix<E> grad_x,
                        double *sums, int threads) {
   Directions d(v);
@@ -174,7 +178,7 @@ void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *taken, Matrix<E> 
         }
         Index row = line * v.pixels + begin;
         for_channels<widest<E>()>(0, channels,
-                                  MaxPoolBackwardBody<E>{grad_out.data, grad_out.ld, taken, channels, windows,
+                                  MaxPoolBackwardBody<E>{grad_out.data, grad_out.ld, argmax, channels, windows,
                                                          x.data + row * x.ld, x.ld, grad_x.data + row * grad_x.ld,
                                                          grad_x.ld, n, scale, shift, mean, part.first(),
                                                          part.second()});
@@ -186,3 +190,5 @@ void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *taken, Matrix<E> 
   });
   add_up(parts, sums);
 }
+
+END_LEVEL

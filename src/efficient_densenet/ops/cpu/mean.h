@@ -1,7 +1,12 @@
-// The head: norm, relu and the mean over all pixels of an image. Included once for each instruction set.
+// The head: norm, relu and the mean over all pixels of an image.
 //
 // All pixels of an image get the same gradient, so that its sum in single precision would round in the same direction
 // again and again: pixels are counted instead, and multiplied by the gradient in double precision.
+#pragma once
+
+#include "vectors.h"
+
+BEGIN_LEVEL
 
 template <class E> struct MeanBody {
   const E *x;
@@ -90,3 +95,5 @@ void mean_backward(Matrix<E> grad, Matrix<E> x, Index images, Index pixels, Inde
   });
   add_up(parts, sums);
 }
+
+END_LEVEL

@@ -1,20 +1,24 @@
-// Operands in pairs of bfloat16, included before `products.h` for processors that multiply two pairs at a time and add
-// both products in single precision. A pair is two neighbours in the direction of the sum: two channels, or two rows.
+// Pairs of bfloat16: their product, and rows of pairs.
+#pragma once
 
-template <> struct ScalarOf<pair> {
-  using type = bf16;
-};
-using Pairs = vector<std::int32_t, kW>;
+#include "elements.h"
 
-inline Pairs load_elements(const pair *p) {
-  Pairs v;
+BEGIN_LEVEL
+
+inline Words load_elements(const pair *p) {
+  Words v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vector multiply_add(pair s, Pairs v, Vector sum) {
+inline Vector multiply_add(pair s, Words v, Vector sum) {
+#if PAIRS
   std::int32_t bits;
   std::memcpy(&bits, &s, sizeof bits);
   return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)v, (__m512bh)_mm512_set1_epi32(bits));
+#else
+  Words low = v << 16, high = v & static_cast<std::int32_t>(0xffff0000);
+  return sum + value(s.first) * (Vector)low + value(s.second) * (Vector)high;
+#endif
 }
 
 // Every two rows of x made one of pairs, `stride` pairs from one to the next; with kRectify relu(scale·x + shift).
@@ -48,3 +52,5 @@ template <bool kRectify, class E, class T>
 void pair_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *out) {
   for_channels<kW>(0, channels, PairRowsBody<kRectify>{x.data, x.ld, rows, stride, scale, shift, out});
 }
+
+END_LEVEL

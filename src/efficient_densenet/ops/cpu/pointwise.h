@@ -1,5 +1,12 @@
-// 1×1 convolutions, included beside `products.h`: a few rows of the whole matrix at a time, whose rectified prefix is made
+// 1×1 convolutions: a few rows of the whole matrix at a time, whose rectified prefix is made
 // in a scratch of the thread and consumed from there.
+#pragma once
+
+#include "products.h"
+
+BEGIN_LEVEL
+
+constexpr Index kBlock = 12; // vectors of a block of channels in the backward pass
 
 // Rows that are worked on at a time, so that a scratch of so many elements a row stays in the cache beside the weights, and
 // every thread gets as many of these steps.
@@ -17,38 +24,38 @@ struct Steps {
   }
 };
 
+// The tiles of these rows, for `Product`.
+inline auto tiles_of(Index rows) {
+  return [rows](Index most, const auto &work) {
+    for_tiles(rows, most, [&](Index row, int n) { work(row, row, n); });
+  };
+}
+
 // `convolve` for a window of 1, with operands of type T.
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
                double *moments, int threads) {
-  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW, all = vectors_of(weight.out);
+  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW;
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
-  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
+  Buffer<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    std::vector<T> prefix(step * stride);
-    float tile[kLargestTile];
+    Buffer<T> prefix(step * stride);
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
       Matrix<E> to = from_row(out, first);
       fill_prefix(from_row(x, first), here, weight.in, scale, shift, stride, prefix.data());
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.out - c < width ? weight.out - c : width;
-        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
-          if (!j) { // what the next rows read and write
-            Index next = first + step + row, end = next + n < rows ? next + n : rows;
-            fetch(x, next, end, weight.in);
-            fetch<true>(out, next, end, weight.out);
-          }
-          with_tile(n, vectors, ProductTile<T>{prefix.data() + row * stride, stride, depth, b.data() + c * depth, tile,
-                                               width});
-          for_channels<kW>(0, used, CopyBody<float, E>{tile, width, n, to.ld, to.data + row * to.ld + c});
-        });
-      }
+      Product<T>{prefix.data(), stride, depth, b.data(), weight.out}.run(
+          0, vectors_of(weight.out), tiles_of(here),
+          [&](const Tile &tile) { // what the next rows read and write
+            Index next = first + step + tile.row, end = next + tile.rows < rows ? next + tile.rows : rows;
+            if (!tile.first)
+              fetch(x, next, end, weight.in), fetch<true>(out, next, end, weight.out);
+          },
+          [&](const Tile &tile) { store_tile(tile, to); });
       if (moments)
         parts[chunk].template add<E>(to, here, weight.out, {nullptr, 0});
     }
@@ -62,64 +69,78 @@ template <class T, bool kAdd, class E>
 void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale,
                         const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                         int threads) {
-  Index stride = vectors_of(weight.in) * kW, all = vectors_of(weight.in), depth = elements<T>(weight.out);
-  Steps steps(rows, elements<T>(weight.in), threads);
+  Index all = vectors_of(weight.in), ld = all * kW, depth = elements<T>(weight.out);
+  // The prefix is made for a block of channels at a time, and many rows: the more rows, the less often the gradient of
+  // the weight is read and written.
+  Index block = all < kBlock ? all : kBlock, stride = (block | 1) * kW; // an odd number of lines of the cache
+  Steps steps(rows, block * kW, threads);
   Index step = steps.rows, count = steps.count;
-  std::vector<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
+  Buffer<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
   // Where it consists of elements, the gradient of the output is used where it lies.
   bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 && grad.ld % kScalars<T> == 0;
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<std::vector<float>> weight_parts(chunks);
+  std::vector<Buffer<float>> weight_parts;
+  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
+    weight_parts.emplace_back(weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
-    std::vector<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
-    float tile[kLargestTile];
+    Buffer<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
+    Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
     if (grad_weight)
-      weight_parts[chunk].assign(weight.out * stride, 0);
+      std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
-      Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first), to = from_row(grad_x, first);
+      Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first);
+      Accumulation<E, kAdd> accumulation{x_here, from_row(grad_x, first), scale, shift, mean,
+                                         totals, totals + weight.in};
       const T *a = reinterpret_cast<const T *>(grad_here.data);
       Index lda = grad.ld / kScalars<T>;
       if (!in_place) {
         fill_copy(grad_here, here, weight.out, depth, copy.data());
         a = copy.data(), lda = depth;
       }
-      if (grad_weight) { // a sum over rows: pairs are pairs of rows
-        Lines<T> left{a, lda, 0};
-        if constexpr (kScalars<T> == 2) {
+      Lines<T> left{a, lda, 0};
+      if constexpr (kScalars<T> == 2)
+        if (grad_weight) { // a sum over rows: pairs are pairs of rows
           pair_rows<false>(grad_here, here, weight.out, nullptr, nullptr, weight.out, columns.data());
-          pair_rows<true>(x_here, here, weight.in, scale, shift, stride, prefix.data());
           left = {columns.data(), weight.out, 0};
-        } else {
-          fill_prefix(x_here, here, weight.in, scale, shift, stride, prefix.data());
         }
-        add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, weight.in, 1, elements<T>(here),
-                  weight_parts[chunk].data(), stride);
-      }
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
-        for_tiles(here, tile_rows(vectors), [&](Index row, int n) {
-          if (!j) {
-            Index next = first + step + row, end = next + n < rows ? next + n : rows;
-            fetch(x, next, end, weight.in);
-            fetch(grad, next, end, weight.out);
-          }
-          Matrix<E> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
-          fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
-          fetch<true>(x_tile, 0, n, used);
-          with_tile(n, vectors, ProductTile<T>{a + row * lda, lda, depth, b.data() + c * depth, tile, width});
-          accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
-                             totals + c, totals + weight.in + c);
-        });
+      for (Index begin = 0, end; begin < all; begin = end) {
+        for (end = begin; end < all && end + group_of(end, all) <= begin + block;)
+          end += group_of(end, all);
+        Index from = begin * kW, channels = (weight.in < end * kW ? weight.in : end * kW) - from;
+        if (grad_weight) {
+          Matrix<E> x_block{x_here.data + from, x.ld};
+          if constexpr (kScalars<T> == 2)
+            pair_rows<true>(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
+          else
+            fill_prefix(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
+          add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, channels, 1, elements<T>(here),
+                    weight_parts[chunk].data() + from, ld);
+        }
+        Product<T>{a, lda, depth, b.data(), weight.in}.run(
+            begin, end, tiles_of(here),
+            [&](const Tile &tile) {
+              if (tile.first == from) { // the next block, or the first of the next rows
+                bool last = end == all;
+                Index next = first + tile.row + (last ? step : 0);
+                Index until = next + tile.rows < rows ? next + tile.rows : rows;
+                Index at = last ? 0 : end * kW, wide = weight.in - at < block * kW ? weight.in - at : block * kW;
+                fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
+                if (last)
+                  fetch(grad, next, until, weight.out);
+              }
+              accumulation.fetch_tile(tile);
+            },
+            [&](const Tile &tile) { accumulation.add(tile); });
       }
     }
   });
   add_up(parts, sums);
   if (grad_weight)
-    gather_weight(weight_parts, stride, weight, grad_weight, threads);
+    gather_weight(weight_parts, ld, weight, grad_weight, threads);
 }
+
+END_LEVEL

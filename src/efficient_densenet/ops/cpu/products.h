@@ -1,46 +1,17 @@
-// Matrix products whose operands are made and used in the cache, included beside `loops.h`: what `pointwise.h`,
+// Matrix products whose operands are made and used in the cache: what `pointwise.h`,
 // `winograd.h` and `windowed.h` have in common. Tiles of a result stay in registers: a few rows times a few vectors.
+#pragma once
 
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "loops.h"
+#include "pack.h"
 
-constexpr int kW = kVectorBytes / 4; // values of a vector
-using Vector = vector<float, kW>;
+BEGIN_LEVEL
 
-// Operands consist of elements: single values, or where `pairs.h` is there also pairs of bfloat16.
-template <class T> struct ScalarOf {
-  using type = T;
+// The weight (out, in, taps) of a convolution, in whatever memory format.
+template <class E> struct Weight {
+  const E *data;
+  Index out, in, taps, out_stride, in_stride, tap_stride;
 };
-template <bool kRectify, class E, class T> // in `pairs.h`
-void pair_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *out);
-#if PAIRS
-#include "pairs.h"
-template <class E> using Operand = std::conditional_t<std::is_same<E, bf16>::value, pair, float>;
-#else
-template <class E> using Operand = float;
-#endif
-template <class T> using Scalar = typename ScalarOf<T>::type;
-template <class T> constexpr Index kScalars = sizeof(T) / sizeof(Scalar<T>);
-template <class T> inline Index elements(Index scalars) { return (scalars + kScalars<T> - 1) / kScalars<T>; }
-template <class T> inline Scalar<T> *scalars(T *p) { return reinterpret_cast<Scalar<T> *>(p); }
-
-inline float value(const float &x) { return x; }
-inline float value(const bf16 &x) { return load<1>(&x)[0]; }
-template <class E> inline void set(E &x, float value) { store<1>(&x, vector<float, 1>{value}); }
-template <class S, class E> inline void assign(S &to, const E &from) {
-  if constexpr (std::is_same<S, E>::value)
-    to = from;
-  else
-    set(to, value(from));
-}
-
-inline Index vectors_of(Index channels) { return (channels + kW - 1) / kW; }
-
-inline Vector load_elements(const float *p) { return load<kW>(p); }
-inline Vector multiply_add(float s, Vector v, Vector sum) { return sum + s * v; }
 
 // acc[r][j] += Σ_k a[r·lda + k] · b[k][j]: rows of `a` against a packed block of NV vectors.
 template <int MR, int NV, class T>
@@ -77,59 +48,11 @@ template <int MR, int NV, class Body> inline void with_rows(int rows, const Body
     with_rows<MR - 1, NV>(rows, body);
 }
 
-// A tile stays in registers beside the vectors of one row of `b` and a value of `a`: its largest number of vectors, and
-// its largest number of rows for a number of vectors.
-constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
-constexpr int tile_rows(int vectors) {
-  return kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6)
-                          : (vectors == 1 ? 12 : vectors == 2 ? 6 : 4);
-}
-// The most vectors of a tile with so many rows.
-constexpr int tile_vectors(int rows) {
-  int vectors = kMostVectors;
-  while (vectors > 1 && tile_rows(vectors) < rows)
-    --vectors;
-  return vectors;
-}
-
 template <int NV = kMostVectors, class Body> inline void with_tile(int rows, int vectors, const Body &body) {
   if (vectors == NV)
     with_rows<tile_rows(NV), NV>(rows, body);
   else if constexpr (NV > 1)
     with_tile<NV - 1>(rows, vectors, body);
-}
-
-// Vectors in the group that begins at vector `j` of `all`: at most so many, in groups of nearly one size.
-inline int group_of(Index j, Index all, Index most = kMostVectors) {
-  Index left = all - j, groups = (left + most - 1) / most;
-  return static_cast<int>((left + groups - 1) / groups);
-}
-
-// Packed for `add_rows`: [group][place][k][vectors of the group, at most `most`], zeros beyond `n`; taken from
-// data[place·place_stride + k·k_stride + i·n_stride]. In small squares, for one side or the other is far apart in memory.
-template <class T, class E>
-std::vector<T> packed(const E *data, Index places, Index place_stride, Index depth, Index k_stride, Index n, Index n_stride,
-                      int threads, Index most = kMostVectors) {
-  constexpr Index kSquare = 16, kPer = kScalars<T>;
-  Index all = vectors_of(n), tall = elements<T>(depth);
-  std::vector<T> result(places * tall * all * kW);
-  int chunks = chunks_for(tall, places * depth * n, threads);
-  for_chunks(chunks, [&](int chunk) {
-    Range range(tall, chunk, chunks);
-    Index end = range.end * kPer < depth ? range.end * kPer : depth;
-    for (Index j = 0; j < all; j += group_of(j, all, most)) {
-      Index width = group_of(j, all, most) * kW, used = n - j * kW < width ? n - j * kW : width;
-      for (Index place = 0; place < places; ++place) {
-        Scalar<T> *to = scalars(result.data() + j * kW * places * tall + place * tall * width);
-        const E *from = data + place * place_stride + j * kW * n_stride;
-        for (Index k0 = range.begin * kPer; k0 < end; k0 += kSquare)
-          for (Index i = 0; i < used; ++i)
-            for (Index k = k0; k < end && k < k0 + kSquare; ++k)
-              assign(to[(k / kPer * width + i) * kPer + k % kPer], from[k * k_stride + i * n_stride]);
-      }
-    }
-  });
-  return result;
 }
 
 constexpr Index kLargestTile = 24 * kW; // values
@@ -176,6 +99,55 @@ template <class T> struct ProductTile {
   }
 };
 
+// Calls work(first row, rows) for tiles of at most `most` of them, of nearly one size.
+template <class Work> void for_tiles(Index rows, Index most, const Work &work) {
+  Index tiles = (rows + most - 1) / most;
+  for (Index i = 0; i < tiles; ++i) {
+    Index from = rows * i / tiles;
+    work(from, static_cast<int>(rows * (i + 1) / tiles - from));
+  }
+}
+
+template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
+
+// A tile of a product: rows from `row` on, `count` channels from `first` on; its values, `width` from row to row.
+struct Tile {
+  Index row;
+  int rows;
+  Index first, count;
+  const float *values;
+  Index width;
+};
+
+// A product of rows with packed weights, as in `ProductTile`, of which only a tile exists at a time.
+template <class T> struct Product {
+  const T *a;
+  Index lda, depth;
+  const T *b;
+  Index columns; // channels of the result
+  Index places = 1;
+  const Index *offsets = &kHere;
+
+  // For the groups of vectors from `begin` to `end`: tiles(most, work) calls work(row, row of `a`, rows) for each of its
+  // tiles of at most `most` rows, before(tile) whatever is to be fetched, and use(tile) takes the result.
+  template <class Tiles, class Before, class Use>
+  void run(Index begin, Index end, const Tiles &tiles, const Before &before, const Use &use) const {
+    float values[kLargestTile];
+    for (Index all = vectors_of(columns), j = begin; j < end; j += group_of(j, all)) {
+      int vectors = group_of(j, all);
+      Index first = j * kW, width = vectors * kW, count = columns - first < width ? columns - first : width;
+      tiles(tile_rows(vectors), [&](Index row, Index at, int rows) {
+        Tile tile{row, rows, first, count, values, width};
+        before(tile);
+        with_tile(rows, vectors,
+                  ProductTile<T>{a + at * lda, lda, depth, b + first * places * depth, values, width, false, places,
+                                 offsets});
+        use(tile);
+      });
+    }
+  }
+};
+
 // Rows of elements, `ld` from row to row and `line` from line to line.
 template <class T> struct Lines {
   const T *data;
@@ -205,9 +177,11 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
                Index stride) {
   constexpr Index kOutputs = kRegisters / 4;
   Index tiles = (outputs + kOutputs - 1) / kOutputs, all = vectors_of(channels);
-  for (Index i = 0; i < tiles; ++i) {
-    Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from, most = tile_vectors(n);
-    for (Index j = 0; j < all; j += most)
+  Index most = tile_vectors((outputs + tiles - 1) / tiles);
+  // A slice of `b` stays in the first-level cache for all outputs.
+  for (Index j = 0; j < all; j += most)
+    for (Index i = 0; i < tiles; ++i) {
+      Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from;
       with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
                 OuterTile<T>{{a.data + from, a.ld, a.line},
                              {b.data + j * kW, b.ld, b.line},
@@ -215,37 +189,46 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
                              rows,
                              into + from * stride + j * kW,
                              stride});
-  }
+    }
 }
+
+template <class E> struct GatherBody {
+  const std::vector<Buffer<float>> &parts;
+  Index offset;
+  E *out;
+  template <int W> void run(Index c) const {
+    vector<float, W> sum{};
+    for (const auto &part : parts)
+      sum += load<W>(part.data() + offset + c);
+    store<W>(out + c, sum);
+  }
+};
 
 // The gradient of the weight, in its memory format, from the sums (taps, out, stride) of all parts.
 template <class E>
-void gather_weight(const std::vector<std::vector<float>> &parts, Index stride, const Weight<E> &weight, E *grad,
+void gather_weight(const std::vector<Buffer<float>> &parts, Index stride, const Weight<E> &weight, E *grad,
                    int threads) {
   int chunks = chunks_for(weight.out, weight.taps * weight.out * weight.in, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(weight.out, chunk, chunks);
     for (Index o = range.begin; o < range.end; ++o)
-      for (Index tap = 0; tap < weight.taps; ++tap)
-        for (Index c = 0; c < weight.in; ++c) {
-          float sum = 0;
-          for (const auto &part : parts)
-            sum += part[(tap * weight.out + o) * stride + c];
-          set(grad[o * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride], sum);
+      for (Index tap = 0; tap < weight.taps; ++tap) {
+        Index offset = (tap * weight.out + o) * stride;
+        E *to = grad + o * weight.out_stride + tap * weight.tap_stride;
+        if (weight.in_stride == 1) {
+          for_channels<kW>(0, weight.in, GatherBody<E>{parts, offset, to});
+          continue;
         }
+        E row[kW];
+        for (Index c = 0; c < weight.in; c += kW) {
+          Index n = weight.in - c < kW ? weight.in - c : kW;
+          for_channels<kW>(0, n, GatherBody<E>{parts, offset + c, row});
+          for (Index i = 0; i < n; ++i)
+            to[(c + i) * weight.in_stride] = row[i];
+        }
+      }
   });
 }
-
-// Calls work(first row, rows) for tiles of at most `most` of them, of nearly one size.
-template <class Work> void for_tiles(Index rows, Index most, const Work &work) {
-  Index tiles = (rows + most - 1) / most;
-  for (Index i = 0; i < tiles; ++i) {
-    Index from = rows * i / tiles;
-    work(from, static_cast<int>(rows * (i + 1) / tiles - from));
-  }
-}
-
-template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
 
 // Fetch rows that will be needed, at once or, into the second-level cache, soon.
 template <bool kAtOnce = false, class E>
@@ -260,16 +243,6 @@ template <class S> void zeros_behind(S *to, Index rows, Index channels, Index st
   for (Index r = 0; channels < stride && r < rows; ++r)
     std::memset(to + r * stride + channels, 0, (stride - channels) * sizeof(S));
 }
-
-template <class E, class S> struct CopyBody {
-  const E *x;
-  Index ldx, rows, ldo;
-  S *out;
-  template <int W> void run(Index c) const {
-    for (Index r = 0; r < rows; ++r)
-      store<W>(out + r * ldo + c, load<W>(x + r * ldx + c));
-  }
-};
 
 // relu(scale·x + shift) of some rows, `stride` elements apart, zeros behind the channels.
 template <class E, class T>
@@ -309,6 +282,37 @@ __attribute__((noinline)) void accumulate_rows_of(const float *g, AccumulateBody
   }
 }
 
+// Stores a tile of a result.
+template <class E> inline void store_tile(const Tile &tile, Matrix<E> out) {
+  for_channels<kW>(0, tile.count, CopyBody<float, E>{tile.values, tile.width, tile.rows, out.ld,
+                                                     out.data + tile.row * out.ld + tile.first});
+}
+
+// What a tile of a product is for in a backward pass: the gradient at the rectifier's output, which goes to that of the
+// prefix and to the sums of its channels.
+template <class E, bool kAdd> struct Accumulation {
+  Matrix<E> x, grad_x; // the rows of the product
+  const float *scale, *shift, *mean;
+  double *first, *second;
+
+  void fetch_tile(const Tile &tile) const { // it is needed when the product is there
+    fetch<true>(of_tile(grad_x, tile), 0, tile.rows, tile.count);
+    fetch<true>(of_tile(x, tile), 0, tile.rows, tile.count);
+  }
+  void add(const Tile &tile) const {
+    Index c = tile.first;
+    accumulate_rows_of(tile.values,
+                       accumulation<kAdd>(of_tile(x, tile), of_tile(grad_x, tile), tile.width, scale + c, shift + c,
+                                          mean + c),
+                       tile.rows, tile.count, first + c, second + c);
+  }
+
+private:
+  static Matrix<E> of_tile(Matrix<E> m, const Tile &tile) {
+    return {m.data + tile.row * m.ld + tile.first, m.ld};
+  }
+};
+
 template <class E> struct FiniteBody {
   const E *x;
   Index ldx, rows;
@@ -339,3 +343,5 @@ template <class E> bool is_finite(Matrix<E> x, Index rows, Index channels, int t
       return false;
   return true;
 }
+
+END_LEVEL

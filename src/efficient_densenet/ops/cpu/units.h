@@ -1,4 +1,15 @@
-// How images are cut into units of work, included beside `products.h`.
+// How images are cut into units of work.
+#pragma once
+
+#include "products.h"
+
+BEGIN_LEVEL
+
+// Images of lines of pixels, and the window of a convolution over them.
+struct Grid {
+  Index images, height, width, window;
+  Index rows() const { return images * height * width; }
+};
 
 // A unit of work is an even number of lines of one image. In a scratch it has a border around it, of what lies there in
 // the image or of zeros, so wide that windows of 3 and tiles of 2 pixels fit.
@@ -47,3 +58,5 @@ void fetch_unit(const Units &units, const Unit &unit, Matrix<E> x, const Grid &g
   Index ahead = unit.row + unit.rows + units.width, last = grid.rows();
   fetch(x, ahead + begin, ahead + end < last ? ahead + end : last, channels);
 }
+
+END_LEVEL

@@ -1,5 +1,10 @@
-// 3×3 convolutions in bfloat16 pairs, included beside `products.h`. With two products at a time they need as many
+// 3×3 convolutions in bfloat16 pairs. With two products at a time they need as many
 // instructions as `winograd.h` does in single precision, and no transforms.
+#pragma once
+
+#include "units.h"
+
+BEGIN_LEVEL
 
 // Lines of a unit whose scratch, `stride` elements a pixel, takes about so many bytes.
 inline Index lines_within(Index bytes, const Grid &grid, Index stride) {
@@ -15,27 +20,28 @@ struct Taps {
   }
 };
 
-// Calls work(first pixel of the image's unit, its place in the scratch, pixels) for tiles of each line of a unit.
-template <class Work> void for_line_tiles(const Units &units, const Unit &unit, Index most, const Work &work) {
-  for (Index y = 0; y < unit.lines; ++y)
-    for_tiles(units.width, most, [&](Index from, int n) {
-      work(y * units.width + from, (y + 1) * units.wide + from + 1, n);
-    });
+// The tiles of each line of a unit, for `Product`: rows of the unit, and their pixels in the scratch.
+inline auto tiles_of(const Units &units, const Unit &unit) {
+  return [&units, &unit](Index most, const auto &work) {
+    for (Index y = 0; y < unit.lines; ++y)
+      for_tiles(units.width, most, [&](Index from, int n) {
+        work(y * units.width + from, (y + 1) * units.wide + from + 1, n);
+      });
+  };
 }
 
 // `convolve` for a window of 3.
 inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
                      const float *shift, Matrix<bf16> out, double *moments, int threads) {
-  Index depth = elements<pair>(weight.in), all = vectors_of(weight.out);
+  Index depth = elements<pair>(weight.in);
   Units units(grid, lines_within(192 << 10, grid, depth));
   Taps taps(units, depth);
-  std::vector<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
+  Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
                                      weight.out_stride, threads);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    std::vector<pair> prefix(units.scratch(depth));
-    float tile[kLargestTile];
+    Buffer<pair> prefix(units.scratch(depth));
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
       Unit unit(units, i);
@@ -43,17 +49,13 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
       with_border(units, unit, x, depth, prefix.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
         fill_prefix(from, pixels, weight.in, scale, shift, depth, line);
       });
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.out - c < width ? weight.out - c : width;
-        for_line_tiles(units, unit, tile_rows(vectors), [&](Index row, Index place, int n) {
-          if (!j)
-            fetch_unit(units, unit, x, grid, weight.in, row, row + n);
-          with_tile(n, vectors, ProductTile<pair>{prefix.data() + place * depth, depth, depth, b.data() + c * 9 * depth,
-                                                  tile, width, false, 9, taps.offsets});
-          for_channels<kW>(0, used, CopyBody<float, bf16>{tile, width, n, to.ld, to.data + row * to.ld + c});
-        });
-      }
+      Product<pair>{prefix.data(), depth, depth, b.data(), weight.out, 9, taps.offsets}.run(
+          0, vectors_of(weight.out), tiles_of(units, unit),
+          [&](const Tile &tile) {
+            if (!tile.first)
+              fetch_unit(units, unit, x, grid, weight.in, tile.row, tile.row + tile.rows);
+          },
+          [&](const Tile &tile) { store_tile(tile, to); });
       if (moments)
         parts[chunk].add<bf16>(to, unit.rows, weight.out, {nullptr, 0});
     }
@@ -66,7 +68,7 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
 // in the middle of the window at odd ones.
 struct PixelPairs {
   Index ld, line; // pairs from pixel pair to pixel pair, and from line to line
-  std::vector<pair> grad, even, odd;
+  Buffer<pair> grad, even, odd;
   PixelPairs(const Units &units, Index outputs, Index channels)
       : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), grad(units.lines * units.across * outputs),
         even((units.lines + 2) * line), odd((units.lines + 2) * line) {}
@@ -102,23 +104,25 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   Index depth = elements<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
   Units units(grid, lines_within(192 << 10, grid, prefix_depth));
   Taps taps(units, depth);
-  std::vector<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
+  Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
                                      weight.out_stride, weight.in, weight.in_stride, threads); // turned round
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<std::vector<float>> weight_parts(chunks);
   Index ld = all * kW;
+  std::vector<Buffer<float>> weight_parts;
+  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
+    weight_parts.emplace_back(9 * weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
+    Buffer<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
     PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
-    float tile[kLargestTile];
     if (grad_weight)
-      weight_parts[chunk].assign(9 * weight.out * ld, 0);
+      std::memset(weight_parts[chunk].data(), 0, 9 * weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
       Unit unit(units, i);
-      Matrix<bf16> x_here = from_row(x, unit.row), to = from_row(grad_x, unit.row);
+      Accumulation<bf16, kAdd> accumulation{from_row(x, unit.row), from_row(grad_x, unit.row), scale, shift, mean,
+                                            totals, totals + weight.in};
       with_border(units, unit, grad, depth, around.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
         fill_copy(from, pixels, weight.out, depth, line);
       });
@@ -129,24 +133,19 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
         pairs.fill(units, unit, from_row(grad, unit.row), weight.out, prefix.data(), prefix_depth, weight.in);
         pairs.add(units, unit, weight.out, weight.in, weight_parts[chunk].data());
       }
-      for (Index j = 0; j < all; j += group_of(j, all)) {
-        int vectors = group_of(j, all);
-        Index c = j * kW, width = vectors * kW, used = weight.in - c < width ? weight.in - c : width;
-        for_line_tiles(units, unit, tile_rows(vectors), [&](Index row, Index place, int n) {
-          if (!j)
-            fetch_unit(units, unit, x, grid, weight.in, row, row + n);
-          Matrix<bf16> x_tile{x_here.data + row * x.ld + c, x.ld}, to_tile{to.data + row * to.ld + c, to.ld};
-          fetch<true>(to_tile, 0, n, used); // it is needed when the product is there
-          fetch<true>(x_tile, 0, n, used);
-          with_tile(n, vectors, ProductTile<pair>{around.data() + place * depth, depth, depth, b.data() + c * 9 * depth,
-                                                  tile, width, false, 9, taps.offsets});
-          accumulate_rows_of(tile, accumulation<kAdd>(x_tile, to_tile, width, scale + c, shift + c, mean + c), n, used,
-                             totals + c, totals + weight.in + c);
-        });
-      }
+      Product<pair>{around.data(), depth, depth, b.data(), weight.in, 9, taps.offsets}.run(
+          0, all, tiles_of(units, unit),
+          [&](const Tile &tile) {
+            if (!tile.first)
+              fetch_unit(units, unit, x, grid, weight.in, tile.row, tile.row + tile.rows);
+            accumulation.fetch_tile(tile);
+          },
+          [&](const Tile &tile) { accumulation.add(tile); });
     }
   });
   add_up(parts, sums);
   if (grad_weight)
     gather_weight(weight_parts, ld, weight, grad_weight, threads);
 }
+
+END_LEVEL

@@ -1,4 +1,4 @@
-// 3×3 convolutions with 16 multiplications in place of 36 for every 2×2 pixels, included beside `products.h`.
+// 3×3 convolutions with 16 multiplications in place of 36 for every 2×2 pixels.
 //
 // Winograd's minimal filtering F(2×2, 3×3) (Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, 2016). For
 // a 2×2 tile y of the result, the 4×4 pixels d around it and the window g,
@@ -13,6 +13,11 @@
 // and ½ keep the error of a sum in the size of the direct one's (tests compare both with double precision).
 //
 // An infinite or undefined value would spread over its tile: where one turns up, PyTorch's convolution has to do it.
+#pragma once
+
+#include "units.h"
+
+BEGIN_LEVEL
 
 constexpr Index kPositions = 16;
 
@@ -146,8 +151,8 @@ template <class E> inline void load_windows(const E *from, Index in_stride, Inde
 }
 
 // G g Gᵀ of every window, (positions, out, in); the windows turned round where `turned`.
-template <class E> std::vector<float> transformed(const Weight<E> &weight, bool turned, int threads) {
-  std::vector<float> result(kPositions * weight.out * weight.in);
+template <class E> Buffer<float> transformed(const Weight<E> &weight, bool turned, int threads) {
+  Buffer<float> result(kPositions * weight.out * weight.in);
   Index plane = weight.out * weight.in, first = turned ? 8 * weight.tap_stride : 0;
   Index tap = turned ? -weight.tap_stride : weight.tap_stride;
   int chunks = chunks_for(weight.out, kPositions * plane, threads);
@@ -176,7 +181,7 @@ template <class E> std::vector<float> transformed(const Weight<E> &weight, bool 
 
 // The gradient Gᵀ u G of each window from the sums u, `at`, of all parts.
 template <class E>
-void gather_windows(const std::vector<std::vector<float>> &parts, Positions at, const Weight<E> &weight, E *grad,
+void gather_windows(const std::vector<Buffer<float>> &parts, Positions at, const Weight<E> &weight, E *grad,
                     int threads) {
   int chunks = chunks_for(weight.out, kPositions * weight.out * weight.in, threads);
   for_chunks(chunks, [&](int chunk) {
@@ -257,14 +262,14 @@ bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
   Units units(grid, winograd_lines(grid));
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.out);
   Positions at(units.tiles(), step), out_at(units.tiles(), weight.out);
-  std::vector<float> windows = transformed(weight, false, threads);
-  std::vector<float> b = packed<float>(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out,
+  Buffer<float> windows = transformed(weight, false, threads);
+  Buffer<float> b = packed<float>(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out,
                                        weight.in, threads);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   std::vector<int> all_finite(chunks);
   for_chunks(chunks, [&](int chunk) {
-    std::vector<float> lines(units.scratch(step)), prefix(at.size()), result(out_at.size());
+    Buffer<float> lines(units.scratch(step)), prefix(at.size()), result(out_at.size());
     bool finite = true;
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end && finite; ++i) {
@@ -306,18 +311,20 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
   Positions at(units.tiles(), step), grad_at(units.tiles(), weight.out), result_at(units.tiles(), kGroup * kW);
   Positions weight_at(weight.out, weight.in);
-  std::vector<float> windows = transformed(weight, true, threads);
-  std::vector<float> b = packed<float>(windows.data(), kPositions, plane, weight.out, weight.in, weight.in, 1, threads,
+  Buffer<float> windows = transformed(weight, true, threads);
+  Buffer<float> b = packed<float>(windows.data(), kPositions, plane, weight.out, weight.in, weight.in, 1, threads,
                                        kGroup);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<std::vector<float>> weight_parts(chunks);
+  std::vector<Buffer<float>> weight_parts;
+  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
+    weight_parts.emplace_back(weight_at.size());
   for_chunks(chunks, [&](int chunk) {
-    std::vector<float> lines(grad_weight ? units.scratch(step) : 0), prefix(grad_weight ? at.size() : 0);
-    std::vector<float> grad_lines(units.scratch(grad_at.stride)), around(grad_at.size()), result(result_at.size());
-    std::vector<float> g(units.lines * units.width * kGroup * kW);
+    Buffer<float> lines(grad_weight ? units.scratch(step) : 0), prefix(grad_weight ? at.size() : 0);
+    Buffer<float> grad_lines(units.scratch(grad_at.stride)), around(grad_at.size()), result(result_at.size());
+    Buffer<float> g(units.lines * units.width * kGroup * kW);
     if (grad_weight)
-      weight_parts[chunk].assign(weight_at.size(), 0);
+      std::memset(weight_parts[chunk].data(), 0, weight_at.size() * sizeof(float));
     double *totals = parts[chunk].totals.data();
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
@@ -361,3 +368,5 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
   if (grad_weight)
     gather_windows(weight_parts, weight_at, weight, grad_weight, threads);
 }
+
+END_LEVEL

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
-import gpu_machine_code
 import torch
 import triton
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
-from efficient_densenet.ops.triton import backward, forward, launch, max_pool, mean, moments, norms, tiles
+from efficient_densenet.ops.triton import backward, forward, launch, machine_code, max_pool, mean, moments, norms, tiles
 
 TARGETS = {
     **{f"sm_{sm}": GPUTarget("cuda", sm, 32) for sm in (80, 89, 90, 100, 120)},
@@ -170,7 +169,7 @@ def record(target: str, kind: str, launched: Launched) -> dict[str, Any]:
         "tile": asdict(launched.tile),
         "flags": launched.flags,
         "shared_bytes": compiled.metadata.shared,
-        **gpu_machine_code.describe(compiled),
+        **machine_code.describe(compiled),
     }
 
 
@@ -220,18 +219,6 @@ def compile_everything_here() -> None:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for attempt in [pool.submit(compile_here, *item) for item in work]:
             attempt.exception()
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    """The same in markdown."""
-    header = ["kernel", "shape", "type", "target", "tile", "warps", "stages", "registers", "shared kB", "spills"]
-    lines = [header, ["---"] * 3 + ["---:"] * 7]
-    for r in found:
-        t = r["tile"]
-        tile = "×".join(str(t[side]) for side in ("rows", "columns", "depth") if t[side])
-        numbers = [t["warps"], t["stages"], r["registers"], f"{r['shared_bytes'] / 1024:.0f}", r["spilled_bytes"]]
-        lines.append([r["kernel"], r["shape"], r["type"], r["target"], tile, *map(str, numbers)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _device(target: str) -> tiles.Device:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import triton
-from gpu_compiled import SHAPES, TYPES, Shape
 from torch import Tensor
 
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, forward, moments, tiles
+from efficient_densenet.ops.triton.ahead_of_time import SHAPES, TYPES, Shape
 
 
 def speeds(quick: bool = False) -> dict[str, Any]:
@@ -21,7 +21,8 @@ def speeds(quick: bool = False) -> dict[str, Any]:
 
     Bytes are those that must be moved once: re-reading through the cache counts for nothing.
     """
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed = []
     ceilings = {dtype: _ceilings(dtype, 1024 if quick else 8192) for dtype in (torch.bfloat16, torch.float32)}
     for dtype, (copy, product) in ceilings.items():
         for shape in [replace(SHAPES[0], images=2, size=(8, 8))] if quick else SHAPES:

@@ -1,0 +1,193 @@
+"""Redraw every table and picture of README and docs from the measurements in ``results/``.
+
+    python benchmarks/redraw.py            # write them
+    python benchmarks/redraw.py --check    # write nothing; the code is 1 where something is not what it would become
+
+Tables stand between two comments that name them. Measurements without a picture or a table are shown in
+``results/*.md``, one document for each script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import adoption
+import cpu
+import engine
+import peers
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.execution import KEEP
+from efficient_densenet.files import replacing
+from efficient_densenet.measure import plots, results, tables
+from efficient_densenet.measure.results import Record
+
+ROOT = Path(__file__).parents[1]
+PROCESSOR = "AMD EPYC, avx512_bf16"
+"""Whose figures stand in README."""
+
+
+def records(script: str, section: str) -> list[Record]:
+    """What a section measured on `PROCESSOR`; nothing where it was not measured."""
+    found = results.read(ROOT / "benchmarks" / "results" / f"{script}.json").get(PROCESSOR, {})
+    return found[section]["records"] if section in found else []
+
+
+def memory() -> str:
+    """MB per image by what is kept, and the largest batch."""
+    ways = ("ordinary", *KEEP)
+    found = {(r["network"], r["contender"]): r["bytes_per_image"] for r in records("engine", "memory")}
+    rows = [
+        [f"{subject.name}, MB per image", *(f"{found[subject.name, way] / 1e6:.1f}" for way in ways)]
+        for subject in engine.FULL.subjects
+    ]
+    for record in records("engine", "max-batch"):
+        largest = {r["contender"]: r["largest_batch"] for r in record["results"]}
+        limit = f"{record['limit_bytes'] / 1e9:g} GB"
+        rows.append([f"{record['network']}, largest batch in {limit}", *(str(largest[way]) for way in ways)])
+    return tables.markdown(["network", "ordinary", *(f'`"{keep}"`' for keep in KEEP)], rows, names=1)
+
+
+def ratios(section: str) -> dict[tuple[str, int], dict[str, float]]:
+    """F+B to the faster ordinary form, by network and batch, then by contender."""
+    return {
+        (record["network"], record["batch_size"]): {r["contender"]: r["F+B to ordinary"] for r in record["summary"]}
+        for record in records("cpu", section)
+    }
+
+
+def times() -> str:
+    """The shares of the ordinary network's time, by network and type."""
+
+    def row(label: str, key: tuple[str, int], *sections: str) -> list[str]:
+        cells = [ratios(section).get(key) if section else None for section in sections]
+        shown = [[f"{cell[keep]:.2f}" for keep in cpu.KEEPS if keep in cell] if cell else [] for cell in cells]
+        return [f"{key[0]}, batch {key[1]}{label}", *(" / ".join(parts) for parts in shown)]
+
+    large = ("DenseNet-121", 8)
+    rows = [
+        *(row("", key, "training", "avx2", "bfloat16") for key in ratios("training")),
+        row(", autocast to bfloat16", large, "", "", "autocast"),
+        row(", evaluation", large, "evaluation", "avx2-evaluation", "bfloat16-evaluation"),
+    ]
+    table = tables.markdown(["network", "float32", "float32, AVX2", "bfloat16"], rows, names=1)
+    runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    found = ratios("evaluation")[large]
+    shares = [f"{runtimes[name]} takes {found[name]:.2f}" for name in runtimes if name in found]
+    return f"{table}\n\nIn that evaluation in float32, {' and '.join(shares)}." if shares else table
+
+
+def nearest() -> str:
+    """Where the native CPU backend is nearest to the ordinary network."""
+    found = [
+        (ratio, name, network, batch_size, cpu.SCRIPT.sections[section].title)
+        for section in cpu.SCRIPT.sections
+        if section != "profile"
+        for (network, batch_size), row in ratios(section).items()
+        for name, ratio in row.items()
+        if name in cpu.KEEPS
+    ]
+    ratio, name, network, batch_size, title = max(found)
+    where = f"{network}, batch {batch_size}, `{name}` ({title})"
+    return f"The largest share of the ordinary network's time that was measured: {ratio:.2f}, {where}."
+
+
+def side_by_side() -> str:
+    """Other libraries and compiled networks beside ours, and the pictures of that."""
+    sections = [records("peers", section) for section in ("training", "evaluation")]
+    shown = [tables.side_by_side(found) for found in sections if found]
+    shown += [
+        f"![{picture.name.replace('_', ' ').capitalize()}](../benchmarks/results/{picture.name}.png)"
+        for picture in PICTURES
+        if picture.script == "peers" and records("peers", picture.section)
+    ]
+    return "\n\n".join(shown) or "Not measured yet."
+
+
+@dataclass(frozen=True)
+class Table:
+    """What stands in a document between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
+
+    document: str
+    name: str
+    make: Callable[[], str]
+
+    def update(self, text: str) -> str:
+        begin, end = f"<!-- {self.name}: python benchmarks/redraw.py -->\n", f"\n<!-- end of {self.name} -->"
+        before, marked, rest = text.partition(begin)
+        _, ended, behind = rest.partition(end)
+        if not marked or not ended:
+            raise UserError(f"{self.document} has no place for the table {self.name}: write {begin}and{end} there")
+        return f"{before}{begin}{self.make()}{end}{behind}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG in ``benchmarks/results``, and the section that it is drawn from."""
+
+    name: str
+    draw: plots.Draw
+    script: str
+    section: str
+
+
+TABLES = (
+    Table("README.md", "memory", memory),
+    Table("README.md", "time", times),
+    Table("docs/cpu.md", "nearest", nearest),
+    Table("docs/measuring.md", "side by side", side_by_side),
+)
+PICTURES = (
+    Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),
+    Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
+    Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
+)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT)
+
+
+def texts(root: Path) -> dict[Path, str]:
+    """Every document with tables, as it should be."""
+    folder = root / "benchmarks" / "results"
+    found = {
+        folder / f"{script.name}.md": script.document(results.read(folder / f"{script.name}.json"))
+        for script in SCRIPTS
+        if (folder / f"{script.name}.json").exists()
+    }
+    for table in TABLES:
+        file = root / table.document
+        found[file] = table.update(found.get(file) or file.read_text())
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what is not as it should be, or with ``--check`` name it; 1 if that is anything."""
+    parser = argparse.ArgumentParser(description="redraw the tables and pictures of README and docs")
+    parser.add_argument("--check", action="store_true", help="write nothing, only name what differs")
+    arguments = parser.parse_args(argv)
+    stale: list[Path] = []
+    for file, text in texts(ROOT).items():
+        if not file.exists() or file.read_text() != text:
+            stale.append(file)
+            if not arguments.check:
+                with replacing(file) as beside:
+                    beside.write_text(text)
+    for picture in PICTURES:
+        file, measured = (
+            ROOT / "benchmarks" / "results" / f"{picture.name}.png",
+            records(picture.script, picture.section),
+        )
+        if measured and not plots.is_current(measured, file):
+            stale.append(file)
+            if not arguments.check:
+                plots.save(picture.draw, measured, file)
+    for file in stale:
+        print(f"{'differs from its data' if arguments.check else 'written'}: {file.relative_to(ROOT)}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

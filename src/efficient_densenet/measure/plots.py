@@ -1,0 +1,91 @@
+"""Measurements as pictures. Each PNG carries the digest of what it was drawn from, so that a stale one is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from efficient_densenet.errors import require
+from efficient_densenet.files import replacing
+from efficient_densenet.measure.contenders import ORDINARY, OURS
+from efficient_densenet.measure.tables import Records
+
+_KEY = "Source"
+
+
+def memory_against_depth(figure: Any, records: Records) -> None:
+    """Bytes per image of plain networks: all contenders, and those on the shared buffer with their straight lines."""
+    left, right = figure.subplots(1, 2)
+    for i, record in enumerate(records):
+        name, colour = record["contender"], f"C{i}"
+        depths = [int(depth) for depth in record["points"]]
+        megabytes = [point["bytes_per_image"] / 1e6 for point in record["points"].values()]
+        left.plot(depths, megabytes, "o-", color=colour, label=name)
+        if name != "ordinary":
+            ends = [0, max(depths)]
+            line = [(record["bytes_at_depth_0"] + record["bytes_per_layer"] * x) / 1e6 for x in ends]
+            right.plot(depths, megabytes, "o", color=colour, label=name)
+            right.plot(ends, line, "-", color=colour, linewidth=1)
+    for axes, title in ((left, "Activation memory, plain DenseNet, k=12, 32×32"), (right, "The shared buffer alone")):
+        axes.set(title=title, xlabel="depth L", ylabel="MB per image", xlim=(0, None), ylim=(0, None))
+        axes.legend()
+
+
+def time_against_memory(figure: Any, records: Records) -> None:
+    """A contest of contenders for each network: what a step takes, and what it adds in memory."""
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        for i, row in enumerate(record["summary"]):
+            marker = "s" if row["contender"] in ORDINARY else "o" if row["contender"] in OURS else "^"
+            x, y = row["step_bytes_per_image"] / 1e6, row["F+B"]
+            axes.plot(x, y, marker, color=f"C{i}", markersize=9, label=row["contender"])
+        axes.set(
+            title=f"{record['network']}, batch {record['batch_size']}",
+            xlabel="activation memory, MB per image",
+            ylabel="forward and backward, ms",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def errors_against_float64(figure: Any, records: Records) -> None:
+    """The gradient's error of each contender of a contest, as a share of the gradient's norm."""
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
+        found = [(row["contender"], row["errors"]["gradient"]) for row in reversed(record["summary"]) if row["errors"]]
+        names, errors = zip(*found, strict=True)
+        axes.barh(names, errors, color=["C0" if name in OURS else "C7" for name in names])
+        axes.set(
+            title=f"{record['network']}, batch {record['batch_size']}, float32",
+            xlabel="error of the gradient against float64, as a share of its norm",
+        )
+
+
+Draw = Callable[[Any, Records], None]
+
+
+def save(draw: Draw, records: Records, file: Path) -> None:
+    """Draw what was measured into a PNG."""
+    require("matplotlib", "peers")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    draw(figure, records)
+    with replacing(file) as beside:
+        figure.savefig(beside, dpi=120, metadata={_KEY: _digest(records)})
+
+
+def is_current(records: Records, file: Path) -> bool:
+    """Whether a PNG was drawn from these measurements by this code."""
+    image = require("PIL.Image", "peers")
+    if not file.exists():
+        return False
+    with image.open(file) as picture:
+        return picture.text.get(_KEY) == _digest(records)
+
+
+def _digest(records: Records) -> str:
+    """Of the measurements and of this file. Not of the picture, which depends on the version of Matplotlib."""
+    return hashlib.sha256(json.dumps(records).encode() + Path(__file__).read_bytes()).hexdigest()

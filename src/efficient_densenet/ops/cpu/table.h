@@ -1,0 +1,112 @@
+// The functions of one level in a table for each type of activations: from what Python passes to the loops.
+#pragma once
+
+#include "loops.h"
+#include "max_pool.h"
+#include "mean.h"
+#if CONVOLUTIONS
+#include "convolve.h"
+#endif
+
+BEGIN_LEVEL
+
+template <class E> struct Functions {
+  using S = Compute<E>;
+  static Matrix<E> matrix(Rows rows) { return {static_cast<E *>(rows.data), rows.ld}; }
+  static const S *vector(const void *data) { return static_cast<const S *>(data); }
+
+  static void fold_norm(const void *mean, const void *variance, const void *weight, const void *bias, double eps,
+                        Index channels, void *inverse, void *scale, void *shift) {
+    LEVEL::fold_norm(vector(mean), vector(variance), vector(weight), vector(bias), eps, channels,
+                     static_cast<S *>(inverse), static_cast<S *>(scale), static_cast<S *>(shift));
+  }
+  static void prologue(Rows x, Index rows, Index channels, Affine norm, void *out, int threads) {
+    LEVEL::prologue(matrix(x), rows, channels, vector(norm.scale), vector(norm.shift), static_cast<E *>(out), threads);
+  }
+  static void prologue_pool(Rows x, const Volume *volume, Index channels, Affine norm, void *out, int threads) {
+    LEVEL::prologue_pool(matrix(x), *volume, channels, vector(norm.scale), vector(norm.shift), static_cast<E *>(out),
+                         threads);
+  }
+  static void copy_moments(Rows x, Index rows, Index channels, Rows out, double *moments, Index before, int threads) {
+    LEVEL::copy_moments(matrix(x), rows, channels, matrix(out), moments, before, threads);
+  }
+  static void accumulate(const void *g, Rows x, Index rows, Index channels, Affine norm, Rows grad_x, int add,
+                         double *sums, int threads) {
+    LEVEL::accumulate(static_cast<const E *>(g), matrix(x), rows, channels, vector(norm.scale), vector(norm.shift),
+                      vector(norm.mean), matrix(grad_x), add != 0, sums, threads);
+  }
+  static void accumulate_pool(const void *g, Rows x, const Volume *volume, Index channels, Affine norm, Rows grad_x,
+                              int add, double *sums, int threads) {
+    LEVEL::accumulate_pool(static_cast<const E *>(g), matrix(x), *volume, channels, vector(norm.scale),
+                           vector(norm.shift), vector(norm.mean), matrix(grad_x), add != 0, sums, threads);
+  }
+  static void max_pool(Rows x, const Volume *volume, Index channels, Affine norm, Rows out, std::uint8_t *argmax,
+                       int threads) {
+    LEVEL::max_pool(matrix(x), *volume, channels, vector(norm.scale), vector(norm.shift), matrix(out), argmax, threads);
+  }
+  static void max_pool_backward(Rows grad, const std::uint8_t *argmax, Rows x, const Volume *volume, Index channels,
+                                Affine norm, Rows grad_x, double *sums, int threads) {
+    LEVEL::max_pool_backward(matrix(grad), argmax, matrix(x), *volume, channels, vector(norm.scale), vector(norm.shift),
+                             vector(norm.mean), matrix(grad_x), sums, threads);
+  }
+  static void mean(Rows x, Index images, Index pixels, Index channels, Affine norm, Rows out, int threads) {
+    LEVEL::mean(matrix(x), images, pixels, channels, vector(norm.scale), vector(norm.shift), matrix(out), threads);
+  }
+  static void mean_backward(Rows grad, Rows x, Index images, Index pixels, Index channels, Affine norm, Rows grad_x,
+                            double *sums, int threads) {
+    LEVEL::mean_backward(matrix(grad), matrix(x), images, pixels, channels, vector(norm.scale), vector(norm.shift),
+                         vector(norm.mean), matrix(grad_x), sums, threads);
+  }
+  static void finish(Rows grad, Rows x, Index rows, Index channels, const void *mean, const void *constant,
+                     const void *slope, Rows out, int threads) {
+    LEVEL::finish(matrix(grad), matrix(x), rows, channels, vector(mean), vector(constant), vector(slope), matrix(out),
+                  threads);
+  }
+
+#if CONVOLUTIONS
+  static Grid grid(const Convolution &c) { return {c.images, c.height, c.width, c.window}; }
+  static Weight<E> weight_of(const Convolution &c, const void *data) {
+    const E *values = static_cast<const E *>(data);
+    return {values, c.outputs, c.inputs, c.window * c.window, c.output_stride, c.input_stride, c.tap_stride};
+  }
+  static int suits(Index height, Index width) { return LEVEL::suits<E>(height, width); }
+  static int convolve(Rows x, const Convolution *c, const void *weight, Affine norm, Rows out, double *moments,
+                      int threads) {
+    return LEVEL::convolve(matrix(x), grid(*c), weight_of(*c, weight), vector(norm.scale), vector(norm.shift),
+                           matrix(out), moments, threads);
+  }
+  static int convolve_backward(Rows grad, Rows x, const Convolution *c, const void *weight, Affine norm, Rows grad_x,
+                               int add, void *grad_weight, double *sums, int threads) {
+    auto run = add ? LEVEL::convolve_backward<true, E> : LEVEL::convolve_backward<false, E>;
+    return run(matrix(grad), matrix(x), grid(*c), weight_of(*c, weight), vector(norm.scale), vector(norm.shift),
+               vector(norm.mean), matrix(grad_x), static_cast<E *>(grad_weight), sums, threads);
+  }
+#endif
+};
+
+// Convolutions of doubles, and of levels where none was measured to be faster, are PyTorch's.
+template <class E> constexpr Kernels table() {
+  using F = Functions<E>;
+  Kernels kernels{};
+  kernels.fold_norm = F::fold_norm;
+  kernels.prologue = F::prologue, kernels.prologue_pool = F::prologue_pool;
+  kernels.copy_moments = F::copy_moments;
+  kernels.accumulate = F::accumulate, kernels.accumulate_pool = F::accumulate_pool;
+  kernels.max_pool = F::max_pool, kernels.max_pool_backward = F::max_pool_backward;
+  kernels.mean = F::mean, kernels.mean_backward = F::mean_backward;
+  kernels.finish = F::finish;
+#if CONVOLUTIONS
+  if constexpr (!std::is_same<E, double>::value)
+    kernels.suits = F::suits, kernels.convolve = F::convolve, kernels.convolve_backward = F::convolve_backward;
+#endif
+  return kernels;
+}
+
+#if !PAIRS // a level for bfloat16 alone
+extern const Kernels float32, float64;
+const Kernels float32 = table<float>(), float64 = table<double>();
+#endif
+extern const Kernels bfloat16;
+const Kernels bfloat16 = table<bf16>();
+
+END_LEVEL
