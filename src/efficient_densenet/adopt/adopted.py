@@ -10,20 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.adopt.conditions import hooked
 from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
 from efficient_densenet.adopt.head import Head, head_of
-from efficient_densenet.adopt.kinds import is_plain_convolution, original_class
+from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution.buffers import is_channels_last
-from efficient_densenet.execution.recompute import forgetting
 
 
 class Adopted(nn.Module):
@@ -80,13 +76,9 @@ class AdoptedSequence(Adopted):
         for start, stop, adoption in self.adoption.segments:
             if stop > len(modules):
                 break
-            first = start - 1 if adoption.is_stem and start > i else start
-            if first > i:
-                x, channels_last = in_order(modules[i:first], as_ordinary(x, channels_last)), None
-            if first < start:
-                x, channels_last = _run_stem(modules[first], modules[start:stop], x, adoption)
-            else:
-                x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last)
+            if start > i:
+                x, channels_last = in_order(modules[i:start], as_ordinary(x, channels_last)), None
+            x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last)
             i = stop
         if i < len(modules):
             x, channels_last = in_order(modules[i:], as_ordinary(x, channels_last)), None
@@ -118,22 +110,6 @@ class AdoptedNetwork(Adopted):
             x = in_order([block, norm], as_ordinary(x, channels_last))
             x = F.relu(x).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
-
-
-def _run_stem(
-    convolution: nn.Module, modules: Sequence[nn.Module], x: Any, adoption: Adoption
-) -> tuple[Tensor, bool | None]:
-    """A convolution, and norm, relu and max pool of what it makes; with ``keep="inputs"`` that is not kept either."""
-    weight = convolution._parameters.get("weight")
-    if weight is None or not isinstance(x, Tensor) or x.dim() != weight.dim():
-        return run_segment(modules, in_order([convolution], x), adoption, None)
-    channels_last = is_channels_last(x) or is_channels_last(weight)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
-    # A compiler decides by itself what to compute again.
-    forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    plain = is_plain_convolution(convolution) and not hooked([convolution])
-    with forgetting(convolutions=True) if forget and plain else nullcontext():
-        return run_segment(modules, in_order([convolution], x), adoption, channels_last)
 
 
 def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ class Adoption:
         argument: the name of the one tensor that the first of them takes.
         looks: what they compute, under the conditions that were met, the latest first.
         promised: whether they were to run on the shared buffer when they were adopted.
-        is_stem: whether they are the norm, activation and pool of a stem.
         head: whether relu and the mean over all pixels follow.
         segments: of a sequence, what runs as one; of a network, its last block and norm.
         features, heads: of a network, the name of its features, and how it was found to end.
@@ -67,7 +66,6 @@ class Adoption:
     argument: str = ""
     looks: list[Look] = field(default_factory=list)
     promised: bool = True
-    is_stem: bool = False
     head: bool = False
     segments: tuple[Segment, ...] = ()
     features: str = ""
@@ -186,10 +184,11 @@ def run_shared(x: Tensor, decision: Decision, keep: Keep, channels_last: bool | 
     if channels_last is None:
         channels_last = is_channels_last(x)
     made = shared.run(x, plan, modules, keep, channels_last)
-    if plan.pool or (plan.output and 0 not in dict(plan.output)):  # made by convolutions alone, without the input
+    # Made by convolutions alone, without the input.
+    if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
     # What is handed out may be changed in place; the features that are kept for backward may not.
-    features = not (plan.pool or plan.max_pool or plan.head or plan.output)
+    features = not (plan.pool or plan.entry or plan.head or plan.output)
     if (features and made.requires_grad) or len(plan.output) == 1:
         made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
     return made, channels_last

@@ -147,8 +147,6 @@ def _run(
         if tail is not None and not tail.chain.made and not tail.chain.is_stem:
             both = look_at_both(first, others[0], block.looks, tail.looks)
             return (2, both) if both else (1, [])
-    if isinstance(first, _LEAVES[:3]):
-        return 1, []
     window, chains = _WINDOW, find(modules[:_WINDOW])
     while len(chains) == window < len(modules):
         window *= 2

@@ -47,13 +47,9 @@ _AUTOCAST = [
 
 
 @contextmanager
-def forgetting(convolutions: bool = False) -> Iterator[None]:
-    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again.
-
-    Args:
-        convolutions: forget the results of convolutions too, at the price of running them again.
-    """
-    recorder = _Recorder(_CHEAP | {_aten.convolution} if convolutions else _CHEAP)
+def forgetting() -> Iterator[None]:
+    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again."""
+    recorder = _Recorder(_CHEAP)
     with saved_tensors_hooks(recorder.pack, _unpack), recorder:
         try:
             yield

@@ -121,7 +121,7 @@ class DenseNet(nn.Module):
             this later.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
-            ``"inputs"`` only the inputs of the blocks and of the stem, and the last block's features (smallest: runs
+            ``"inputs"`` only the inputs of the blocks, and the last block's features (smallest: runs
             the others forward again; the peak of a step is then in the backward of the first block, which needs its
             features anyway).
 

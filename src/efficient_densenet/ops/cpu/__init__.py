@@ -56,9 +56,8 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     for i, vector in enumerate(constants):
         if vector.dtype != dtype or not vector.is_contiguous():
             constants[i] = vector.to(dtype).contiguous()
-    _kernels(into.scale).fold_norm(
-        *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
-    )
+    pointers = _constants(*constants, into.inverse, into.scale, into.shift)
+    _kernels(into.scale).fold_norm(*pointers[:4], eps, len(into.scale), *pointers[4:])
 
 
 def norm_relu_conv(
