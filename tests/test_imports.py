@@ -69,7 +69,7 @@ INSIDE = {
         "deadline",
         "gpu_sections",
         "gradients",
-        "benchmark check_gpu check_gradients",
+        "benchmark check_gpu check_gradients env",
     ],
 }
 

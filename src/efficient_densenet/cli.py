@@ -27,6 +27,7 @@ _COMMANDS = {
     "check-gradients": _Command("measure.check_gradients", "compare the efficient network with the ordinary one"),
     "check-gpu": _Command("measure.check_gpu", "check the Triton kernels on this machine's GPU"),
     "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
+    "env": _Command("measure.env", "print hardware, versions and backends, for a report of a bug"),
     "inspect": _Command("adopt.inspect", "show what make_efficient would do to a model of another library"),
     "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),
     "prepare-imagenet": _Command("training.prepare_imagenet", "unpack the ImageNet archives into folders"),
