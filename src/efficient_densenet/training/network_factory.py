@@ -109,12 +109,17 @@ def factory_of(make: Callable[..., nn.Module]) -> NetworkFactory:
     """Of a function, a class, or a `functools.partial` of one. What takes any arguments takes those of `DenseNet`."""
     if isinstance(make, NetworkFactory):
         return make
-    parameters = inspect.signature(make).parameters
+    takes = _takes(inspect.signature(make).parameters)
+    arguments = dict(getattr(make, "keywords", {}))
+    return NetworkFactory(getattr(make, "func", make), arguments, frozenset(takes - arguments.keys()))
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    """What the data decide, of a function's arguments."""
     takes = {name for name in _NAMES_DECIDED if name in parameters}
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         takes |= {"in_channels", "num_classes"}
-    arguments = dict(getattr(make, "keywords", {}))
-    return NetworkFactory(getattr(make, "func", make), arguments, frozenset(takes - arguments.keys()))
+    return takes
 
 
 def add_placeholders(given: Any) -> None:
@@ -139,7 +144,7 @@ def remove_what_data_decide(network: Any, given: set[str]) -> frozenset[str]:
         given: the names of the arguments that somebody has given.
 
     Returns:
-        The names of what was removed.
+        The names of what the data are to decide.
     """
     arguments = network.get("init_args") or {}
     parameters = inspect.signature(_imported(network["class_path"])).parameters
@@ -148,7 +153,7 @@ def remove_what_data_decide(network: Any, given: set[str]) -> frozenset[str]:
         removed.discard("input_size")  # densenet121 passes it on: the stem is part of what this name means
     for name in removed:
         del arguments[name]
-    return frozenset(removed)
+    return frozenset((removed | _takes(parameters)) - given)
 
 
 def factory_of_configuration(network: Any, takes: frozenset[str]) -> NetworkFactory:
