@@ -28,7 +28,7 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol profiled", "reference", "convolution", "eager", "cpu triton"],
+    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton"],
     "execution": [
         "__init__ buffers pieces synchronise plan profiling recompute",
         "norms",
