@@ -60,10 +60,20 @@ def test_no_block_escapes():
         if block.language == "text":
             assert before and before.language == "python" and before.page == block.page, f"{block} is nobody's output"
         if block.test:
-            assert (ROOT / block.test).exists(), f"{block} is said to be run by {block.test}, which is not there"
+            said = f"{block} is said to be run by {block.test}"
+            assert (ROOT / block.test).exists(), f"{said}, which is not there"
+            for command in block.commands:
+                assert Path(shlex.split(command)[1]).stem in (ROOT / block.test).read_text(), (
+                    f"{said}, which has no such"
+                )
     for page in PAGES:
         indented = re.findall(r"^    +(?:efficient-densenet|python|pip|\./)\b.*", page.read_text(), re.MULTILINE)
         assert not indented, f"{page} has commands outside of a block: {indented}"
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^::: .*\b(\w+)$", page, re.MULTILINE)) >= set(efficient_densenet.__all__)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("sh", "console")], ids=str)
