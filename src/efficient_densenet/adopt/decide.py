@@ -226,9 +226,7 @@ def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last:
     # Made by convolutions alone, without the input.
     if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
-    # What is handed out may be changed in place; the features that are kept for backward may not.
-    features = not (plan.pool or plan.entry or plan.head or plan.output)
-    if (features and made.requires_grad) or len(plan.output) == 1:
+    if len(plan.output) == 1:  # or all features would stay
         made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
     return made, channels_last
 

@@ -86,6 +86,7 @@ def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channel
         norms.uses_batch,
         norms.eps,
         [channel for norm in plan.norms for channel in norm.source],
+        not (channels_last or plan.output),
         scales,
         plan.per_layer,
         plan.pool,
