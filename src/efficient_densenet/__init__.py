@@ -2,6 +2,7 @@
 
 from efficient_densenet.adopt import Entry, Report, dense_block, make_efficient, report, restore
 from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
+from efficient_densenet.execution.recompute import forgetting
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -31,6 +32,7 @@ __all__ = [
     "densenet201",
     "densenet264",
     "densenet_cifar",
+    "forgetting",
     "make_efficient",
     "report",
     "restore",

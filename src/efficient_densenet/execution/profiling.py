@@ -18,7 +18,8 @@ def labelled(label: str) -> AbstractContextManager[Any]:
 def label_backward(made: Tensor, label: str) -> None:
     """What the node of the graph that made this tensor does in backward stands under `label` too."""
     if _profiled() and made.grad_fn is not None:
-        made.grad_fn.metadata["label"] = label
+        node: Any = made.grad_fn
+        node.metadata["label"] = label
 
 
 def labelled_backward(node: Any) -> AbstractContextManager[Any]:
