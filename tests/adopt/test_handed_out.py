@@ -156,4 +156,5 @@ def test_bytes_that_backward_through_a_block_by_itself_adds(layout):
         loss = (out * torch.ones_like(out)).sum()
         del out
         peaks.append(peak_bytes(loss.backward))
-    assert peaks[1] - peaks[0] == bytes_of(READS + LAYERS * MAKES + 2 * WIDE, 8)
+    copied = READS + LAYERS * MAKES if torch.__version__ < (2, 12) else 0  # it holds the gradient that comes in
+    assert peaks[1] - peaks[0] == bytes_of(READS + LAYERS * MAKES + copied + 2 * WIDE, 8)

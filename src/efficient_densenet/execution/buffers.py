@@ -25,7 +25,7 @@ def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
 
 def copied_when_written(x: Tensor) -> Tensor:
     """A copy of `x` that shares its memory until somebody writes into one of the two, and the other is still there."""
-    if x.device.type in ("cpu", "cuda") and _is_whole(x):
+    if _can_share(x):
         try:
             return torch._lazy_clone(x)
         except RuntimeError:  # memory that another library allocated
@@ -33,16 +33,17 @@ def copied_when_written(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def take_rows(given: list[Tensor]) -> Tensor:
-    """``(N, *spatial, C)``, contiguous, of the ``(N, C, *spatial)`` that is taken out of a list of one; to be read.
+def take_rows(given: list[Tensor], to_write: bool = False) -> Tensor:
+    """``(N, *spatial, C)``, contiguous, of the ``(N, C, *spatial)`` that is taken out of a list of one.
 
-    A contiguous tensor is reordered in its own memory, a few images at a time, unless somebody else still has it.
+    In the same memory, where that is possible: a contiguous tensor is reordered there, a few images at a time. But
+    nobody who still has the tensor sees a change, nor, with `to_write`, a later one.
     """
     x = given.pop()
     rows = x.movedim(1, -1)
     if rows.is_contiguous():
-        return rows
-    if len(x) == 1 or not (x.is_contiguous() and _is_whole(x)):
+        return copied_when_written(rows) if to_write else rows
+    if len(x) == 1 or not (x.is_contiguous() and _can_share(x)):
         return rows.contiguous()
     x = copied_when_written(x)
     rows = x.view(rows.shape)  # the same memory, in the other order
@@ -51,9 +52,9 @@ def take_rows(given: list[Tensor]) -> Tensor:
     return rows
 
 
-def _is_whole(x: Tensor) -> bool:
-    """Whether it is all of its memory."""
-    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
+def _can_share(x: Tensor) -> bool:
+    """Whether PyTorch can copy it on write, and it is all of its memory."""
+    return x.device.type in ("cpu", "cuda") and x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def is_channels_last(x: Tensor) -> bool:

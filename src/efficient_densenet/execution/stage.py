@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from efficient_densenet.execution.buffers import copied_when_written, empty_activation, empty_like, take_rows
+from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
 from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
 from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
@@ -235,7 +235,7 @@ def backward(
         bottlenecks = _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
     readers = _Readers(stage, norms, need_weights)
-    grad = empty_like(features) if stage.pool or stage.head else copied_when_written(take_rows(grad_out))
+    grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
     if stage.pool:
         # Rows of channels, as all activations here are.
         grad_made = grad_out.pop().movedim(1, -1).contiguous()
