@@ -24,7 +24,8 @@ def label_backward(made: Tensor, label: str) -> None:
 
 def labelled_backward(node: Any) -> AbstractContextManager[Any]:
     """The context for that. No hooks on the node: for these PyTorch would hold the gradient that it is given."""
-    return labelled(node.metadata.get("label", ""))
+    label = node.metadata.get("label")
+    return nullcontext() if label is None else labelled(label)
 
 
 def _profiled() -> bool:
