@@ -2,6 +2,7 @@
 
 from efficient_densenet.adopt import Entry, Report, dense_block, make_efficient, report, restore
 from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
+from efficient_densenet.execution.recompute import recomputing
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -32,6 +33,7 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "make_efficient",
+    "recomputing",
     "report",
     "restore",
 ]

@@ -26,7 +26,7 @@ def tensor(*shape):
     return torch.rand(shape, dtype=torch.float64) + 0.5
 
 
-def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, biased=False):
+def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, biased=False, contiguous=True):
     """Two layers on four channels that make three each, and perhaps a transition; the second norm is frozen."""
     torch.manual_seed(0)
     shapes = []
@@ -46,7 +46,7 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
     masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
     read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
     eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
-    plain = (uses_batch, eps, read, scales, per_layer, pool, keep, "")
+    plain = (uses_batch, eps, read, contiguous, scales, per_layer, pool, keep, "")
     return x, *library.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
 
 
@@ -61,11 +61,11 @@ def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biase
 
 
 @pytest.mark.parametrize("per_layer", [1, 2])
-@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize(("pool", "contiguous"), [(0, False), (0, True), (2, True)])
 @pytest.mark.parametrize("keep", KEEP)
-def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
+def test_fakes_are_like_the_real_thing(per_layer, pool, contiguous, keep):
     """Shapes, types and memory layouts of all that the operators return."""
-    arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
+    arguments = stage_arguments(per_layer, pool, keep, requires_grad=False, contiguous=contiguous)
     packed = library.stage_forward(*arguments)
     x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
     need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]

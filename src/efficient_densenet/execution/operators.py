@@ -21,6 +21,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from efficient_densenet.execution.norms import Folded, Norm
+from efficient_densenet.execution.profiling import labelled_backward
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
 
@@ -136,11 +137,12 @@ class Passes(ABC):
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
         given = Given(grad_output, x, packed)
-        if as_operator:
-            found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
-        else:
-            del x, packed
-            found = iter(self.backward(given, need_x, need_weights, arguments))
+        del x, packed
+        with labelled_backward(ctx):
+            if as_operator:
+                found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
+            else:
+                found = iter(self.backward(given, need_x, need_weights, arguments))
         of_x = next(found)
         of_norms = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]

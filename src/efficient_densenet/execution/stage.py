@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet import ops
-from efficient_densenet.execution.buffers import empty_activation, empty_like
+from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
 from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
 from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
@@ -268,7 +268,7 @@ def backward(
         bottlenecks = _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
     readers = _Readers(stage, norms, need_weights)
-    grad = empty_like(features)
+    grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
     if stage.pool:
         # Rows of channels, as all activations here are.
         grad_made = grad_out.pop().movedim(1, -1).contiguous()
@@ -279,8 +279,6 @@ def backward(
             grad_out.pop(), features, norms.affine(-1), grad, norms.through_of(-1)
         )
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
-    else:
-        grad.copy_(grad_out.pop().movedim(1, -1))
     remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=False))
     bottlenecks.clear()
     width = features.shape[-1]
