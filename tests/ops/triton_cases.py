@@ -121,6 +121,15 @@ def test_kernels_of_other_odd_sizes():
     check_conv((2, (6, 7), 5), torch.float32, 3, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("candidate", tiles.CANDIDATES)
+def test_candidates_of_a_device(candidate, dtype, monkeypatch):
+    """Whatever a device's line may become computes the same: small grids and wide tiles, and what is done before."""
+    monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(**tiles.CANDIDATES[candidate]))
+    for shape, outputs, kernel in (((2, (5, 7), 13), 5, 3), ((1, (9, 11), 66), 36, 3), ((3, (4, 5), 70), 40, 1)):
+        check_conv(shape, dtype, outputs, kernel, accumulate=outputs == 40)
+
+
 @every_dtype
 @pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 13])

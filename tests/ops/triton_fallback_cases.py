@@ -42,7 +42,7 @@ KERNELS = {
     "norm_relu_max_pool": ["max_pool.max_pool_kernel"],
     "norm_relu_max_pool_backward": ["max_pool.max_pool_backward_kernel", "norms.norm_gradients_kernel"],
     "norm_relu_mean": ["mean.mean_kernel"],
-    "norm_relu_mean_backward": ["mean.mean_backward_kernel", "norms.norm_gradients_kernel"],
+    "norm_relu_mean_backward": ["rectifier.rectify_backward_kernel", "norms.norm_gradients_kernel"],
     "statistics": ["moments.moments_kernel", "moments.merge_kernel"],
     "finish": ["moments.finish_kernel"],
     "fold_norm": ["norms.fold_kernel"],
