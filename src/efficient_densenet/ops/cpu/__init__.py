@@ -29,7 +29,7 @@ from efficient_densenet.ops.convolution import (
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.library import load
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 
 
 def supports(x: Tensor) -> bool:
@@ -214,6 +214,13 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
         _rows(grad), _rows(x), rows, channels, *_constants(mean, constant, slope), _rows(out),
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def finish_norm_relu_conv_backward(
+    operands: BackwardOperands, unfinished: Unfinished
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    finish(operands.grad_out, *unfinished, operands.grad_out)
+    return norm_relu_conv_backward(operands)
 
 
 def _own_convolution(x: Tensor, weight: Tensor) -> library.Kernels | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 from efficient_densenet.ops.triton import check, launch, tiles, trust
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,6 +106,17 @@ def statistics(x: Tensor, into: Statistics) -> None:
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     _run("moments.finish", _covered(x, out), x, grad, x, mean, through, count, out)
+
+
+def finish_norm_relu_conv_backward(
+    operands: BackwardOperands, unfinished: Unfinished
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    x, weight = operands.x, operands.weight
+    if _is_window(weight) or not tiles.device_of(x.device).finishes:
+        finish(operands.grad_out, *unfinished, operands.grad_out)
+        return norm_relu_conv_backward(operands)
+    covered = _covered(x, operands.grad_x, weight, operands.pool)
+    return _run("backward.finish_norm_relu_conv_backward", covered, x, operands, unfinished)
 
 
 def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 from efficient_densenet.ops.triton import (
     backward,
     forward,
@@ -91,7 +91,7 @@ SHAPES = (
 )
 
 
-PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel")
+PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "finishing_grad_x_kernel", "grad_weight_kernel")
 KERNELS = (
     *(
         *PRODUCTS,
@@ -283,6 +283,11 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     plain = shape.pool == 1
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
+    if plain and shape.kernel == 1:
+        backward.finish_norm_relu_conv_backward(
+            BackwardOperands(out, x, norm, weight, grad_x, True, through),
+            Unfinished(out, found, torch.empty(2, shape.outputs, device="meta"), count),
+        )
     for accumulate in {plain, False}:
         rectifier.rectify_backward(x, x, norm, grad_x, accumulate, through)
         backward.norm_relu_conv_backward(

@@ -30,7 +30,9 @@ class Device(NamedTuple):
         windows: where a convolution with a window gets its rectified x: "fused" computes it for each tap, "rectified"
             before the product in a pass of its own, and "cudnn" leaves the product to cuDNN, which wants that too.
         windows_backward: "fused" or "cudnn".
-        widest_prefix: tile of a prefix's gradient, in channels.
+        widest_prefix: tile of a prefix's gradient through a window, in channels.
+        finishes: whether the gradient of a bottleneck's output is finished in the kernel of its prefix's gradient,
+            up to `widest` outputs: a program has a block of rows and all channels.
         least_rows: of a tile whose grid would have fewer than `programs`.
     """
 
@@ -41,6 +43,7 @@ class Device(NamedTuple):
     windows: str = "fused"
     windows_backward: str = "fused"
     widest_prefix: int = 64
+    finishes: bool = False
     least_rows: int = 128
 
 
@@ -49,6 +52,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "cudnn forward": {"windows": "cudnn"},
     "cudnn backward": {"windows_backward": "cudnn"},
     "wide prefix": {"widest_prefix": 128},
+    "finishing": {"finishes": True},
     "64 rows": {"least_rows": 64},
 }
 """What may be better than a device's line, as changes of it; ``benchmarks/gpu.py`` measures each beside the line.
@@ -166,9 +170,18 @@ def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     if of.exact:
         return Tile(64, _cover(of.channels, 16, 64), 16, 8, 2)
-    columns = _cover(of.channels, 16, of.device.widest_prefix if of.pool == 1 else 64)
+    columns = _cover(of.channels, 16, of.device.widest_prefix if of.taps > 1 else 64)
     rows = _rows(64 if of.taps > 9 and not of.half else 128, of, ceil(of.channels / columns))
     return Tile(rows, columns, _cover(of.outputs, 16, 32), 8 if columns >= 64 else 4, of.stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def finishing_grad_x(of: Product) -> Tile | None:
+    """As `grad_x`, for all outputs and channels of some rows; None where they are finished in a pass of their own."""
+    if not of.device.finishes or of.exact or of.outputs > of.device.widest:
+        return None
+    columns = _cover(of.channels, 16, 64 if of.half else 32)
+    return Tile(64, columns, _cover(of.outputs, 16, of.device.widest), 4, of.stages - 1)
 
 
 @functools.lru_cache(maxsize=4096)
