@@ -30,6 +30,7 @@ from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 
 OURS = ("bottleneck-channels-last", "features-channels-last", "inputs-channels-last")
+CANDIDATES = ("bottleneck-candidates", "bottleneck-cudnn")
 COMPILED = ("compiled-channels-last", "compiled-budget-0.5", "compiled-budget-0.1", "compiled-max-autotune")
 EAGER = ("ordinary", "ordinary-channels-last", "ordinary-cudnn-benchmark")
 
@@ -44,11 +45,15 @@ FLAG = ("torchvision-flag", "torchvision-flag-channels-last")
 SECTIONS = {
     KERNELS: GpuSection((KERNELS,)),
     "L40": GpuSection(
-        (*EAGER, *OURS, "bottleneck-graph", "bottleneck-reduce-overhead", "ordinary-graph", *COMPILED), cifar(40), 128
+        (
+            *(*EAGER, *OURS, *CANDIDATES, "bottleneck-graph", "bottleneck-reduce-overhead"),
+            *("ordinary-graph", *COMPILED),
+        ),
+        *(cifar(40), 128),
     ),
     "DenseNet-121": GpuSection(
         (
-            *(*torchvision(*EAGER), *FLAG, "timm-channels-last", *OURS, "bottleneck-graph"),
+            *(*torchvision(*EAGER), *FLAG, "timm-channels-last", *OURS, *CANDIDATES, "bottleneck-graph"),
             *("resnet50-channels-last", *torchvision(*COMPILED)),
         ),
         *(imagenet("densenet121"), 256, "amp-bf16"),

@@ -173,7 +173,7 @@ def distinct(
     for kind, candidate, shape in itertools.product(kinds, candidates, shapes):
         if kind == "tf32" and TARGETS[target].backend == "hip":
             continue
-        for launched in launched_by(shape, kind, device_of(target, candidate)):
+        for launched in launched_by(shape, kind, device_of(target, *filter(None, [candidate]))):
             if launched.key not in seen:
                 seen.add(launched.key)
                 yield kind, launched
@@ -221,13 +221,13 @@ def shapes_of(network: nn.Module) -> list[Shape]:
     ]
 
 
-def compile_here(shape: Shape, kind: str) -> int:
+def compile_here(shape: Shape, kind: str, candidates: Sequence[str] = ()) -> int:
     """Compile what a shape uses for the GPU that there is, so that later processes find it in Triton's cache.
 
     Returns:
         The number of kernels.
     """
-    launched = launched_by(shape, kind, tiles.device_of(torch.device("cuda")))
+    launched = launched_by(shape, kind, tiles.device_of(torch.device("cuda")).changed(*candidates))
     for one in launched:
         plain = [a.dtype if isinstance(a, Tensor) else a for a in one.arguments]
         one.kernel.warmup(*plain, grid=(1,), **one.tile.sizes, **launch.options(one.tile))
@@ -236,18 +236,20 @@ def compile_here(shape: Shape, kind: str) -> int:
 
 def compile_everything_here() -> None:
     """As many at a time as there are processors; a kernel that does not compile is for those that want it to tell."""
-    work = [(shape, kind) for kind in ("bf16", "tf32") for shape in SHAPES]
+    work = [
+        (shape, kind, candidates) for candidates in ((), tiles.OURS) for kind in ("bf16", "tf32") for shape in SHAPES
+    ]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for attempt in [pool.submit(compile_here, *item) for item in work]:
             attempt.exception()
 
 
-def device_of(target: str, candidate: str = "") -> tiles.Device:
-    """The line of a device in the table, with the changes of a candidate."""
+def device_of(target: str, *candidates: str) -> tiles.Device:
+    """The line of a device in the table, with the changes of some candidates."""
     line = tiles.ROCM
     if TARGETS[target].backend != "hip":
         line = tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
-    return line._replace(**tiles.CANDIDATES[candidate]) if candidate else line
+    return line.changed(*candidates)
 
 
 def launched_by(shape: Shape, kind: str, device: tiles.Device) -> list[Launched]:

@@ -46,6 +46,10 @@ class Device(NamedTuple):
     finishes: bool = False
     least_rows: int = 128
 
+    def changed(self, *candidates: str) -> Device:
+        """With the changes of these `CANDIDATES`."""
+        return self._replace(**{field: value for name in candidates for field, value in CANDIDATES[name].items()})
+
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "rectified": {"windows": "rectified"},
@@ -59,6 +63,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 Off until a GPU has shown that it is faster there: then it belongs into the line. docs/gpu.md says what is expected.
 """
+
+OURS = ("rectified", "wide prefix", "finishing", "64 rows")
+CUDNN = ("cudnn forward", "cudnn backward", "finishing", "64 rows")
+"""Candidates that go together: products of ours, and those with a window by cuDNN."""
 
 DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264, warp_groups=True)}
 """By compute capability: A100 with 163 kB of shared memory for a program, H100 and H200 with 227 kB."""
@@ -102,11 +110,22 @@ def precision(x: Tensor) -> str:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return OTHER
-    if torch.version.hip is not None:
-        return ROCM
-    return DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
+    """Its line in the table, with what `choose` chose."""
+    line = OTHER
+    if device.type == "cuda" and torch.version.hip is not None:
+        line = ROCM
+    elif device.type == "cuda":
+        line = DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
+    return line.changed(*_chosen)
+
+
+def choose(*candidates: str) -> None:
+    """From now on in this process, let every device's line have the changes of these: to compare and measure them."""
+    _chosen[:] = candidates
+    device_of.cache_clear()
+
+
+_chosen: list[str] = []
 
 
 class Product(NamedTuple):
