@@ -1,21 +1,21 @@
-"""What a training step's kernels would take on an H100, by bytes and instructions of the compiled code: a model.
+"""What a training step's kernels would take on an H100, from bytes and instructions of the compiled code: a model.
 
-For each kernel of each layer three times are counted, and the largest is what it takes:
+For each kernel of each layer three times are counted, and it takes the longest:
 
-- memory: bytes that must come from memory or go there, once;
-- cache: bytes that programs load and store, most of them in the second-level cache;
-- instructions: those of a warp outside of the product's loop and, times its steps, inside; of all warps.
+- memory: for the bytes that come from memory or go there, each once;
+- cache: for the bytes that programs load and store, most of them in the second-level cache;
+- instructions: for those that all warps issue: outside of the loop that holds the product, and inside, times its steps.
 
-What it leaves out: latency, instructions that wait for each other, the tails of small grids. What `Device` assumes of
-the hardware was not measured here. It is good for comparing two ways to compute the same, hardly for the whole.
+The model knows no latency, no instruction that waits for another, no multiprocessor that idles at the end of a grid; what
+it assumes of the hardware was not measured. It compares two ways to compute the same; of a sum it may be off by 30 %.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil, prod
+from typing import NamedTuple
 
 from torch import nn
 
@@ -30,22 +30,13 @@ INSTRUCTIONS = 0.5 * 4 * 132 * 1.755e9
 _VALUE = 2  # bytes, in half precision
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Milliseconds by each bound; the kernel takes the largest."""
+class Cost(NamedTuple):
+    """Milliseconds by each bound, and those that kernels take: the sum of each one's longest."""
 
-    memory: float = 0.0
-    cache: float = 0.0
-    instructions: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.memory + other.memory, self.cache + other.cache, self.instructions + other.instructions
-        )
-
-    @property
-    def largest(self) -> float:
-        return max(self.memory, self.cache, self.instructions)
+    memory: float
+    cache: float
+    instructions: float
+    takes: float
 
 
 def layers_of(network: nn.Module, images: int, size: int) -> list[Shape]:
@@ -79,7 +70,8 @@ def costs(layers: Sequence[Shape], kind: str = "bf16", candidates: Sequence[str]
             for kernel in kernels:
                 # A bottleneck's prefix is added to, the gradient of its output is written.
                 wanted = [k for k in launched if k.name == kernel and k.flags.get("ACCUMULATE", not window) != window]
-                found[part] = found.get(part, Cost()) + _cost(wanted[0])
+                both = zip(found.get(part, [0.0] * len(Cost._fields)), _cost(wanted[0]), strict=True)
+                found[part] = Cost(*map(sum, both))
     return found
 
 
@@ -128,7 +120,8 @@ def _cost(launched: Launched) -> Cost:
     outside, inside = instructions(launched)
     cache = launched.programs * steps * loaded * _VALUE + beside
     issued = launched.programs * tile.warps * (outside + steps * inside)
-    return Cost(1e3 * memory / MEMORY, 1e3 * cache / CACHE, 1e3 * issued / INSTRUCTIONS)
+    bounds = 1e3 * memory / MEMORY, 1e3 * cache / CACHE, 1e3 * issued / INSTRUCTIONS
+    return Cost(*bounds, max(bounds))
 
 
 def instructions(launched: Launched) -> tuple[float, float]:
