@@ -47,8 +47,8 @@ def operation(device: torch.device) -> Iterator[None]:
     """
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        outer, ready = getattr(_of_this_thread, "ready", None), list[Callable[[], None]]()
-        _of_this_thread.ready = ready
+        ready: list[Callable[[], None]] = []
+        outer, _of_this_thread.ready = getattr(_of_this_thread, "ready", None), ready
         try:
             yield
         finally:
