@@ -76,14 +76,14 @@ def compile_only(output: Path, targets: Sequence[str] | None) -> int:
     """Compile every kernel for these devices; those of others stay in the file of results as they are."""
     import triton
 
-    from efficient_densenet.ops.triton import ahead_of_time
+    from efficient_densenet.ops.triton import ahead_of_time, tiles
 
     targets = targets or tuple(ahead_of_time.TARGETS)
     file = output / "triton_kernels.json"
     found = json.loads(file.read_text())["records"] if file.exists() else []
     found = [record for record in found if record.get("target") not in (None, *targets)]
     for target in targets:
-        for kind, launched in ahead_of_time.distinct(target):
+        for kind, launched in ahead_of_time.distinct(target, candidates=("", *tiles.OURS)):
             progress(f"{target} {kind} {launched.shape.name}: {launched.name}")
             found.append(ahead_of_time.record(target, kind, launched))
     about = machine.describe("cpu")

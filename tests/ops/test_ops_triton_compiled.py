@@ -74,7 +74,7 @@ def test_candidates_compile_and_cost_less_by_the_model():
     assert more == pytest.approx(1e3 * rows * 2 * 128 * 2 / estimate.MEMORY)  # rectified, written and read again
     for part, most in {"3×3 forward": 0.6, "3×3, gradient of the prefix": 0.75, "1×1, gradient of the prefix": 0.9}.items():
         assert changed[part].instructions < most * usual[part].instructions
-        assert changed[part].takes < usual[part].takes
+    assert sum(cost.takes for cost in changed.values()) < 0.9 * sum(cost.takes for cost in usual.values())
     assert "finishing bottleneck gradients" in usual and "finishing bottleneck gradients" not in changed
     known = {launched.key for _, launched in ahead_of_time.distinct("sm_90", layer, ["bf16"])}
     found = [

@@ -30,7 +30,7 @@ class Device(NamedTuple):
         windows: where a convolution with a window gets its rectified x: "fused" computes it for each tap, "rectified"
             before the product in a pass of its own, and "cudnn" leaves the product to cuDNN, which wants that too.
         windows_backward: "fused" or "cudnn".
-        widest_prefix: tile of a prefix's gradient through a window, in channels.
+        widest_prefix: tile of a prefix's gradient through a window in half precision, in channels.
         finishes: whether the gradient of a bottleneck's output is finished in the kernel of its prefix's gradient,
             up to `widest` outputs: a program has a block of rows and all channels.
         least_rows: of a tile whose grid would have fewer than `programs`.
@@ -189,7 +189,7 @@ def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     if of.exact:
         return Tile(64, _cover(of.channels, 16, 64), 16, 8, 2)
-    columns = _cover(of.channels, 16, of.device.widest_prefix if of.taps > 1 else 64)
+    columns = _cover(of.channels, 16, of.device.widest_prefix if of.taps > 1 and of.half else 64)
     rows = _rows(64 if of.taps > 9 and not of.half else 128, of, ceil(of.channels / columns))
     return Tile(rows, columns, _cover(of.outputs, 16, 32), 8 if columns >= 64 else 4, of.stages)
 
