@@ -110,7 +110,11 @@ def gpu_model() -> str:
         return f"{parts[part]['takes']:.1f}" if changed and part in parts else "–" if changed else ""
 
     rows = [
-        [part, *(f"{bound[key]:.1f}" for key in ("memory", "cache", "instructions")), *(takes(part, way) for way in found)]
+        [
+            part,
+            *(f"{bound[key]:.1f}" for key in ("memory", "cache", "instructions")),
+            *(takes(part, way) for way in found),
+        ]
         for part, bound in usual.items()
     ]
     sums = [f"{sum(record['takes'] for record in parts.values()):.1f}" for parts in found.values()]

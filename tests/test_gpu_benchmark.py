@@ -119,7 +119,13 @@ def test_the_benchmark_measures_everything_and_has_a_table(monkeypatch):
             asked.append(job["contender"])
             expected.append(following)
             if request == "speeds":
-                row = {"operation": "forward", "candidate": "wide", "share_of_usual": 0.7, "shape": "s", "dtype": "bf16"}
+                row = {
+                    "operation": "forward",
+                    "candidate": "wide",
+                    "share_of_usual": 0.7,
+                    "shape": "s",
+                    "dtype": "bf16",
+                }
                 row["ms"] = 1.0
                 return {"rows": [row | {"share_of_copy": 0.5, "share_of_product": 0.1}]}
             if request == "largest":

@@ -51,7 +51,9 @@ def test_kernels_compile_for_devices_that_are_not_here(target, kinds, names):
     found = [
         ahead_of_time.record(target, *launched) for launched in ahead_of_time.distinct(target, shapes(*names), kinds)
     ]
-    assert {record["kernel"] for record in found} == {*ahead_of_time.KERNELS} - {"finishing_grad_x_kernel"}  # a candidate's
+    assert {record["kernel"] for record in found} == {*ahead_of_time.KERNELS} - {
+        "finishing_grad_x_kernel"
+    }  # a candidate's
     assert not [fault for record in found for fault in ahead_of_time.faults(record)]
 
 
@@ -72,7 +74,11 @@ def test_candidates_compile_and_cost_less_by_the_model():
     assert usual["3×3 forward"].memory == pytest.approx(1e3 * rows * (128 + 32) * 2 / estimate.MEMORY)
     more = changed["3×3 forward"].memory - usual["3×3 forward"].memory
     assert more == pytest.approx(1e3 * rows * 2 * 128 * 2 / estimate.MEMORY)  # rectified, written and read again
-    for part, most in {"3×3 forward": 0.6, "3×3, gradient of the prefix": 0.75, "1×1, gradient of the prefix": 0.9}.items():
+    for part, most in {
+        "3×3 forward": 0.6,
+        "3×3, gradient of the prefix": 0.75,
+        "1×1, gradient of the prefix": 0.9,
+    }.items():
         assert changed[part].instructions < most * usual[part].instructions
     assert sum(cost.takes for cost in changed.values()) < 0.9 * sum(cost.takes for cost in usual.values())
     assert "finishing bottleneck gradients" in usual and "finishing bottleneck gradients" not in changed

@@ -302,9 +302,7 @@ class _Readers:
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
         norm, through = self.folded.affines[i], self.folded.through_of(i)
         weight, need_weight = self.stage.weights[i], self.need_weights[i]
-        operands = BackwardOperands(
-            grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight
-        )
+        operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
         if unfinished is None:
             self.weights[i], *of_norm = run.norm_relu_conv_backward(operands)
         else:

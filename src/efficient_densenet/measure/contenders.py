@@ -33,8 +33,7 @@ class Contender:
         budget: the share of the activations' memory that compiled code may keep for backward.
         graph: whether a CUDA graph of the whole step is replayed; ``benchmarks/gpu.py`` can do that.
         search: whether cuDNN tries its algorithms and takes the fastest.
-        candidates: what a GPU's kernels do otherwise than by its line in `ops/triton/tiles.py`; ``benchmarks/gpu.py`` can
-            do that.
+        candidates: changes of a GPU's line in `ops/triton/tiles.py`; ``benchmarks/gpu.py`` can do that.
     """
 
     description: str

@@ -78,12 +78,12 @@ class BackwardOperands(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """What `Backend.finish` subtracts from a gradient of `x`, and from what: its arguments of these names."""
+    """What `Backend.finish` wants between a gradient and its place: x, mean, through and count, `total` here."""
 
     x: Tensor
     mean: Tensor
     through: Tensor
-    count: Tensor
+    total: Tensor
 
 
 class Backend(Protocol):

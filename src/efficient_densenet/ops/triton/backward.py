@@ -256,7 +256,7 @@ def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, 
 def finish_norm_relu_conv_backward(
     operands: BackwardOperands, unfinished: Unfinished
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As `norm_relu_conv_backward` of a 1×1 window without a pool, the first kernel of which finishes `grad_out` too."""
+    """As `norm_relu_conv_backward` of a 1×1 window without a pool, whose first kernel finishes `grad_out` too."""
     product = Product(operands)
     tile = tiles.finishing_grad_x(product.of)
     if tile is None:
@@ -312,7 +312,7 @@ class Product:
         launch.run(
             finishing_grad_x_kernel, blocks, tile,
             self.grad_out, grad_out_stride, y, strides[1], unfinished.mean, unfinished.through,
-            unfinished.through.stride(0), unfinished.count,
+            unfinished.through.stride(0), unfinished.total,
             self.x, x_stride, self.norm.scale, self.norm.shift, self.norm.mean,
             launch.packed(self.weight, self.x.dtype), grad_x, strides[0], sums,
             self.rows, blocks, channels, outputs, accumulate, self.of.precision, vec,

@@ -6,8 +6,8 @@ For each kernel of each layer three times are counted, and it takes the longest:
 - cache: for the bytes that programs load and store, most of them in the second-level cache;
 - instructions: for those that all warps issue: outside of the loop that holds the product, and inside, times its steps.
 
-The model knows no latency, no instruction that waits for another, no multiprocessor that idles at the end of a grid; what
-it assumes of the hardware was not measured. It compares two ways to compute the same; of a sum it may be off by 30 %.
+The model knows no latency, no instruction that waits for another, no multiprocessor that idles at the end of a grid.
+What it assumes of the hardware was not measured. It compares two ways to compute the same; a sum may be off by 30 %.
 """
 
 from __future__ import annotations

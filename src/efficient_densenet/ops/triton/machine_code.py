@@ -84,7 +84,7 @@ def overtaken(listing: str) -> list[str]:
 
 
 def product_loop(compiled: Any) -> tuple[list[Instruction], list[Instruction]]:
-    """All instructions of a kernel for NVIDIA's, and those of the loop that holds its product; none if there is none."""
+    """All instructions of a kernel for NVIDIA's, and those of the loop that holds its product, if there is one."""
     code, labels = _parsed(_tool("nvdisasm", "--print-code", compiled.asm["cubin"]))
     loops = []
     for end, instruction in enumerate(code):

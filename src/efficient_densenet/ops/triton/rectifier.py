@@ -39,7 +39,7 @@ def rectify_backward_kernel(
     grad_out, x, x_stride, scale, shift, mean, grad_x, grad_x_stride, sums, rows, blocks, rows_per_image, channels,
     ACCUMULATE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``g = grad_out / rows_per_image`` where the rectifier passed, ``grad_x += scale·g`` (or ``=``); sums as elsewhere.
+    """``g = grad_out / rows_per_image`` where the rectifier passed, ``grad_x += scale·g`` (or ``=``); and the sums.
 
     A row of `grad_out` is that of all `rows_per_image` rows of an image: of a mean over them; or, with 1, of one row.
 

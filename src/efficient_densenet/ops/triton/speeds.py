@@ -14,7 +14,6 @@ from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, cudnn, forward, moments, tiles
 from efficient_densenet.ops.triton.ahead_of_time import SHAPES, TYPES, Shape
 
-
 _TINY = (Shape("bottleneck", 2, (4, 4), 72, 16), Shape("3×3", 2, (4, 4), 72, 8, 3))
 """To try this program; their channels fill more than a tile of 64."""
 
@@ -101,10 +100,17 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Hashable, Ca
     yield "backward, weight", weight_tile, lambda: product.grad_weight(weight_tile), large + small, flop
     if of.taps > 1:
         module = cudnn if device.windows_backward == "cudnn" else backward
-        way = module, tile, weight_tile
-        yield "backward", way, lambda: module.norm_relu_conv_backward(operands), 3 * large + small, 2 * flop
+        yield (
+            "backward",
+            (module, tile, weight_tile),
+            lambda: module.norm_relu_conv_backward(operands),
+            3 * large + small,
+            2 * flop,
+        )
     elif of.pool == 1:
-        unfinished = Unfinished(activation(shape.size, shape.outputs), found.mean, torch.zeros_like(torch.stack(found)), count)
+        unfinished = Unfinished(
+            activation(shape.size, shape.outputs), found.mean, torch.zeros_like(torch.stack(found)), count
+        )
         attempt = lambda: backward.finish_norm_relu_conv_backward(operands, unfinished)  # noqa: E731
         yield "finishing, backward", tiles.finishing_grad_x(of), attempt, 3 * large + 3 * small, 2 * flop
     of_x = Statistics(norm.mean, norm.inverse)

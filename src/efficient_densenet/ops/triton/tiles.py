@@ -31,6 +31,7 @@ class Device(NamedTuple):
             before the product in a pass of its own, and "cudnn" leaves the product to cuDNN, which wants that too.
         windows_backward: "fused" or "cudnn".
         widest_prefix: tile of a prefix's gradient through a window in half precision, in channels.
+        pixels: that a weight's gradient multiplies at a time, in half precision.
         finishes: whether the gradient of a bottleneck's output is finished in the kernel of its prefix's gradient,
             up to `widest` outputs: a program has a block of rows and all channels.
         least_rows: of a tile whose grid would have fewer than `programs`.
@@ -43,6 +44,7 @@ class Device(NamedTuple):
     windows: str = "fused"
     windows_backward: str = "fused"
     widest_prefix: int = 64
+    pixels: int = 32
     finishes: bool = False
     least_rows: int = 128
 
@@ -56,6 +58,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "cudnn forward": {"windows": "cudnn"},
     "cudnn backward": {"windows_backward": "cudnn"},
     "wide prefix": {"widest_prefix": 128},
+    "64 pixels": {"pixels": 64},
     "finishing": {"finishes": True},
     "64 rows": {"least_rows": 64},
 }
@@ -64,8 +67,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 Off until a GPU has shown that it is faster there: then it belongs into the line. docs/gpu.md says what is expected.
 """
 
-OURS = ("rectified", "wide prefix", "finishing", "64 rows")
-CUDNN = ("cudnn forward", "cudnn backward", "finishing", "64 rows")
+OURS = ("rectified", "wide prefix", "64 pixels", "finishing", "64 rows")
+CUDNN = ("cudnn forward", "cudnn backward", "64 pixels", "finishing", "64 rows")
 """Candidates that go together: products of ours, and those with a window by cuDNN."""
 
 DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264, warp_groups=True)}
@@ -210,7 +213,9 @@ def grad_weight(of: Product) -> Tile:
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
     rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if of.half else 64)
-    return Tile(rows, columns, 32, 8 if rows * columns >= 64 * of.device.widest else 4, of.stages)
+    depth = of.device.pixels if of.half else 32
+    warps = 8 if rows * columns >= 64 * of.device.widest else 4
+    return Tile(rows, columns, depth, warps, of.stages - (depth > 32))
 
 
 def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
