@@ -121,8 +121,11 @@ def test_kernels_of_other_odd_sizes():
     check_conv((2, (6, 7), 5), torch.float32, 3, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("candidate", tiles.CANDIDATES)
+@pytest.mark.parametrize(
+    ("candidate", "dtype"),
+    [*((name, torch.bfloat16) for name in tiles.CANDIDATES), ("finishing", torch.float32)],
+    ids=str,
+)
 def test_candidates_of_a_device(candidate, dtype, monkeypatch):
     """Whatever a device's line may become computes the same."""
     monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(**tiles.CANDIDATES[candidate]))

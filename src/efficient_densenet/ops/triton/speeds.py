@@ -100,13 +100,8 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Hashable, Ca
     yield "backward, weight", weight_tile, lambda: product.grad_weight(weight_tile), large + small, flop
     if of.taps > 1:
         module = cudnn if device.windows_backward == "cudnn" else backward
-        yield (
-            "backward",
-            (module, tile, weight_tile),
-            lambda: module.norm_relu_conv_backward(operands),
-            3 * large + small,
-            2 * flop,
-        )
+        both, attempt = (module, tile, weight_tile), lambda: module.norm_relu_conv_backward(operands)
+        yield "backward", both, attempt, 3 * large + small, 2 * flop
     elif of.pool == 1:
         unfinished = Unfinished(
             activation(shape.size, shape.outputs), found.mean, torch.zeros_like(torch.stack(found)), count
