@@ -30,7 +30,7 @@ from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 
 OURS = ("bottleneck-channels-last", "features-channels-last", "inputs-channels-last")
-CANDIDATES = ("bottleneck-candidates", "bottleneck-cudnn")
+CANDIDATES = ("bottleneck-candidates-channels-last", "bottleneck-cudnn-channels-last")
 COMPILED = ("compiled-channels-last", "compiled-budget-0.5", "compiled-budget-0.1", "compiled-max-autotune")
 EAGER = ("ordinary", "ordinary-channels-last", "ordinary-cudnn-benchmark")
 

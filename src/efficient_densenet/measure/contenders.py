@@ -98,8 +98,12 @@ CONTENDERS: dict[str, Contender] = {
     **{keep: Contender(f"efficient=True, keep={keep!r}", _shared(keep)) for keep in KEEP},
     **{f"{keep}-channels-last": _last("the same in channels_last memory", _shared(keep)) for keep in KEEP},
     **{f"{keep}-plain": Contender("the same in plain PyTorch alone", _shared(keep), plain=True) for keep in KEEP},
-    "bottleneck-candidates": _last("kernels not in use yet", _shared("bottleneck"), candidates=tiles.OURS),
-    "bottleneck-cudnn": _last("3×3 by cuDNN, and the rest", _shared("bottleneck"), candidates=tiles.CUDNN),
+    "bottleneck-candidates-channels-last": _last(
+        "kernels not in use yet", _shared("bottleneck"), candidates=tiles.OURS
+    ),
+    "bottleneck-cudnn-channels-last": _last(
+        "3×3 by cuDNN, and the rest", _shared("bottleneck"), candidates=tiles.CUDNN
+    ),
     "bottleneck-graph": _last("a CUDA graph of it", _shared("bottleneck"), graph=True),
     "bottleneck-reduce-overhead": _last(
         "under torch.compile in that mode", _shared("bottleneck"), compile="reduce-overhead"
