@@ -31,7 +31,7 @@ class Device(NamedTuple):
             before the product in a pass of its own, and "cudnn" leaves the product to cuDNN, which wants that too.
         windows_backward: "fused" or "cudnn".
         widest_prefix: tile of a prefix's gradient through a window in half precision, in channels.
-        pixels: that a weight's gradient multiplies at a time, in half precision.
+        pixels: that a weight's gradient without a pool multiplies at a time in a wide tile, in half precision.
         finishes: whether the gradient of a bottleneck's output is finished in the kernel of its prefix's gradient,
             up to `widest` outputs: a program has a block of rows and all channels.
         least_rows: of a tile whose grid would have fewer than `programs`.
@@ -213,8 +213,8 @@ def grad_weight(of: Product) -> Tile:
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
     rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if of.half else 64)
-    depth = of.device.pixels if of.half else 32
     warps = 8 if rows * columns >= 64 * of.device.widest else 4
+    depth = of.device.pixels if of.half and of.pool == 1 and warps == 8 else 32  # or registers spill on sm_80
     return Tile(rows, columns, depth, warps, of.stages - (depth > 32))
 
 
