@@ -10,6 +10,7 @@ Tables stand between two comments that name them. Measurements without a picture
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,32 @@ def nearest() -> str:
     return f"The largest share of the ordinary network's time that was measured: {ratio:.2f}, {where}."
 
 
+def gpu_model() -> str:
+    """Milliseconds of each part of a step on an H100, by a model: as it is, with each candidate, with all together."""
+    found: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["records"]:
+        found.setdefault(tuple(record["candidates"]), {})[record["part"]] = record
+    usual = found[()]
+
+    def takes(part: str, candidates: tuple[str, ...]) -> str:
+        parts = found[candidates]
+        changed = not candidates or parts.get(part) is None or parts[part]["takes"] != usual[part]["takes"]
+        return f"{parts[part]['takes']:.1f}" if changed and part in parts else "–" if changed else ""
+
+    rows = [
+        [
+            part,
+            *(f"{bound[key]:.1f}" for key in ("memory", "cache", "instructions")),
+            *(takes(part, way) for way in found),
+        ]
+        for part, bound in usual.items()
+    ]
+    sums = [f"{sum(record['takes'] for record in parts.values()):.1f}" for parts in found.values()]
+    rows.append(["together", "", "", "", *sums])
+    names = ["as it is", *(f"“{way[0]}”" if len(way) == 1 else "all of these" for way in found if way)]
+    return tables.markdown(["kernels", "memory", "cache", "instructions", *names], rows, names=1)
+
+
 def side_by_side() -> str:
     """Other libraries and compiled networks beside ours, and the pictures of that."""
     sections = [records("peers", section) for section in ("training", "evaluation")]
@@ -160,6 +187,7 @@ TABLES = (
     Table("README.md", "memory", memory),
     Table("README.md", "time", times),
     Table("docs/cpu.md", "nearest", nearest),
+    Table("docs/gpu.md", "model", gpu_model),
     Table("docs/measuring.md", "side by side", side_by_side),
 )
 PICTURES = (

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
+from efficient_densenet.execution.operators import cast_together
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.recompute import unrecorded
@@ -119,7 +120,8 @@ def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     if casts_automatically(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
+        x, cast = x.to(dtype), cast_together([*weights, *given], dtype)
+        weights, given = cast[: len(weights)], cast[len(weights) :]
     return x, weights, given
 
 
