@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
+_MOST_LEVELS = 64  # of batches in one another, in PyTorch
+
 
 class Given(NamedTuple):
     """What backward is given, in lists out of which it takes what it has no further use for: nobody else has it.
@@ -130,17 +132,19 @@ class Passes(ABC):
         self, ctx: Any, grad_output: list[Tensor], need_x: bool, need_weights: Sequence[bool], as_operator: bool
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
         """The gradients of the input and of the first four groups of arguments."""
-        _refuse_batches(grad_output[0])
         x, packed, *groups = _split(ctx.saved_tensors, ctx.lengths)
         if not as_operator:
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
         given = Given(grad_output, x, packed)
-        if as_operator:
-            found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
-        else:
-            del x, packed
-            found = iter(self.backward(given, need_x, need_weights, arguments))
+        del x, packed
+
+        def run(given: Given) -> list[Tensor]:
+            if as_operator:
+                return self.backward_operator(*given, need_x, need_weights, *arguments)
+            return self.backward(given, need_x, need_weights, arguments)
+
+        found = iter(_for_each(given, run))
         of_x = next(found)
         of_norms = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]
@@ -275,13 +279,22 @@ def _watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _refuse_batches(gradient: Tensor | None) -> None:
-    """Those of ``is_grads_batched``, which operators cannot have rules for, as they have for `torch.func.vmap`."""
-    if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
-        raise RuntimeError(
-            "the shared buffer has no backward pass for is_grads_batched and jacobian(vectorize=True): call "
-            "make_efficient(model, way='recompute') before forward, or use torch.func.jacrev"
-        )
+def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:
+    """What `run` makes of a gradient, or of each in a batch of ``is_grads_batched``: operators have no rules for those."""
+    if not torch._C._functorch.is_legacy_batchedtensor(given.grad_output[0]):
+        return run(given)
+    batch = given.grad_output[0]
+    level = next(level for level in range(_MOST_LEVELS, 0, -1) if _is_batched(batch, level))  # the innermost first
+    gradients = torch._remove_batch_dim(batch, level, 0, 0)
+    if not len(gradients):
+        raise IndexError("there is no gradient in the batch of gradients")
+    made = [_for_each(Given([gradient], [*given.x], [*given.packed]), run) for gradient in gradients]
+    return [torch._add_batch_dim(torch.stack(some), 0, level) for some in zip(*made, strict=True)]
+
+
+def _is_batched(tensor: Tensor, level: int) -> bool:
+    """Whether this level gives it its size; a tensor without the level takes the size that is asked for."""
+    return len(torch._remove_batch_dim(tensor, level, 0, 0)) == len(torch._remove_batch_dim(tensor, level, 1, 0))
 
 
 def _refuse_tangents(*arguments: Any) -> None:
