@@ -12,14 +12,16 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.func
 from comparison import buffers, gradients, training_step, weighted_sum
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.modules import module as on_all_modules
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -421,15 +423,86 @@ def other_inputs(make):
     return type(output).__name__, output.detach().as_subclass(Tensor)
 
 
-@row("tensors of other classes as parameters or buffers (quantised weights, `DTensor`)")
+@row("tensors of other classes as parameters, buffers or attributes (quantised weights)")
 def other_parameters(make):
-    network = make().eval().requires_grad_(False)
-    layer = network.features.denseblock1.denselayer2
-    for module, name in ((layer.conv1, "weight"), (layer.norm2, "bias"), (network.features.transition1.norm, "weight")):
-        setattr(module, name, nn.Parameter(Wrapped(getattr(module, name).detach()), requires_grad=False))
-    layer.norm1.running_mean = Wrapped(layer.norm1.running_mean)
-    with torch.no_grad():
-        return network(IMAGES)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        network = make().eval().requires_grad_(False).to(dtype)
+        first, second, third = network.features.denseblock2.children()
+        norms = (second.norm2, "bias"), (network.features.transition1.norm, "weight")
+        for module, name in ((second.conv1, "weight"), *norms):
+            setattr(module, name, nn.Parameter(Wrapped(getattr(module, name).detach()), requires_grad=False))
+        second.norm1.running_mean = Wrapped(second.norm1.running_mean)
+        with torch.no_grad():
+            found.append(network(IMAGES.to(dtype)))
+            for module in (first.conv2, network.features.conv0):
+                weight = module._parameters.pop("weight")
+                module.weight = Wrapped(weight.detach())
+            found.append(network(IMAGES.to(dtype)))
+            parametrize.register_parametrization(third.conv1, "weight", Wrapping(), unsafe=True)
+            found.append(network(IMAGES.to(dtype)))
+    return found
+
+
+class Wrapping(nn.Module):
+    def forward(self, weight):
+        return Wrapped(weight)
+
+
+@row("`DTensor` as parameters, and as images")
+def distributed_tensors(make):
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    found = []
+    with one_process() as mesh:
+        for network in (make(), make().eval()):
+            for parts in (network.features.denseblock1.denselayer2, network.features.transition1, network):
+                distribute_module(parts, mesh)
+                found.append(outcome(network, IMAGES))
+        with torch.no_grad():
+            return [*found, network(distribute_tensor(IMAGES, mesh)).full_tensor()]
+
+
+@row("FSDP (`fully_shard`)")
+def sharded(make):
+    from torch.distributed.fsdp import fully_shard
+
+    with one_process() as mesh:
+        network = fully_shard(make(), mesh=mesh)
+        found = [step(network) for _ in range(2)]
+        return [{name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in one.items()} for one in found]
+
+
+@contextmanager
+def one_process():
+    """A mesh of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@row("parameters and buffers without memory, on other devices, of other types")
+def unsuitable(make):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        for name in ("norm0", "denseblock1.denselayer2.norm1", "denseblock1.denselayer2.conv2", "transition1.conv"):
+            for change in (freed, lambda module: module.to("meta"), lambda module: module.half(), nn.Module.bfloat16):
+                network = make().to(dtype)
+                change(network.features.get_submodule(name))
+                found += [kind_of_error(network, IMAGES.to(dtype)), kind_of_error(network.eval(), IMAGES.to(dtype))]
+    return found
+
+
+def freed(module):
+    module.weight.untyped_storage().resize_(0)
+
+
+def kind_of_error(network, x):
+    with pytest.raises((RuntimeError, NotImplementedError)) as raised:
+        network(x)
+    return raised.type
 
 
 class Named(nn.Parameter):
