@@ -103,7 +103,10 @@ class AdoptedSequence(Adopted):
                 break
             if start > i:
                 x, channels_last = in_order(modules[i:start], as_ordinary(x, channels_last)), None
-            ask = functools.partial(self.standing_now, number)
+
+            def ask(number: int = number) -> Standing:
+                return self.standing_now(number)
+
             x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last, ask)
             i = stop
         if i < len(modules):

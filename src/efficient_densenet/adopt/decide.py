@@ -109,16 +109,12 @@ class Decision(NamedTuple):
         return self.chain.plan
 
 
-class Standing(NamedTuple):
-    """How modules run as they are now, in words for a compiler, which takes them for constants.
+Standing = tuple[int, tuple[tuple[str, ...], ...]]
+"""How modules run as they are now, for a compiler, which takes it for a constant (of plain types).
 
-    Attributes:
-        look: which of `Adoption.looks` holds; -1: they cannot run on the shared buffer.
-        watched: of each of their parts, in the order of `plan.parts`, the names of the attributes that this depends on.
-    """
-
-    look: int
-    watched: tuple[tuple[str, ...], ...]
+Which of `Adoption.looks` holds, -1 where they cannot run on the shared buffer; and of each of their parts, in the order
+of `plan.parts`, the names of the attributes that this depends on.
+"""
 
 
 def decide(
@@ -280,8 +276,8 @@ def standing_now(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool
     watched = tuple(tuple(compared(module)) for module in parts(roots))
     for number, one in enumerate(adoption.looks):
         if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
-            return Standing(number, watched)
-    return Standing(-1, watched)
+            return number, watched
+    return -1, watched
 
 
 def _decide_while_compiling(
