@@ -214,11 +214,15 @@ def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last:
     # Made by convolutions alone, without the input.
     if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
+    # Under autocast, what no convolution made has the type of the input, if that has more digits.
+    of_convolution = plan.pool or (plan.entry and plan.convolutions)
+    dtype = made.dtype if of_convolution else torch.promote_types(made.dtype, x.dtype)
     # What is handed out may be changed in place; the features that are kept for backward may not.
     features = not (plan.pool or plan.entry or plan.head or plan.output)
     if (features and made.requires_grad) or len(plan.output) == 1:
-        made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
-    return made, channels_last
+        layout = torch.preserve_format if channels_last else torch.contiguous_format
+        return made.to(dtype, copy=True, memory_format=layout), channels_last
+    return made.to(dtype), channels_last
 
 
 def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:

@@ -29,7 +29,7 @@ def needs_ordinary(x: Any) -> str | None:
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return _TRACED
     if torch.compiler.is_compiling():
-        return None
+        return _nothing_to_run_on(x)
     if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
         return _TRACED
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -40,7 +40,11 @@ def needs_ordinary(x: Any) -> str | None:
         for mode in _get_current_dispatch_mode_stack():
             if not isinstance(mode, Recorder) and type(mode).__module__ != _COUNTERS:
                 return f"{type(mode).__name__} watches each operation, or replaces it"
-    # An error of the ordinary operations, if it is one.
+    return _nothing_to_run_on(x)
+
+
+def _nothing_to_run_on(x: Any) -> str | None:
+    """Empty batches, and numbers that are no floating-point numbers, are what the ordinary operations make of them."""
     return "" if isinstance(x, Tensor) and not (x.numel() and x.is_floating_point()) else None
 
 
