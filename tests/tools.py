@@ -691,10 +691,13 @@ def threads(make):
 
 @row("an empty batch")
 def empty_batch(make):
-    network = make()
-    found = [step(network, IMAGES[:0]), step(network.eval(), IMAGES[:0])]
-    with torch.no_grad():
-        return [*found, network.features(IMAGES[:0])]
+    found = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        network, none = make().to(dtype), IMAGES[:0].to(dtype)
+        found += [step(network, none), step(network.eval(), none)]
+        with torch.no_grad():
+            found.append(network.features(none))
+    return found
 
 
 @row("one image, one pixel, images too small for a pool or for statistics")
@@ -705,7 +708,9 @@ def small(make):
             network = make().train(training)
             network.min_input_size = 1
             found.append(outcome(step, network, IMAGES[: shape[0], :, : shape[1], : shape[2]]))
-            found.append(outcome(step, network.features[4:6], FEATURES[: shape[0], :, : shape[1], : shape[2]]))
+            few = FEATURES[: shape[0], :, : shape[1], : shape[2]]
+            found.append(outcome(step, network.features[4:6], few))
+            found.append(outcome(step, network.features[4:6].float(), few.float()))
     return found
 
 
