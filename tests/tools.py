@@ -566,6 +566,15 @@ def defaults(make):
         torch.use_deterministic_algorithms(False)
 
 
+@row("`torch.autocast`")
+def autocast(make):
+    """Types alone: bfloat16 rounds in other places."""
+    network, x = make().float(), FEATURES.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(IMAGES.float()), network.features.denseblock1(x), network.features[4:6](x)
+    return [(output.dtype, tuple(output.shape)) for output in outputs]
+
+
 # What autograd saves
 
 
