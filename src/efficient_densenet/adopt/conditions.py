@@ -60,24 +60,23 @@ def conditions(
         kind = kind.__dict__.get("original", kind)
         found.append(kind)
         shapes: dict[str, Any] = {}  # of replicas and of sharded modules, the parameters are plain attributes
-        for name, value in module.__dict__.items():
-            of = type(value)
-            if of in PLAIN:
-                if name not in OF_EVERY_MODULE:
-                    found.append(name)
-                    found.append(value)
-            elif name in OF_EVERY_MODULE:
-                if name == "_parameters" or name == "_buffers":
-                    for key, tensor in value.items():
-                        if tensor is not None and type(tensor) not in _LAZY:
-                            shapes[key] = tensor.shape
-                            tensors.append(tensor)
+        held = module.__dict__
+        names = _own(tuple(held))
+        found.append(names)
+        for name in names:
+            value = held[name]
+            if type(value) in PLAIN:
+                found.append(value)
             elif isinstance(value, Tensor):
                 shapes[name] = value.shape
                 tensors.append(value)
             else:
-                found.append(name)
                 found.append(frozen(value))
+        for some in (held["_parameters"], held["_buffers"]):
+            for name, tensor in some.items():
+                if tensor is not None and type(tensor) not in _LAZY:
+                    shapes[name] = tensor.shape
+                    tensors.append(tensor)
         found.append(shapes)
         if kind not in kinds:
             kinds.add(kind)
@@ -98,6 +97,12 @@ def conditions(
             if child is not None and child is not without:
                 stack.append(child)
     return list(order), tensors, tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _own(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the names of a module's attributes, those that not every module has."""
+    return tuple([name for name in names if name not in OF_EVERY_MODULE])
 
 
 def compared(module: nn.Module) -> list[str]:
