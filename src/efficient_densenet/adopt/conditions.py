@@ -61,17 +61,15 @@ def conditions(
         found.append(kind)
         shapes: dict[str, Any] = {}  # of replicas and of sharded modules, the parameters are plain attributes
         held = module.__dict__
-        names = _own(tuple(held))
-        found.append(names)
-        for name in names:
+        for name in _own(tuple(held)):
             value = held[name]
             if type(value) in PLAIN:
-                found.append(value)
+                found += name, value
             elif isinstance(value, Tensor):
                 shapes[name] = value.shape
                 tensors.append(value)
             else:
-                found.append(frozen(value))
+                found += name, frozen(value)
         for some in (held["_parameters"], held["_buffers"]):
             for name, tensor in some.items():
                 if tensor is not None and type(tensor) not in _LAZY:
