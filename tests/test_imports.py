@@ -30,10 +30,11 @@ RANK = {
 INSIDE = {
     "ops": ["protocol", "reference", "convolution", "eager", "cpu triton"],
     "execution": [
-        "__init__ buffers synchronise plan recompute",
+        "__init__ buffers pieces synchronise plan recompute",
         "norms",
-        "stage stem",
-        "library",
+        "operators stage stem_convolutions",
+        "library stem",
+        "stem_library",
         "shared",
     ],
     "adopt": [
@@ -42,7 +43,7 @@ INSIDE = {
         "chain",
         "head look",
         "decide",
-        "adopted block",
+        "adopted block memory",
         "survey",
         "report",
         "__init__ inspect",

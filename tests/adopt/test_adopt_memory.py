@@ -10,7 +10,9 @@ import torchvision
 from others import monai_small, timm_small, torchvision_small
 
 from efficient_densenet import DenseNet, make_efficient, report, restore
-from efficient_densenet.execution import KEEP
+from efficient_densenet.execution import KEEP, pieces
+from efficient_densenet.measure.memory import peak_bytes
+from efficient_densenet.ops import convolution
 
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
@@ -104,7 +106,7 @@ def test_the_stem_is_told_too():
     stem = report(model, "features", shape).entries[-1]
     features, x = model.features, torch.randn(2, *shape)
     alive, output = alive_after(lambda: features.pool0(features.relu0(features.norm0(features.conv0(x)))))
-    measured = alive - 4 * output.numel() + 4 * x.numel()
+    measured = alive - 4 * output.numel()
     assert (stem.name, stem.channels) == ("features", "3 → 64")
     assert 2 * stem.bytes_before == pytest.approx(measured, rel=0.01)
     parts = make_efficient(torch.nn.Sequential(*list(features)[:6]), "features")
@@ -112,7 +114,32 @@ def test_the_stem_is_told_too():
     joined = make_efficient(torch.nn.Sequential(*list(restore(parts))[4:]), "features")
     block = alive_after(lambda: joined(torch.zeros_like(output)))
     statistics = 4 * (2 * 64 + 1 + 3 * 64)
-    assert 2 * stem.bytes_after == pooled[0] - block[0] - statistics
+    assert 2 * stem.bytes_after == pooled[0] - block[0] - statistics == 0
+
+
+PEAKS = {
+    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32)),
+    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32)),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96)),
+    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96)),
+    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32)),
+}
+
+
+@every_keep
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_that_is_told_is_the_peak_of_a_training_step(name, keep, monkeypatch):
+    """Of live bytes per image, exact; with a scratch of one image, as it is for networks of a usual size."""
+    monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)
+    monkeypatch.setitem(pieces._MOST, "cpu", 1 << 15)
+    build, shape = PEAKS[name]
+    model, peaks = make_efficient(build(), keep), []
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for n in (8, 16):
+        x = torch.randn(n, *shape)
+        peaks.append(peak_bytes(lambda x=x: model(x).sum().backward()))
+    assert report(model, image=shape).peak[1] == pytest.approx((peaks[1] - peaks[0]) / 8, rel=0.1)
 
 
 def test_the_table_can_be_read():
@@ -121,6 +148,7 @@ def test_the_table_can_be_read():
     assert first == "Kept for the backward pass, before and after: MB per image of 3×224×224, float32."
     assert head.split() == ["module", "was", "now", "channels", "before", "after"]
     assert rows[0].split("  ")[0] == "features.denseblock1" and rows[0].endswith("40.94   3.21")
-    assert rows[-1].split() == ["together", "129.96", "9.63"]
+    assert rows[-2].split() == ["together", "129.35", "5.82"]
+    assert rows[-1].split() == ["peak", "of", "a", "training", "step", "129.35", "9.63"]
     assert len({len(row) for row in [head, *rows]}) == 1
     assert "values per pixel" in str(report(torchvision.models.densenet121()))

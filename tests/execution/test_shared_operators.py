@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from twins import BOTTLENECK, IMAGENET, images, pair
 
 from efficient_densenet import DenseNet
-from efficient_densenet.execution import KEEP, library
+from efficient_densenet.execution import KEEP, library, stem_library
 from efficient_densenet.execution.plan import sources
 
 EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -67,24 +67,30 @@ def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
     """Shapes, types and memory layouts of all that the operators return."""
     arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
     packed = library.stage_forward(*arguments)
-    x = arguments[0] if pool and keep == "inputs" else None
+    x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
     need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
-    backward = (torch.randn_like(packed[0]), x, packed, need_weights, *arguments[1:])
+    backward = ([torch.randn_like(packed[0])], x, saved, True, need_weights, *arguments[1:])
     torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
     torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_stems_operators_are_proper(frozen):
-    x, weight, bias = torch.randn(2, 4, 7, 6, dtype=torch.float64), tensor(4), tensor(4)
-    constants = [tensor(4), tensor(4)] if frozen else []
-    output, *statistics = library.norm_relu_max_pool_forward(x, weight, bias, constants, 1e-5, "")
-    backward = (torch.randn_like(output), x, weight, bias, constants, statistics, 1e-5, "")
-    torch.library.opcheck(library.norm_relu_max_pool_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    for leaf in (x, weight, bias):
+@pytest.mark.parametrize("convolutions", [0, 1, 3])
+def test_the_stems_operators_are_proper(convolutions, frozen):
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    weights = [torch.randn(4, 4, 3, 3, dtype=torch.float64) for _ in range(convolutions)]
+    biases = [tensor(4) for _ in weights]
+    norms = convolutions or 1
+    norm_weights, norm_biases = ([tensor(4) for _ in range(norms)] for _ in range(2))
+    constants = [tensor(4) for _ in range(2 * norms if frozen else 0)]
+    plain = ([not frozen] * norms, [1e-5] * norms, *([[2, 2], [1, 1], [1, 1]] if convolutions else [[], [], []]), 1, "")
+    arguments = (norm_weights, norm_biases, weights, biases, constants, *plain)
+    output, *kept = stem_library.stem_forward(x, *arguments)
+    backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)
+    torch.library.opcheck(stem_library.stem_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    for leaf in (x, *norm_weights, *norm_biases, *weights, *biases):
         leaf.requires_grad_()
-    forward = (x, weight, bias, constants, 1e-5, "")
-    torch.library.opcheck(library.norm_relu_max_pool_forward, forward, test_utils=EVERY_CHECK)
+    torch.library.opcheck(stem_library.stem_forward, (x, *arguments), test_utils=EVERY_CHECK)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -99,7 +105,7 @@ def test_one_graph_with_one_operator_for_each_block_whatever_the_size(training):
     assert counter.frame_count == 2
     calls = [str(node.target) for node in counter.graphs[0].graph.nodes]
     assert len([call for call in calls if "stage_forward" in call]) == 2
-    assert len([call for call in calls if "norm_relu_max_pool_forward" in call]) == 1
+    assert len([call for call in calls if "stem_forward" in call]) == 1
 
 
 def test_compiled_dropout_draws_new_masks():

@@ -69,9 +69,8 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
     segments: dict[nn.Module, list[Segment]] = {}
     for finding in findings:
         if finding.looks:
-            promised, is_stem = finding.reason is None, finding.chain.is_stem
             name = "the stem" if finding.segment is not None and not finding.chain.made else ""
-            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=promised, is_stem=is_stem)
+            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=finding.reason is None)
             if finding.segment is None:
                 adopt(finding.module, AdoptedPart, adoption)
             else:

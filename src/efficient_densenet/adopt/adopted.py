@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.adopt.conditions import hooked
 from efficient_densenet.adopt.decide import SHARED, Adoption, at_call, decide, run_as
 from efficient_densenet.adopt.head import Head, head_of
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import shared
-from efficient_densenet.execution.recompute import forgetting
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -82,12 +79,8 @@ class AdoptedSequence(Adopted):
         for start, stop, adoption in self.adoption.segments:
             if stop > len(modules):
                 break
-            if adoption.is_stem and start > i:
-                x = in_order(modules[i : start - 1], x)
-                x = _run_stem(modules[start - 1], modules[start:stop], x, adoption)
-            else:
-                x = in_order(modules[i:start], x)
-                x = run_segment(modules[start:stop], x, adoption)
+            x = in_order(modules[i:start], x)
+            x = run_segment(modules[start:stop], x, adoption)
             i = stop
         return in_order(modules[i:], x)
 
@@ -116,17 +109,6 @@ class AdoptedNetwork(Adopted):
         else:  # the block tells why, if it does not run on its buffer either
             x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
-
-
-def _run_stem(convolution: nn.Module, modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
-    """A convolution, and norm, relu and max pool of what it makes; with ``keep="inputs"`` that is not kept either."""
-    if isinstance(x, Tensor):
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # as the shared buffer wants it
-    # A compiler decides by itself what to compute again.
-    forget = adoption.keep == "inputs" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    plain = type(convolution).forward in [kind.forward for kind in CONVOLUTIONS] and not hooked([convolution])
-    with forgetting(convolutions=True) if forget and plain else nullcontext():
-        return run_segment(modules, in_order([convolution], x), adoption)
 
 
 def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:

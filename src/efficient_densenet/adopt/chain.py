@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
 from efficient_densenet.adopt.record import Record
-from efficient_densenet.execution.plan import Norm, Plan, Ranges, Step, sources
+from efficient_densenet.execution.plan import Entry, Norm, Plan, Ranges, Step, sources
 
 _AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 _MAX_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices")
@@ -63,20 +64,22 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
             raise NotDenseError("it does not end with a norm")
         output = record.new_piece(Piece(0, Active(output, None)))
     last, steps = _last(record, output)
-    layers = _layers(record, output, last)
+    stem = None if last is None or head else _stem(record, last)
+    layers = _layers(record, output, last) if stem is None else []
     if last is None and (not layers or not isinstance(output, Features)):
         raise NotDenseError("what it returns is not a concatenation of features")
     width = record.pieces[0].channels
     growths = tuple(record.pieces[layer[-1]].channels for layer in layers)
     bottlenecks = tuple(record.pieces[layer[0]].channels for layer in layers if len(layer) == 2)
-    is_stem = not head and last is not None and last.convolution is None and last.obstacle is None
     reason = _layers_obstacle(record, layers)
-    tail_reason = None if last is None else _tail_obstacle(last, steps, is_stem)
+    tail_reason = None if last is None else _obstacle(last) if stem is None else _stem_obstacle(stem, steps)
     reason = reason or tail_reason or _norms_obstacle(record)
-    plan = None if reason is not None else _plan(record, output, layers, last, steps, is_stem)
+    plan = None
+    if reason is None:
+        plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem)
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
-    return Chain(width, growths, bottlenecks, tail, is_stem, pools, plan, reason, tail_reason)
+    return Chain(width, growths, bottlenecks, tail, stem is not None, pools, plan, reason, tail_reason)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
@@ -89,17 +92,26 @@ def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
     else:
         return None, ()
     piece = record.pieces[number]
-    if 0 not in _read(piece):
-        raise NotDenseError("what it returns does not depend on all its features")
+    if piece.entry is not None:
+        raise NotDenseError("it is a convolution alone")
     drops = [Step(torch.feature_dropout if d.whole_channels else F.dropout, (d.rate, True)) for d in piece.dropouts]
     return piece, (*drops, *steps)
 
 
+def _stem(record: Record, last: Piece) -> list[Piece] | None:
+    """What a stem's convolutions made, each behind the one before, and then `last`; None if it is no stem."""
+    if last.convolution is not None or last.obstacle is not None:
+        return None
+    found = [last]
+    while (read := _read(found[0])) != (0,) and len(read) == 1:
+        found.insert(0, record.pieces[read[0]])
+    return found if found == [last] or found[0].entry is not None else None
+
+
 def _read(piece: Piece) -> tuple[int, ...]:
-    """The pieces that its norm reads."""
-    if piece.source is None:
-        return ()
-    return (piece.source.normed if isinstance(piece.source, Active) else piece.source).source.pieces
+    """The pieces that its norm reads, or its convolution of the image."""
+    source = piece.source if piece.normed is None else piece.normed.source
+    return source.pieces if isinstance(source, Features) else ()
 
 
 def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, ...]]:
@@ -122,6 +134,8 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
             and not wanted.union({0}) & set(_read(record.pieces[chain[0]]))
         ):
             chain.insert(0, *_read(record.pieces[chain[0]]))
+        if any(record.pieces[number].entry is not None for number in chain):
+            raise NotDenseError("its first convolution has no norm before it")
         found.append(tuple(chain))
     known = {0}
     for i, layer in enumerate(found, start=1):
@@ -152,17 +166,21 @@ def _layers_obstacle(record: Record, layers: Sequence[tuple[int, ...]]) -> str |
     return None if len({len(layer) for layer in layers}) <= 1 else "its layers are not all of one form"
 
 
-def _tail_obstacle(piece: Piece, steps: Sequence[Step], is_stem: bool) -> str | None:
-    reason = _obstacle(piece)
-    if reason is None and is_stem and not _is_stems_pool(steps):
+def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step]) -> str | None:
+    for piece in stem:
+        reason = _obstacle(piece) if piece.entry is None else None
+        if reason is not None:
+            return reason
+        if piece.dropouts:
+            return "there is dropout in it"
+    if not _is_stems_pool(steps):
         return "it does not end with the max pool of a DenseNet's stem (window 3, stride 2, padding 1)"
-    return reason
+    return None
 
 
 def _obstacle(piece: Piece) -> str | None:
-    source = piece.source
-    assert source is not None
-    normed = source.normed if isinstance(source, Active) else source
+    source, normed = piece.source, piece.normed
+    assert normed is not None
     if normed.obstacle is not None:
         return normed.obstacle
     if not isinstance(source, Active):
@@ -178,8 +196,7 @@ def _norms_obstacle(record: Record) -> str | None:
 
 
 def _norm(piece: Piece) -> Norm | None:
-    source = piece.source
-    return source.normed.norm if isinstance(source, Active) else None if source is None else source.norm
+    return None if piece.normed is None else piece.normed.norm
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------
@@ -191,7 +208,6 @@ def _plan(
     layers: Sequence[tuple[int, ...]],
     last: Piece | None,
     steps: tuple[Step, ...],
-    is_stem: bool,
 ) -> Plan:
     pieces = record.pieces
     chain = [pieces[number] for layer in layers for number in layer]
@@ -218,10 +234,24 @@ def _plan(
         per_layer,
         tuple(pieces[layer[-1]].dropouts for layer in layers),
         pool,
-        () if is_stem else steps,
-        is_stem,
+        steps,
+        None,
         _positions(record, layers, features),
     )
+
+
+def _plan_of_stem(width: int, stem: Sequence[Piece]) -> Plan:
+    """Of convolutions, if there are any, each with the norm behind it."""
+    *made, _ = stem
+    read = pairwise(accumulate([piece.channels for piece in made] or [width], initial=0))
+    norms = []
+    for piece, source in zip(stem[1:] or stem, read, strict=True):
+        norm = _norm(piece)
+        assert norm is not None
+        norms.append(norm._replace(source=source))
+    entry = made[0].entry if made else Entry()
+    convolutions = tuple(piece.convolution for piece in made if piece.convolution is not None)
+    return Plan(width, tuple(piece.channels for piece in made), tuple(norms), convolutions, entry=entry)
 
 
 def _order(record: Record, read: Sequence[int]) -> Ranges:

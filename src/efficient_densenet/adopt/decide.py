@@ -53,7 +53,6 @@ class Adoption:
         argument: the name of the one tensor that the first of them takes.
         looks: what they compute, under the conditions that were met, the latest first.
         promised: whether they were to run on the shared buffer when they were adopted.
-        is_stem: whether they are the norm, activation and pool of a stem.
         head: whether relu and the mean over all pixels follow.
         segments: of a sequence, what runs as one; of a network, its last block and norm.
         features, heads: of a network, the name of its features, and how it was found to end.
@@ -66,7 +65,6 @@ class Adoption:
     argument: str = ""
     looks: list[Look] = field(default_factory=list)
     promised: bool = True
-    is_stem: bool = False
     head: bool = False
     segments: tuple[Segment, ...] = ()
     features: str = ""
@@ -165,7 +163,7 @@ def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, or
         plan = decision.plan
         made = shared.run(x, plan, decision.modules, adoption.keep)
         # What is handed out may be changed in place; the features that are kept for backward may not.
-        whole = not (plan.pool or plan.max_pool or plan.output)
+        whole = not (plan.pool or plan.entry or plan.output)
         return made.clone() if whole and made.requires_grad else made
     _say(decision, module, adoption)
     if decision.way == RECOMPUTE and torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
+from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
@@ -92,18 +92,31 @@ class Piece:
 
     Attributes:
         channels: that it has.
-        source: what the convolution read.
+        source: what the convolution read; features only at the beginning of a stem.
         convolution: None if it is one that the shared buffer cannot run, for the reason in `obstacle`.
         kernel: its window.
         dropouts: behind it.
+        entry: how it goes over the image, at the beginning of a stem.
     """
 
     channels: int
-    source: Active | Normed | None = None
+    source: Active | Normed | Features | None = None
     convolution: Convolution | None = None
     obstacle: str | None = None
     kernel: tuple[int, ...] = ()
     dropouts: tuple[Dropout, ...] = ()
+    entry: Entry | None = None
+
+    @property
+    def normed(self) -> Normed | None:
+        """What the rectifier or convolution read, if it was behind a norm."""
+        return (
+            self.source.normed
+            if isinstance(self.source, Active)
+            else self.source
+            if isinstance(self.source, Normed)
+            else None
+        )
 
 
 class Meanings:

@@ -35,7 +35,7 @@ from efficient_densenet.adopt.meanings import (
     Zero,
     storage,
 )
-from efficient_densenet.execution.plan import Convolution, Dropout, Norm, Step
+from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
 
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
@@ -129,8 +129,8 @@ class Record(Meanings):
 
     def before(self, packet: Any, args: Sequence[Any]) -> None:
         """Notice channels that the input should have had, before the operation fails for it."""
-        if packet is _aten.convolution:
-            self._expect(args[0], args[1].shape[1] * args[8])
+        if packet is _aten.convolution and not args[6]:
+            self._expect(args[0], args[1].shape[1] * args[8], exact=True)
         elif packet is _aten.mul and isinstance(args[1], Tensor) and args[1].dim() == args[0].dim():
             self._expect(args[0], args[1].shape[1])
 
@@ -138,11 +138,12 @@ class Record(Meanings):
         if vectors:
             self._expect(x, len(vectors[0]))
 
-    def _expect(self, x: Any, width: int) -> None:
+    def _expect(self, x: Any, width: int, exact: bool = False) -> None:
+        """`exact`: unless it is, one channel would do for any number."""
         given = self.meaning(x)
         given = given.normed if isinstance(given, Active) else given
         given = given.source if isinstance(given, Normed) else given
-        if given == Features((0,)) and width not in (1, self.pieces[0].channels):
+        if given == Features((0,)) and width != self.pieces[0].channels and (exact or width != 1):
             raise OtherWidthError(width)
 
     def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
@@ -186,6 +187,8 @@ class Record(Meanings):
                 return Scaled(x, args[1])
             if packet is _aten.slice and args[1] % made.dim() == 1:
                 return self._slice(x, args[2:])
+            if packet is _aten.convolution and len(self.pieces) == 1:
+                return self._first_convolution(x, packet, args, made)
         if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
             return self._frozen_norm(x)
         if isinstance(x, Normed | Active):
@@ -299,23 +302,40 @@ class Record(Meanings):
         self.convolutions += 1
         _, weight, bias, stride, padding, dilation, transposed, _, groups = args
         module: Any = self.module
-        owner = self.owners.get(id(weight))
-        of_bias = None if bias is None else self.owners.get(id(bias))
         kernel = weight.shape[2:]
         same = all(k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True))
         obstacle = convolution = None
         if not same or set(stride) != {1} or transposed or groups != 1:
             known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
-        elif _is_plain(module):
-            convolution = Convolution(self.numbers[module], ("weight", "bias"))
-        elif owner is not None and (bias is None or (of_bias is not None and of_bias[0] == owner[0])):
-            convolution = Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
         else:
+            convolution = self._tensors_of_convolution(weight, bias)
+        if obstacle is None and convolution is None:
             obstacle = f"the weight of {'a convolution' if module is None else type(module).__name__} is computed"
         if convolution is not None and set(dilation) != {1}:
             convolution = convolution._replace(dilation=tuple(dilation))
         return self.new_piece(Piece(made.shape[1], x, convolution, obstacle, tuple(kernel)))
+
+    def _first_convolution(self, x: Features, packet: Any, args: Sequence[Any], made: Tensor) -> Any:
+        """One of the image, at the beginning of a stem: any that is not transposed."""
+        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        convolution = None if transposed else self._tensors_of_convolution(weight, bias)
+        if convolution is None:
+            return self._other(packet, [x])
+        self.convolutions += 1
+        entry = Entry(tuple(stride), tuple(padding), tuple(dilation), groups)
+        return self.new_piece(Piece(made.shape[1], x, convolution, None, tuple(weight.shape[2:]), (), entry))
+
+    def _tensors_of_convolution(self, weight: Tensor, bias: Tensor | None) -> Convolution | None:
+        """Where these belong, if they belong to one module."""
+        module = self.module
+        if _is_plain(module):
+            assert module is not None
+            return Convolution(self.numbers[module], ("weight", "bias"))
+        owner, of_bias = self.owners.get(id(weight)), None if bias is None else self.owners.get(id(bias))
+        if owner is None or (bias is not None and (of_bias is None or of_bias[0] != owner[0])):
+            return None
+        return Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
 
     # ---- dropout -----------------------------------------------------------------------------------------------
 

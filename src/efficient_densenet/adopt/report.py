@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from efficient_densenet.adopt.adopted import (
 )
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
+from efficient_densenet.adopt.memory import Values, of_part, of_stem, peak
 from efficient_densenet.adopt.survey import survey
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
@@ -38,7 +39,7 @@ class Entry:
         keep: as in `make_efficient`; empty where it was left alone, or where nothing can be chosen.
         reason: why it was left, or why it does not run on the shared buffer.
         channels: that it reads and makes; empty where that is unknown.
-        values_before, values_after: that are kept for the backward pass, per pixel of its input; None if unknown.
+        values: that it keeps for the backward pass and needs in it, per pixel of its input; None if unknown.
         pixels: of its input for one image; None without an image, or where the model does not call the module.
     """
 
@@ -48,18 +49,17 @@ class Entry:
     keep: str
     reason: str
     channels: str = ""
-    values_before: float | None = None
-    values_after: float | None = None
+    values: Values | None = None
     pixels: int | None = None
 
     @property
     def bytes_before(self) -> float | None:
-        """For one image, in float32."""
-        return None if self.values_before is None or self.pixels is None else 4 * self.values_before * self.pixels
+        """That are kept for one image, in float32."""
+        return None if self.values is None or self.pixels is None else 4 * self.values.before * self.pixels
 
     @property
     def bytes_after(self) -> float | None:
-        return None if self.values_after is None or self.pixels is None else 4 * self.values_after * self.pixels
+        return None if self.values is None or self.pixels is None else 4 * self.values.after * self.pixels
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Report:
 
     entries: tuple[Entry, ...]
     image: tuple[int, ...] | None = None  # the shape (C, *spatial) for which memory is told
+    peak: tuple[float, float] | None = None  # bytes of a training step for one such image, before and after
 
     @property
     def adopted(self) -> list[Entry]:
@@ -81,6 +82,8 @@ class Report:
             known = [(e.bytes_before, e.bytes_after) for e in self.entries]
             totals = (sum(filter(None, column)) for column in zip(*known, strict=True))
             rows.append(("together", "", "", "", *(f"{total / 1e6:.2f}" for total in totals)))
+        if self.peak is not None:
+            rows.append(("peak of a training step", "", "", "", *(f"{total / 1e6:.2f}" for total in self.peak)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"Kept for the backward pass, before and after: {unit}.", ""]
         for row in rows:
@@ -97,7 +100,7 @@ class Report:
     def _row(self, entry: Entry) -> tuple[str, ...]:
         now = f"{entry.now}, {entry.keep}" if entry.keep else entry.now or "left as it is"
         if self.image is None:
-            memory = ["" if v is None else f"{v:g}" for v in (entry.values_before, entry.values_after)]
+            memory = ["", ""] if entry.values is None else [f"{v:g}" for v in entry.values[:2]]
         else:
             memory = ["" if b is None else f"{b / 1e6:.2f}" for b in (entry.bytes_before, entry.bytes_after)]
         return (entry.name or "(the model)", entry.was, now, entry.channels, *memory)
@@ -106,8 +109,9 @@ class Report:
 def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | None = None) -> Report:
     """What became of the parts of a model; or, for a model that was not made efficient, what would.
 
-    Memory is what stems, dense blocks and transitions keep for the backward pass, by what they compute: an estimate,
-    which leaves out what lies between them, the small statistics, dropout masks, and gradients.
+    Memory is what stems, dense blocks and transitions keep for the backward pass, by what they compute, and, with an
+    image, the peak of a training step, which their gradients and temporary tensors belong to: an estimate, which
+    leaves out what lies between them, the small statistics, dropout masks, parameters and a scratch of constant size.
 
     Args:
         keep: as in `make_efficient`; for a model that is not adopted yet.
@@ -121,17 +125,23 @@ def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | No
     found = _parts(model, keep or "bottleneck")
     pixels = None if image is None else _pixels(model, image)
     entries = []
+    by_call: dict[nn.Module, Entry] = {}
     for part in found:
         if pixels is not None and part.way and part.module not in pixels:
             part = part._replace(way=ORDINARY, reason="the model does not call it in one piece")
         entries.append(_entry(part, None if pixels is None else pixels.get(part.first)))
-    return Report(tuple(entries), None if image is None else tuple(image))
+        by_call[part.first] = entries[-1]
+    if image is None or pixels is None:
+        return Report(tuple(entries))
+    called = [by_call[module] for module in pixels if module in by_call]
+    return Report(tuple(entries), tuple(image), peak([(e.values, e.pixels) for e in called if e.values and e.pixels]))
 
 
 class _Part(NamedTuple):
     """A part of a model, as it is or would be.
 
-    `first` is the module that gets its input; `stem` the convolution before a stem, of a sequence that joins parts.
+    `first` is the module that gets its input; `stem` the convolutions of the stem, of a sequence that joins parts, and
+    `stem_way` how that runs.
     """
 
     name: str
@@ -141,7 +151,8 @@ class _Part(NamedTuple):
     way: str
     keep: str
     reason: str
-    stem: nn.Module | None = None
+    stem: tuple[nn.Module, ...] = ()
+    stem_way: str = ""
 
 
 def _parts(model: nn.Module, keep: str) -> list[_Part]:
@@ -158,10 +169,9 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
         roots = children[slice(*segment)]
         sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
         if chain is not None and not chain.made:
-            before = children[segment[0] - 1] if segment[0] else None
-            stem = before if isinstance(before, CONVOLUTIONS) else None
+            stem = tuple(m for root in roots for m in root.modules() if isinstance(m, CONVOLUTIONS))
             note = reason and f"the stem keeps more: {reason}"
-            joining[module] = sequence._replace(chain=chain, stem=stem, first=stem or roots[0], keep=kept, reason=note)
+            joining[module] = sequence._replace(chain=chain, stem=stem, stem_way=way, first=roots[0], reason=note)
         elif not whole & set(roots):
             inside = f"{name}[{segment[0]}:{segment[1]}]"
             found.append(_Part(inside, roots[0], roots[0], chain, way, kept, reason))
@@ -196,45 +206,16 @@ def _entry(part: _Part, pixels: int | None) -> Entry:
     was = f"{original.__module__.split('.')[0]} {original.__name__}"
     if part.chain is None:
         return Entry(part.name, was, part.way, "", part.reason)
-    if part.stem is not None or part.way == _JOINS:
-        if part.stem is None:
+    if part.way == _JOINS:
+        if not part.stem:
             return Entry(part.name, was, part.way, "", part.reason)
-        values = _stem_values(part.stem, part.keep, bool(part.reason))
-        return Entry(part.name, was, part.way, "", part.reason, *values, pixels)
+        channels = f"{part.chain.width} → {part.chain.tail}"
+        values = of_stem(part.stem, part.stem_way != SHARED)
+        return Entry(part.name, was, part.way, "", part.reason, channels, values, pixels)
     kept = part.keep if part.way == SHARED and part.chain.made else ""
-    return Entry(part.name, was, part.way, kept, part.reason, *_values(part, part.chain), pixels)
-
-
-def _values(part: _Part, chain: Chain) -> tuple[str, float, float]:
-    """Channels, and the values that are kept per pixel of the input, before and after."""
-    made, bottlenecks = chain.width + sum(chain.made), sum(chain.bottlenecks)
-    reads = [chain.width + sum(chain.made[:i]) for i in range(len(chain.made))]
-    # Of each layer its concatenated input, the bottleneck output, and both again as activations. Libraries that
-    # checkpoint keep the inputs of the concatenation, and the rest of it for one layer at a time.
-    checkpoints = any(getattr(module, flag, False) for module in part.module.modules() for flag in _CHECKPOINTED)
-    before = after = 0.0
-    if chain.made:
-        before = (made if checkpoints else 2 * sum(reads)) + 2 * bottlenecks
-        after = {"bottleneck": made + bottlenecks, "features": made, "inputs": chain.width}[part.keep]
-        after = {SHARED: after, RECOMPUTE: made + bottlenecks}.get(part.way, before)
-    if chain.tail:
-        # What the block made is counted with the block, once it is kept there; an average pool keeps its input.
-        of_tail = 2 * made + chain.tail
-        before += of_tail
-        after += {SHARED: 0, RECOMPUTE: chain.tail}.get(part.way, of_tail)
-    return f"{chain.width} → {chain.tail or made}", before, after
-
-
-_CHECKPOINTED = ("memory_efficient", "grad_checkpointing", "efficient")
-
-
-def _stem_values(conv: Any, keep: str, keeps_more: bool) -> tuple[str, float, float]:
-    reads, makes = conv.in_channels, conv.out_channels
-    maps = makes / prod(conv.stride)
-    # A max pool keeps indices of eight bytes, for a quarter of the pixels in two dimensions.
-    indices = 2 * maps / 2 ** len(conv.stride)
-    after = reads + maps + indices if keeps_more else reads + maps * (keep != "inputs")
-    return f"{reads} → {makes}", reads + 2 * maps + indices, after
+    channels = f"{part.chain.width} → {part.chain.tail or part.chain.width + sum(part.chain.made)}"
+    values = of_part(part.chain, part.module, part.way, part.keep)
+    return Entry(part.name, was, part.way, kept, part.reason, channels, values, pixels)
 
 
 def _pixels(model: nn.Module, image: Sequence[int]) -> dict[nn.Module, int]:

@@ -119,7 +119,7 @@ def _segments(
     """The runs of modules in a sequence that are to be run as one."""
     modules, i = list(sequence.children()), 0
     while i < len(modules):
-        length = 0 if isinstance(modules[i], _LEAVES[:3]) else _run(modules[i:], whole, tensors)
+        length = _run(modules[i:], whole, tensors)
         if length and not (length == 1 and modules[i] in whole):
             roots = modules[i : i + length]
             # Parts that were tried one by one need not be tried together.

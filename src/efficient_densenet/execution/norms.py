@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efficient_densenet import ops
@@ -91,18 +92,53 @@ class Norms:
 
     def finish(self, grad: Tensor, x: Tensor, start: int, stop: int, out: Tensor) -> None:
         """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
-        used = max(self.used.get(0, 0), self.used.get(start, 0))
-        if self.through is None or used < stop:
+        through = self.all_through(start, stop)
+        if through is None:
             out.copy_(grad)
         else:
-            count = stop - start
-            through = all_sums(self.through.narrow(1, start, count), self.group)
-            self.run.finish(grad, x, self.means.narrow(0, start, count), through, self.total, out)
+            self.run.finish(grad, x, self.means.narrow(0, start, stop - start), through, self.total, out)
+
+    def all_through(self, start: int, stop: int) -> Tensor | None:
+        """What flows through the statistics of these channels in all processes, if anything does."""
+        used = max(self.used.get(0, 0), self.used.get(start, 0))
+        if self.through is None or used < stop:
+            return None
+        return all_sums(self.through.narrow(1, start, stop - start), self.group)
 
     def parameter_gradients(self, i: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """In the types of the parameters."""
         norm = self.norms[i]
         return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
+
+
+class NormSums:
+    """What is gathered for norm `i` piece by piece, in the order of the pieces and in double precision.
+
+    Attributes:
+        through: where an operation on a piece adds what flows through the batch statistics, if the norm uses them.
+    """
+
+    def __init__(self, norms: Norms, i: int) -> None:
+        self.norms, self.i = norms, i
+        start, stop = norms.sources[i]
+        double = torch.float32 if norms.means.device.type == "mps" else torch.float64
+        self.total = norms.means.new_zeros((4, stop - start), dtype=double)
+        self.through = None if norms.through_of(i) is None else norms.means.new_zeros((2, stop - start))
+
+    def add(self, weight: Tensor, bias: Tensor) -> None:
+        """Take in the gradients of the norm's weight and bias for a piece, and what it has added to `through`."""
+        self.total[0] += weight
+        self.total[1] += bias
+        if self.through is not None:
+            self.total[2:] += self.through
+            self.through.zero_()
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Those of weight and bias, once all pieces are in; and `norms` gets what flows through the statistics."""
+        through = self.norms.through_of(self.i)
+        if through is not None:
+            through.copy_(self.total[2:])
+        return self.norms.parameter_gradients(self.i, self.total[0].clone(), self.total[1].clone())
 
 
 def empty_folded(x: Tensor, channels: int, read: int) -> Folded:

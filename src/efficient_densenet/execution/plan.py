@@ -55,6 +55,20 @@ class Convolution(NamedTuple):
     dilation: tuple[int, ...] = ()
 
 
+class Entry(NamedTuple):
+    """How a stem's first convolution goes over the image, with a number for each direction; empty: there is none."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    def size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """The spatial size of what it makes of an image of this size, with this window."""
+        directions = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in directions]
+
+
 class Dropout(NamedTuple):
     """Dropout of single values, or of whole channels."""
 
@@ -80,12 +94,13 @@ class Plan:
     Attributes:
         width: channels of the input.
         made: channels that each convolution makes, in their order, layer by layer, the transition's last.
-        norms, convolutions: likewise. A head or a stem is one norm more than there are convolutions.
+        norms, convolutions: likewise. A head is one norm more than there are convolutions. A stem is a norm behind each
+            convolution; or a norm alone.
         per_layer: norms and convolutions of each layer: 2 with a bottleneck.
         dropouts: after each layer; in evaluation none.
         pool: window of the transition's average pool, 1 without one; 0: no transition.
         steps: what follows the transition's convolution and this pool.
-        max_pool: whether it is a stem: norm, relu and a max pool of window 3, stride 2 and padding 1.
+        entry: of a stem, which ends with a max pool of window 3, stride 2 and padding 1; None: it is no stem.
         output: the features that are handed out, in their order; empty: all, the oldest first.
     """
 
@@ -97,7 +112,7 @@ class Plan:
     dropouts: tuple[tuple[Dropout, ...], ...] = ()
     pool: int = 0
     steps: tuple[Step, ...] = ()
-    max_pool: bool = False
+    entry: Entry | None = None
     output: Ranges = ()
 
     @property
@@ -107,7 +122,17 @@ class Plan:
     @property
     def head(self) -> bool:
         """Whether it ends with norm, relu and the mean over all pixels."""
-        return not self.max_pool and len(self.norms) > len(self.convolutions)
+        return self.entry is None and len(self.norms) > len(self.convolutions)
+
+
+def is_cheap_again(bottleneck: int, convolution: int) -> bool:
+    """Whether a bottleneck output is made again in less than a sixth of its layer's multiplications.
+
+    Args:
+        bottleneck, convolution: multiplications per pixel of the 1×1 convolution that makes it, and of the one that
+            reads it.
+    """
+    return 5 * bottleneck <= convolution
 
 
 def parts(roots: Iterable[nn.Module]) -> list[nn.Module]:

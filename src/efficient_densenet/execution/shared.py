@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.execution.library import (
-    StageArguments,
-    norm_relu_max_pool_forward,
-    stage_forward,
-    stage_without_gradients,
-    stem_without_gradients,
-)
+from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
+from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
 
 # Found here, for PyTorch 2.11 cannot compile the question.
 _WITH_AUTOCAST = frozenset(
@@ -48,12 +43,20 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
     """
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
-    # Without gradients there is nothing that an operator would have to hide from autograd.
-    operator = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if plan.max_pool:
-        output, statistics, count, _ = (norm_relu_max_pool_forward if operator else stem_without_gradients)(
-            x, norms.weights[0], norms.biases[0], norms.constants, norms.eps[0], norms.group
+    compiling = torch.compiler.is_compiling()
+    if plan.entry is not None:
+        of_stem = StemArguments(
+            norms.weights,
+            norms.biases,
+            weights,
+            biases,
+            norms.constants,
+            norms.uses_batch,
+            norms.eps,
+            *plan.entry,
+            norms.group,
         )
+        output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
         _move_running_averages(norms.moving, statistics, count)
         return output
     masks, scales = _masks(x, plan, modules)
@@ -73,7 +76,7 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
-    output, statistics, count, *_ = (stage_forward if operator else stage_without_gradients)(x, *arguments)
+    output, statistics, count, *_ = stage_forward(x, *arguments) if compiling else run_stage(x, arguments)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
         output = step(output)

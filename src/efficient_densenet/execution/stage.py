@@ -25,6 +25,7 @@ from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
+from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
@@ -80,9 +81,15 @@ class Stage:
         return len(self.norms) > len(self.weights)
 
     @cached_property
-    def keeps_bottlenecks(self) -> bool:
-        """Whether the bottleneck outputs, if there are any, stay for backward."""
-        return self.keep == "bottleneck" and self.per_layer == 2
+    def kept_bottlenecks(self) -> list[int]:
+        """Of `layers`, those whose bottleneck outputs stay for backward.
+
+        Not those that are cheap to make again: the first ones of a block of volumes, whose windows have 27 pixels.
+        """
+        if self.keep != "bottleneck" or self.per_layer == 1:
+            return []
+        sizes = [weight.numel() for weight in self.weights]
+        return [i for i in self.layers if not is_cheap_again(sizes[i], sizes[i + 1])]
 
     @cached_property
     def keeps_features(self) -> bool:
@@ -98,7 +105,7 @@ class Kept(NamedTuple):
     """What the backward pass needs. The folded norms are small; `Stage.keep` decides on the rest."""
 
     folded: Folded
-    bottlenecks: list[Tensor]  # (N, *spatial, bn_size·k) each
+    bottlenecks: list[Tensor]  # (N, *spatial, bn_size·k) each, of `Stage.kept_bottlenecks`
     features: Tensor | None  # X
 
 
@@ -160,7 +167,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
             if bottleneck is None or kept or bottleneck.shape[-1] != channels:
                 bottleneck = empty_like(source, channels)
             _convolve(norms, i, stage, source, bottleneck, norms.sources[i + 1] if measure else None, first)
-            if stage.keeps_bottlenecks:
+            if i in stage.kept_bottlenecks:
                 kept.append(bottleneck)
             source, i = bottleneck, i + 1
         stop = width + stage.weights[i].shape[0]
@@ -207,19 +214,22 @@ class Gradients(NamedTuple):
     biases: list[Tensor]
 
 
-def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_weights: Sequence[bool]) -> Gradients:
+def backward(
+    grad_out: list[Tensor], x: list[Tensor], stage: Stage, kept: Kept, need_weights: Sequence[bool]
+) -> Gradients:
     """The gradients of `forward` for the gradient of its output.
 
+    What is large is taken out of the lists as soon as it is used up, so that it is freed if nobody else has it.
+
     Args:
-        grad_out: ``(N, C, *spatial)``, or ``(N, C_T)`` of a head; is left as it is.
-        x: the block's input, where the features are not kept.
+        grad_out: in a list of one: ``(N, C, *spatial)``, or ``(N, C_T)`` of a head; is left as it is.
+        x: in a list of one, the block's input; nothing where the features are kept.
         stage, kept: as `forward` had and returned them.
         need_weights: for each convolution whether its weight's gradient is wanted.
     """
     folded, bottlenecks, features = kept
     if features is None:
-        assert x is not None
-        features = _with_input(x, stage).movedim(1, -1)
+        features = _with_input(x.pop(), stage).movedim(1, -1)
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     if not stage.keeps_features:
         bottlenecks = _run_layers(features, stage, norms, first=False)
@@ -228,14 +238,16 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
     grad = empty_like(features)
     if stage.pool:
         # Rows of channels, as all activations here are.
-        grad_made = grad_out.movedim(1, -1).contiguous()
+        grad_made = grad_out.pop().movedim(1, -1).contiguous()
         readers.backward(len(stage.norms) - 1, grad_made, features, grad, False, stage.pool)
         del grad_made
     elif stage.head:
-        of_norm = norms.run.norm_relu_mean_backward(grad_out, features, norms.affines[-1], grad, norms.through_of(-1))
+        of_norm = norms.run.norm_relu_mean_backward(
+            grad_out.pop(), features, norms.affines[-1], grad, norms.through_of(-1)
+        )
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
     else:
-        grad.copy_(grad_out.movedim(1, -1))
+        grad.copy_(grad_out.pop().movedim(1, -1))
     width = features.shape[-1]
     for layer, i in reversed(list(enumerate(stage.layers))):
         last, stop = i + stage.per_layer - 1, width
@@ -245,7 +257,7 @@ def backward(grad_out: Tensor, x: Tensor | None, stage: Stage, kept: Kept, need_
         if stage.masks:
             _drop(grad_made, stage, layer)
         if stage.per_layer == 2:
-            bottleneck = bottlenecks[layer] if bottlenecks else _bottleneck_again(norms, i, stage, source)
+            bottleneck = bottlenecks.pop() if bottlenecks else _bottleneck_again(norms, i, stage, source)
             grad_bottleneck = empty_like(bottleneck)
             readers.backward(last, grad_made, bottleneck, grad_bottleneck, False)
             norms.finish(grad_bottleneck, bottleneck, *norms.sources[last], grad_bottleneck)

@@ -1,39 +1,234 @@
-"""The stem's norm, relu and max pool, keeping their input alone: forward and backward, on tensors."""
+"""The stem of an ImageNet network, convolutions with norm and relu behind each, then a max pool: forward and backward.
+
+The output of the last convolution is the largest tensor of the network, and is not kept: backward makes it again, a few
+images or lines at a time (see `pieces`), so that neither it nor its gradient exists whole. The gradient of a norm that
+uses the batch's statistics needs two sums over all pixels before its first value is known. Backward then goes over the
+pieces twice: for the sums, and for the gradients of what lies before the norm. The first pieces, a few megabytes, wait
+for the second time; a small batch is not made twice.
+
+Kept are the input and the outputs of the convolutions before the last. Everything here is on tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from efficient_densenet.execution.buffers import empty_activation, empty_like
-from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
+from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
+from efficient_densenet.execution.pieces import Piece, held_values, pieces
+from efficient_densenet.execution.plan import Entry
+from efficient_densenet.execution.stem_convolutions import (
+    NOTHING,
+    Convolution,
+    Given,
+    Inner,
+    OnImage,
+    Wanted,
+)
 
 
-def forward(x: Tensor, norm: Norm, group: str) -> tuple[Tensor, Folded]:
-    """``max_pool(relu(norm(x)))`` of ``x: (N, C, *spatial)``; and the norm, folded."""
-    source, channels = _channels_last(x), x.shape[1]
-    folded = empty_folded(source, channels, channels)
-    norms = Norms(source, [norm], [(0, channels)], folded, group)
-    if norm.constants is None:
-        norms.run.statistics(source, norms.statistics(0, channels))
-        if group:
-            norms.share(0, channels)
-    output = empty_activation(x, channels, [(n + 1) // 2 for n in x.shape[2:]])
-    norms.run.norm_relu_max_pool(source, norms.fold(0), output.movedim(1, -1))
-    return output, folded
+@dataclass(frozen=True)
+class Stem:
+    """Its convolutions and norms in their order.
+
+    Attributes:
+        norms: one behind each convolution; or one that reads the input, without a convolution.
+        weights: of the convolutions; all but the first keep the resolution.
+        biases: of the convolutions, or nothing where none has one.
+        entry: how the first convolution goes over the image.
+        group: names the processes that share their statistics; "" if none do.
+    """
+
+    norms: Sequence[Norm]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    entry: Entry
+    group: str
+
+    @cached_property
+    def sources(self) -> list[tuple[int, int]]:
+        """First and last channel (exclusive) that each norm reads, numbered through."""
+        ends = list(accumulate((norm.weight.shape[0] for norm in self.norms), initial=0))
+        return list(pairwise(ends))
+
+    def like(self, x: Tensor) -> Tensor:
+        """``(N, *spatial, 1)`` of the size that all norms see, which takes no memory, for the input ``x``."""
+        size = self.entry.size(x.shape[2:], self.weights[0].shape[2:]) if self.weights else x.shape[2:]
+        return x.new_empty(()).expand(x.shape[0], *size, 1)
 
 
-def backward(grad_out: Tensor, x: Tensor, norm: Norm, folded: Folded, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, and of the norm's weight and bias, from the output's and what `forward` returned."""
-    source, channels = _channels_last(x), x.shape[1]
-    norms = Norms(source, [norm], [(0, channels)], folded, group)
+class Kept(NamedTuple):
+    """What the backward pass needs besides the input: small tensors, and convolutions' outputs ``(N, *spatial, C)``."""
+
+    folded: Folded
+    made: Sequence[Tensor]
+
+
+class Gradients(NamedTuple):
+    """Of the input (None if not wanted), of each norm's weight and bias, and of each convolution's (likewise)."""
+
+    x: Tensor | None
+    norms: list[tuple[Tensor, Tensor]]
+    weights: list[Tensor | None]
+    biases: list[Tensor]
+
+
+def pooled(size: Sequence[int]) -> list[int]:
+    """The spatial size behind the max pool."""
+    return [(n + 1) // 2 for n in size]
+
+
+def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
+    """Convolution, norm and relu, as often as there are, and the max pool, of ``x: (N, C, *spatial)``.
+
+    Returns:
+        The output, channels-last in memory and channels first in shape; and what backward needs.
+    """
+    like = stem.like(x)
+    folded = empty_folded(like, stem.sources[-1][1], stem.sources[-1][1])
+    norms = Norms(like, stem.norms, stem.sources, folded, stem.group)
+    output = empty_activation(x, len(stem.norms[-1].weight), pooled(like.shape[1:-1]))
+    out = output.movedim(1, -1)
+    made: list[Tensor] = []
+    for i, norm in enumerate(stem.norms):
+        last, convolution = i == len(stem.norms) - 1, _convolution(i, x, made, stem, norms)
+        parts = _pieces(i, like, stem)
+        if not last or norm.constants is None:
+            whole = _whole(convolution, parts, empty_like(like, len(norm.weight)))
+            if norm.constants is None:
+                norms.run.statistics(whole, norms.statistics(*stem.sources[i]))
+                if norms.group:
+                    norms.share(*stem.sources[i])
+        affine = norms.fold(i)
+        if not last:
+            made.append(whole)
+        elif norm.constants is None:
+            norms.run.norm_relu_max_pool(whole, affine, out)
+        else:
+            for piece in parts:
+                activations = convolution.make(piece.images, piece.lines)
+                windows = activations.new_empty((len(activations), *pooled(activations.shape[1:-1]), len(norm.weight)))
+                norms.run.norm_relu_max_pool(activations, affine, windows)
+                out[piece.images, piece.windows] = windows[:, piece.front // 2 :]
+    return output, Kept(folded, made)
+
+
+def backward(
+    grad_out: list[Tensor], x: Tensor, stem: Stem, kept: Kept, need_x: bool, need_weights: Sequence[bool]
+) -> Gradients:
+    """The gradients of `forward` for the gradient of its output.
+
+    Args:
+        grad_out: in a list of one, out of which it is taken: ``(N, C, *spatial)``.
+        x, stem, kept: as `forward` had and returned them.
+        need_x: whether the gradient of `x` is wanted.
+        need_weights: for each convolution whether its weight's gradient is wanted.
+    """
+    like, made = stem.like(x), list(kept.made)
+    norms = Norms(like, stem.norms, stem.sources, kept.folded, stem.group)
     norms.begin_backward()
-    grad = empty_like(source)
-    of_norm = norms.run.norm_relu_max_pool_backward(
-        grad_out.movedim(1, -1), source, norms.affines[0], grad, norms.through_of(0)
-    )
-    norms.finish(grad, source, 0, channels, grad)
-    return grad.movedim(-1, 1), *norms.parameter_gradients(0, *of_norm)
+    of_norms, of_weights, of_biases = [], [], []
+    convolution: Convolution | None = None
+    for i in reversed(range(len(stem.norms))):
+        parts = _pieces(i, like, stem)
+        wanted = Wanted(i > 0 or need_x, bool(stem.weights) and need_weights[i])
+        behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
+        if behind is None:
+            of_norms.append(_backward_of_pool(grad_out.pop().movedim(1, -1), convolution, parts, norms, any(wanted)))
+        else:
+            assert isinstance(behind, Inner) and behind.grad_x is not None
+            grad, activations = behind.grad_x, made.pop()
+            of_norms.append(behind.sums.gradients())
+            norms.finish(grad, activations, *stem.sources[i], grad)
+            del behind, activations
+            for images, lines, front, _ in parts:
+                own = slice(lines.start + front, lines.stop)
+                convolution.backward(images, own, grad[images, own])
+        if stem.weights:
+            of_weights.append(_like(convolution.grad_weight, stem.weights[i]) if need_weights[i] else None)
+        if stem.biases:
+            of_biases.append(_like(convolution.grad_bias, stem.biases[i]))
+    assert convolution is not None
+    grad_x = None if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
+    return Gradients(grad_x, of_norms[::-1], of_weights[::-1], of_biases[::-1])
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous()
+def _backward_of_pool(
+    grad_out: Tensor, convolution: Convolution, parts: Sequence[Piece], norms: Norms, go_on: bool
+) -> tuple[Tensor, Tensor]:
+    """Backward through max pool, relu and the last norm, and, to `go_on`, into the convolution.
+
+    Returns:
+        The gradients of the norm's weight and bias.
+    """
+    last = len(norms.norms) - 1
+    affine, sums = norms.affines[last], NormSums(norms, last)
+
+    def backward_of_piece(piece: Piece, activations: Tensor) -> Tensor:
+        """``scale·g``; and the sums, which matter at the first time."""
+        grad, windows = empty_like(activations), grad_out[piece.images, piece.windows]
+        if piece.front:  # the window there belongs to another piece
+            windows = torch.cat([torch.zeros_like(windows[:, :1]), windows], 1)
+        sums.add(*norms.run.norm_relu_max_pool_backward(windows, activations, affine, grad, sums.through))
+        return grad
+
+    again = sums.through is not None and go_on
+    held, room = [], held_values(grad_out)
+    for piece in parts:
+        activations = convolution.make(piece.images, piece.lines)
+        grad = backward_of_piece(piece, activations)
+        room -= activations.numel()
+        if not again and go_on:
+            convolution.backward(piece.images, piece.lines, grad)
+        elif again and room >= 0:
+            held.append(activations)
+        del activations, grad
+    found = sums.gradients()
+    if not again:
+        return found
+    through = norms.all_through(*norms.sources[last])
+    assert through is not None
+    for i, piece in enumerate(parts):
+        activations = held[i] if i < len(held) else convolution.make(piece.images, piece.lines)
+        grad = backward_of_piece(piece, activations)
+        own = grad[:, piece.front :]
+        norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
+        convolution.backward(piece.images, piece.lines, grad)
+        del activations, grad, own
+    return found
+
+
+def _convolution(
+    i: int, x: Tensor, made: Sequence[Tensor], stem: Stem, norms: Norms, wanted: Wanted = NOTHING
+) -> Convolution:
+    """What makes the activations before norm `i`."""
+    if not stem.weights:
+        return Given(x, wanted)
+    bias = stem.biases[i] if stem.biases else None
+    if i == 0:
+        return OnImage(x, stem.weights[0], bias, stem.entry, wanted)
+    return Inner(made[i - 1], norms, i - 1, stem.weights[i], bias, wanted)
+
+
+def _pieces(i: int, like: Tensor, stem: Stem) -> list[Piece]:
+    """Of the activations before norm `i`."""
+    return pieces((*like.shape[:-1], len(stem.norms[i].weight)), like.dtype, like.device)
+
+
+def _whole(convolution: Convolution, parts: Sequence[Piece], out: Tensor) -> Tensor:
+    """All activations, made by the pieces by which backward makes them again."""
+    for images, lines, front, _ in parts:
+        out[images, lines.start + front : lines.stop] = convolution.make(images, lines)[:, front:]
+    return out
+
+
+def _like(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    """The gradient in the type and memory format of the parameter; zero if there was no image."""
+    return torch.zeros_like(parameter) if grad is None else torch.empty_like(parameter).copy_(grad)

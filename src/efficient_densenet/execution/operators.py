@@ -1,0 +1,224 @@
+"""A forward and a backward pass as one node of autograd; and as two operators of PyTorch, for compilers.
+
+An operator takes and returns tensors and lists of tensors (no None among them), and its outputs must not share memory.
+What runs without a compiler is a node that is no operator: its backward can let go of what it was given, the gradient
+of the output first of all, as soon as it has no use for it any more. (PyTorch 2.11 holds that gradient to the end.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.execution.norms import Folded, Norm
+from efficient_densenet.ops.protocol import Statistics, statistics_dtype
+
+
+class Given(NamedTuple):
+    """What backward is given, in lists out of which it takes what it has no further use for: nobody else has it.
+
+    Attributes:
+        grad_output: the gradient of the output.
+        x: the input; nothing where it was not saved.
+        packed: what else was saved.
+    """
+
+    grad_output: list[Tensor]
+    x: list[Tensor]
+    packed: list[Tensor]
+
+
+class Passes:
+    """What a node does with its input and a named tuple of arguments, in which lists of tensors come first.
+
+    The first four of these are the weights and biases of norms, then of convolutions; they have gradients.
+
+    Attributes:
+        name: of the operators.
+        arguments: the class of the named tuple; names and types are the operators' schema.
+    """
+
+    name: ClassVar[str]
+    arguments: ClassVar[Any]
+
+    def __init__(self) -> None:
+        types = get_type_hints(self.arguments)
+        self.lists = list(types.values()).count(Sequence[Tensor])
+        schema = ", ".join(
+            f"{get_args(type_)[0].__name__}[] {name}" if get_args(type_) else f"{type_.__name__} {name}"
+            for name, type_ in types.items()
+        )
+        self.forward_operator = torch.library.custom_op(
+            f"efficient_densenet::{self.name}_forward",
+            lambda x, *arguments: self.forward(x, self.arguments(*arguments)),
+            mutates_args=(),
+            schema=f"(Tensor x, {schema}) -> Tensor[]",
+        )
+        self.forward_operator.register_fake(lambda x, *arguments: self.forward_fake(x, self.arguments(*arguments)))
+        self.forward_operator.register_autograd(self._operators_gradients, setup_context=self._save_of_operator)
+        given = "Tensor[] grad_output, Tensor[] x, Tensor[] packed"
+        self.backward_operator = torch.library.custom_op(
+            f"efficient_densenet::{self.name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"({given}, bool need_x, bool[] need_weights, {schema}) -> Tensor[]",
+        )
+        self.backward_operator.register_fake(self._backward_fake)
+        self.backward_operator.register_autograd(_refuse)
+
+    def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
+        """The output, and all else that backward may need."""
+        raise NotImplementedError
+
+    def saves(self, x: Tensor, made: Sequence[Tensor], arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """What backward needs of the input (it or nothing), and of all that `forward` made."""
+        raise NotImplementedError
+
+    def backward(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> list[Tensor]:
+        """The gradients of the input (anything, if not wanted), of weights and biases of norms, and of convolutions'
+        wanted weights and biases.
+        """
+        raise NotImplementedError
+
+    def forward_fake(self, x: Tensor, arguments: Any) -> list[Tensor]:
+        """Tensors like those that `forward` makes."""
+        raise NotImplementedError
+
+    def grad_x_fake(self, given: Given, need_x: bool, arguments: Any) -> Tensor:
+        """A tensor like the first that `backward` returns."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, arguments: Any) -> list[Tensor]:
+        """`forward`, with a gradient if one can be wanted."""
+        if not torch.is_grad_enabled():
+            return self.forward(x, arguments)
+        lengths = [len(group) for group in arguments[: self.lists]]
+        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *chain(*arguments[: self.lists])))
+
+    def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor]) -> None:
+        """Have autograd save what backward needs."""
+        groups = [*self.saves(x, made, arguments), *arguments[: self.lists]]
+        ctx.lengths, ctx.plain = [len(group) for group in groups], arguments[self.lists :]
+        ctx.save_for_backward(*chain(*groups))
+        ctx.mark_non_differentiable(*made[1:])
+        ctx.set_materialize_grads(False)
+
+    def gradients(
+        self, ctx: Any, grad_output: list[Tensor], need_x: bool, need_weights: Sequence[bool], as_operator: bool
+    ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+        """The gradients of the input and of the first four groups of arguments."""
+        x, packed, *groups = _split(ctx.saved_tensors, ctx.lengths)
+        if not as_operator:
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        arguments = self.arguments(*groups, *ctx.plain)
+        given = Given(grad_output, x, packed)
+        if as_operator:
+            found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
+        else:
+            del x, packed
+            found = iter(self.backward(given, need_x, need_weights, arguments))
+        of_x = next(found)
+        of_norms = [[next(found) for _ in group] for group in groups[:2]]
+        of_weights = [next(found) if need else None for need in need_weights]
+        return of_x if need_x else None, [*of_norms, of_weights, [*found]]
+
+    def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+        x, *arguments = inputs
+        self.save(ctx, x, self.arguments(*arguments), output)
+
+    def _operators_gradients(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+        # An empty list of numbers may be one of tensors to PyTorch.
+        rest: list[list | None] = [[] if plain == [] else None for plain in ctx.plain]
+        nothing: list[list] = [[None] * length for length in ctx.lengths[2:]]
+        if grads[0] is None:
+            return None, *nothing, *rest
+        need_x, *needs = ctx.needs_input_grad
+        need_weights = self.arguments(*needs).weights
+        of_x, parameters = self.gradients(ctx, [grads[0]], need_x, need_weights, as_operator=True)
+        return of_x, *parameters, *nothing[4:], *rest
+
+    def _backward(
+        self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *arguments: Any
+    ) -> list[Tensor]:
+        given = Given(list(grad_output), list(x), list(packed))
+        return self.backward(given, need_x, need_weights, self.arguments(*arguments))
+
+    def _backward_fake(
+        self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *given_arguments: Any
+    ) -> list[Tensor]:
+        arguments = self.arguments(*given_arguments)
+        wanted = [w for w, need in zip(arguments.weights, need_weights, strict=True) if need]
+        parameters = (*arguments.norm_weights, *arguments.norm_biases, *wanted, *arguments.biases)
+        of_x = self.grad_x_fake(Given(grad_output, x, packed), need_x, arguments)
+        return [of_x, *(torch.empty_like(parameter) for parameter in parameters)]
+
+
+class _Node(torch.autograd.Function):
+    """`Passes` without a compiler. PyTorch wants all tensors in one row."""
+
+    boxed_grads_call = True  # backward gets gradients in a list, which it may empty; before PyTorch 2.12 it does not
+
+    @staticmethod
+    def forward(
+        ctx: Any, passes: Passes, lengths: Sequence[int], plain: Sequence[Any], x: Tensor, *tensors: Tensor
+    ) -> Any:
+        arguments = passes.arguments(*_split(tensors, lengths), *plain)
+        made = passes.forward(x, arguments)
+        ctx.passes = passes
+        passes.save(ctx, x, arguments, made)
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        grads = gradients[0] if isinstance(gradients[0], list) else list(gradients)
+        grad_output = grads[:1]
+        grads.clear()
+        lengths = ctx.lengths[2:]
+        if grad_output == [None]:
+            return (None,) * (4 + sum(lengths))
+        need_x, *needs = ctx.needs_input_grad[3:]
+        need_weights = _split(needs, lengths)[2]
+        # Where gradients of gradients could be wanted, the operator refuses them.
+        found = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator=torch.is_grad_enabled())
+        of_x, parameters = found
+        return None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
+
+
+def norms_of(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+) -> list[Norm]:
+    """The norms that arguments describe, with the constants of those that use them in sequence."""
+    left = iter(constants)
+    return [
+        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
+        for weight, bias, batch, e in zip(weights, biases, uses_batch, eps, strict=True)
+    ]
+
+
+def folded_fake(x: Tensor, channels: int, read: int) -> Folded:
+    """Tensors like those of norms that read so many of the channels."""
+    return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))
+
+
+def _split(row: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    """Groups of these lengths."""
+    found, start = [], 0
+    for length in lengths:
+        found.append(list(row[start : start + length]))
+        start += length
+    return found
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "the shared buffer has no gradients of gradients: call make_efficient(model, way='recompute') before forward, "
+        "which has them and keeps the same weights"
+    )

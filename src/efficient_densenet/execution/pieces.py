@@ -1,0 +1,68 @@
+"""Pieces of a batch: some images, or, where a single one is too large, some of its lines (of a volume, planes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes of the tensor that is cut. A CPU's piece is to stay in a cache; elsewhere fewer, larger pieces are better.
+_MOST = {"cpu": 8 << 20}
+_MOST_ELSEWHERE = 64 << 20
+
+
+class Piece(NamedTuple):
+    """A part of a tensor ``(N, lines, …, C)`` and of what a max pool of window 3, stride 2 and padding 1 makes of it.
+
+    Every line, and every line of the pool's output, belongs to one piece. So that the windows of the piece are whole,
+    and are those of a pool of the piece by itself, it begins two lines before those that belong to it, unless it is the
+    first of its image: the first window that this makes belongs to the piece before.
+
+    Attributes:
+        images: which.
+        lines: which of them, those in front included.
+        front: how many lines there are in front: 0 or 2.
+        windows: lines of the pool's output that belong to it.
+    """
+
+    images: slice
+    lines: slice
+    front: int
+    windows: slice
+
+
+def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Piece]:
+    """Those of a tensor of this shape, ``(N, lines, …, C)``, in their order."""
+    images, lines = shape[:2]
+    if not prod(shape):
+        return []
+    most = _values(dtype, device)
+    per_image = prod(shape[1:])
+    if per_image <= most:
+        windows = slice(0, ceil(lines / 2))
+        return [Piece(some, slice(0, lines), 0, windows) for some in _even(images, most // per_image)]
+    found = []
+    for image in range(images):
+        for windows in _even(ceil(lines / 2), max(1, most // (2 * per_image // lines))):
+            front = 2 if windows.start else 0
+            some = slice(2 * windows.start - front, min(lines, 2 * windows.stop))
+            found.append(Piece(slice(image, image + 1), some, front, windows))
+    return found
+
+
+def held_values(like: Tensor) -> int:
+    """How many values of pieces like `like` may wait for their second use: two pieces."""
+    return 2 * _values(like.dtype, like.device)
+
+
+def _values(dtype: torch.dtype, device: torch.device) -> int:
+    return _MOST.get(device.type, _MOST_ELSEWHERE) // dtype.itemsize
+
+
+def _even(count: int, most: int) -> list[slice]:
+    """Runs of at most so many, of nearly one length."""
+    step = ceil(count / ceil(count / most))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

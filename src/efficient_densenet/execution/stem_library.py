@@ -1,0 +1,81 @@
+"""`stem` as a node of autograd, and as operators of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from torch import Tensor
+
+from efficient_densenet.execution import stem as engine
+from efficient_densenet.execution.buffers import empty_activation
+from efficient_densenet.execution.norms import Folded
+from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
+from efficient_densenet.execution.plan import Entry
+from efficient_densenet.execution.stem import Kept, Stem, pooled
+
+
+class StemArguments(NamedTuple):
+    """A `Stem` as the operators get it, tensors first; names and types are their schema.
+
+    Attributes:
+        norm_weights, norm_biases, constants, uses_batch, eps: as in `StageArguments`.
+        weights, biases, group: as in `Stem`.
+        stride, padding, dilation, groups: as in `Entry`.
+    """
+
+    norm_weights: Sequence[Tensor]
+    norm_biases: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    constants: Sequence[Tensor]
+    uses_batch: Sequence[bool]
+    eps: Sequence[float]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    group: str
+
+    def stem(self) -> Stem:
+        norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
+        entry = Entry(tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups)
+        return Stem(norms, self.weights, self.biases, entry, self.group)
+
+
+class _StemPasses(Passes):
+    name = "stem"
+    arguments = StemArguments
+
+    def forward(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
+        output, (folded, made) = engine.forward(x, arguments.stem())
+        return [output, *folded, *made]
+
+    def saves(self, x: Tensor, made: Sequence[Tensor], arguments: StemArguments) -> tuple[list[Tensor], list[Tensor]]:
+        return [x], [*made[1:]]
+
+    def backward(
+        self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StemArguments
+    ) -> list[Tensor]:
+        folded = Folded(*(given.packed.pop(0) for _ in Folded._fields))
+        kept = Kept(folded, given.packed)
+        found = engine.backward(given.grad_output, given.x[0], arguments.stem(), kept, need_x, need_weights)
+        of_norms = chain.from_iterable(zip(*found.norms, strict=True))
+        of_x = given.x[0].new_empty(0) if found.x is None else found.x
+        return [of_x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
+
+    def forward_fake(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
+        stem = arguments.stem()
+        size, channels = stem.like(x).shape[1:-1], [norm.weight.shape[0] for norm in stem.norms]
+        made = [empty_activation(x, some, size).movedim(1, -1) for some in channels[:-1]]
+        output = empty_activation(x, channels[-1], pooled(size))
+        return [output, *folded_fake(x, sum(channels), sum(channels)), *made]
+
+    def grad_x_fake(self, given: Given, need_x: bool, arguments: StemArguments) -> Tensor:
+        (x,) = given.x
+        return empty_activation(x, x.shape[1], x.shape[2:]) if need_x else x.new_empty(0)
+
+
+run_stem = _StemPasses()
+stem_forward, stem_backward = run_stem.forward_operator, run_stem.backward_operator
