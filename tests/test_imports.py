@@ -28,7 +28,7 @@ RANK = {
 }
 # Inside these rooms a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "reference", "convolution", "eager", "cpu triton"],
+    "ops": ["protocol", "reference", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
         "__init__ buffers pieces synchronise plan recompute",
         "norms",
@@ -44,9 +44,10 @@ INSIDE = {
         "head look",
         "decide",
         "adopted block memory",
-        "survey",
-        "report",
-        "__init__ inspect",
+        "step survey",
+        "conversion report",
+        "planner inspect",
+        "__init__",
     ],
     "measure": [
         "devices memory networks results",
@@ -60,7 +61,7 @@ INSIDE = {
         "deadline",
         "gpu_sections",
         "gradients",
-        "benchmark check_gpu check_gradients",
+        "benchmark check_gpu check_gradients plan",
     ],
 }
 

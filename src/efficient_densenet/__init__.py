@@ -1,6 +1,6 @@
 """DenseNets that train in a fraction of the memory, with the same results."""
 
-from efficient_densenet.adopt import Entry, Report, dense_block, make_efficient, report, restore
+from efficient_densenet.adopt import Entry, Plan, Report, dense_block, make_efficient, plan, report, restore
 from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
 from efficient_densenet.models import (
     DenseNet,
@@ -21,6 +21,7 @@ __all__ = [
     "EfficiencyWarning",
     "Entry",
     "MissingExtraError",
+    "Plan",
     "Report",
     "UserError",
     "backends",
@@ -32,6 +33,7 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "make_efficient",
+    "plan",
     "report",
     "restore",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
@@ -194,7 +195,8 @@ def _must_be_ordinary(x: Any) -> str | None:
         return None
     if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
         return _TRACED
-    if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter):
+    fake = isinstance(x, FakeTensor) and ops.computes_nothing()  # a step is planned, see `step`
+    if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) and not fake:
         return f"its input is a {type(x).__name__}, a tensor of another kind"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms it, for which it must consist of ordinary operations"

@@ -101,7 +101,7 @@ class _Done(IntEnum):
 
 def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Tensor | None) -> bool:
     """The whole operation without a pool in one kernel; False where there is none, or it leaves this to PyTorch."""
-    return _has_own_product(x, weight) and _kernels(x).convolve(
+    return has_own_product(x, weight) and _kernels(x).convolve(
         _rows(x), _convolution(x, weight), weight.data_ptr(), _affine(norm),
         _rows(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -110,7 +110,7 @@ def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Ten
 def _convolve_backward(operands: BackwardOperands, sums: Tensor) -> tuple[_Done, Tensor | None]:
     """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
     grad_out, x, norm, weight, grad_x, accumulate, _, _, need_weight = operands
-    if not _has_own_product(x, weight):
+    if not has_own_product(x, weight):
         return _Done.NOTHING, None
     grad_weight = torch.empty_like(weight) if need_weight else None
     done = _kernels(x).convolve_backward(
@@ -215,7 +215,7 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     )  # fmt: skip
 
 
-def _has_own_product(x: Tensor, weight: Tensor) -> bool:
+def has_own_product(x: Tensor, weight: Tensor) -> bool:
     """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
 
     Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.

@@ -1,0 +1,98 @@
+"""What is planned is what a training step needs, by exact counts of live bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from others import monai_small, timm_small, torchvision_small, unet
+
+from efficient_densenet import DenseNet, UserError, densenet121, make_efficient, plan, restore
+from efficient_densenet.adopt.planner import ORDINARY, RECOMPUTE, WAYS
+from efficient_densenet.adopt.step import step_memory
+from efficient_densenet.cli import main
+from efficient_densenet.measure.memory import peak_bytes
+
+# Each with a batch whose activations outweigh the workspace of a few megabytes.
+NETWORKS = {
+    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 32),
+    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 32),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 16),
+    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 16),
+    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32), 8),
+    "U-Net": (unet, (3, 64, 64), 4),
+}
+
+
+def prepared(model, way):
+    restore(model)
+    if way == ORDINARY:
+        return model
+    return make_efficient(model, way="recompute") if way == RECOMPUTE else make_efficient(model, way)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_planned_peak_is_the_peak(name, autocast):
+    build, image, batch_size = NETWORKS[name]
+    model, x = build(), torch.randn(batch_size, *image)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = model(x).float().square().sum()
+        loss.backward()
+
+    for way in WAYS:
+        prepared(model, way)
+        planned = step_memory(model, image, batch_size, autocast).peak
+        assert planned == pytest.approx(peak_bytes(step), rel=0.1), way
+
+
+def test_nothing_runs_and_nothing_changes():
+    model = densenet121(num_classes=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = plan(model, (3, 64, 64), batch_size=8, memory=2 * 10**9)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.gradients == found.state == 4 * sum(p.numel() for p in model.parameters())
+    assert [way.name for way in found.ways] == list(WAYS)
+    assert "features.denseblock1" in found.ways[0].parts
+    sizes = [way.peak.per_image for way in found.ways]
+    assert sizes[0] > sizes[1] > sizes[2] and sizes[4] > 2 * sizes[3]
+
+
+def test_the_fastest_that_fits_is_recommended():
+    model = densenet121(num_classes=10)
+    free = plan(model, (3, 64, 64))
+    assert free.recommended == "bottleneck"
+    image = free.image
+    for way in free.ways[:3]:
+        batch_size = 100
+        memory = round(free.constant + way.peak.constant + batch_size * (way.peak.per_image + image)) + 1000
+        found = plan(model, (3, 64, 64), batch_size=batch_size, memory=memory)
+        assert found.recommended == way.name
+        assert {w.name: w.largest_batch for w in found.ways}[way.name] == batch_size
+    nothing = plan(model, (3, 64, 64), memory=10**6)
+    assert nothing.recommended is None and "Nothing fits" in str(nothing)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"optimizer": "adagrad"}, {"batch_size": 0}, {"memory": -1}], ids=lambda a: next(iter(a))
+)
+def test_what_is_not_supported(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        plan(DenseNet(block_config=(1, 1)), (3, 32, 32), **arguments)
+
+
+def test_a_model_that_cannot_be_planned():
+    with pytest.raises(UserError, match="image"):
+        plan(DenseNet(block_config=(1, 1)), (5, 32, 32))
+
+
+def test_the_command(capsys):
+    options = ["--image", "3,64,64", "--batch-size", "8", "--memory", "11GB", "--dtype", "amp-bf16"]
+    assert main(["plan", "torchvision:densenet121", *options]) == 0
+    text = capsys.readouterr().out
+    assert "largest batch" in text and "Recommended: bottleneck, the fastest" in text
+    assert main(["plan", "torchvision:no_such", "--image", "3,64,64"]) == 2
