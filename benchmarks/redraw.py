@@ -19,6 +19,7 @@ import adoption
 import cpu
 import engine
 import peers
+import planner
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
@@ -96,6 +97,11 @@ def nearest() -> str:
     return f"The largest share of the ordinary network's time that was measured: {ratio:.2f}, {where}."
 
 
+def planned() -> str:
+    """What is planned beside what a step took."""
+    return planner.table(records("planner", "peaks"))
+
+
 def side_by_side() -> str:
     """Other libraries and compiled networks beside ours, and the pictures of that."""
     sections = [records("peers", section) for section in ("training", "evaluation")]
@@ -140,13 +146,14 @@ TABLES = (
     Table("README.md", "time", times),
     Table("docs/cpu.md", "nearest", nearest),
     Table("docs/measuring.md", "side by side", side_by_side),
+    Table("docs/adoption.md", "planned", planned),
 )
 PICTURES = (
     Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
     Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
 )
-SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT)
 
 
 def texts(root: Path) -> dict[Path, str]:

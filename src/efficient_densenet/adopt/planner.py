@@ -12,7 +12,7 @@ from torch import nn
 
 from efficient_densenet.adopt.adopted import restore
 from efficient_densenet.adopt.conversion import make_efficient
-from efficient_densenet.adopt.report import Report, report
+from efficient_densenet.adopt.report import Entry, entries_of
 from efficient_densenet.adopt.step import Peak, peak_of_step
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
@@ -136,7 +136,7 @@ def plan(
     per_image = torch.Size(image).numel() * like.element_size()
     ways = []
     for name, twin, told in _as_every_way(model, image):
-        parts = {e.name: (e.bytes_before if name == ORDINARY else e.bytes_after) or 0.0 for e in told.entries}
+        parts = {e.name: (e.bytes_before if name == ORDINARY else e.bytes_after) or 0.0 for e in told}
         shorter = (autocast or like.dtype).itemsize / 4  # the report tells float32
         way = Way(name, {k: v * shorter for k, v in parts.items() if v}, peak_of_step(twin, image, autocast))
         step, constant = way.peak.per_image + per_image, way.peak.constant + parameters + gradients + state
@@ -148,15 +148,15 @@ def plan(
     return Plan(parameters, gradients, state, per_image, tuple(ways), *_recommended(ways, batch_size, memory))
 
 
-def _as_every_way(model: nn.Module, image: Sequence[int]) -> Iterator[tuple[str, nn.Module, Report]]:
+def _as_every_way(model: nn.Module, image: Sequence[int]) -> Iterator[tuple[str, nn.Module, tuple[Entry, ...]]]:
     twin = copy.deepcopy(model)
     for keep in KEEP:
         make_efficient(twin, keep)
-        yield keep, twin, report(twin, image=image)
+        yield keep, twin, entries_of(twin, image=image)
     make_efficient(twin, way="recompute")
-    yield RECOMPUTE, twin, report(twin, image=image)
+    yield RECOMPUTE, twin, entries_of(twin, image=image)
     restore(twin)
-    yield ORDINARY, twin, report(twin, image=image)
+    yield ORDINARY, twin, entries_of(twin, image=image)
 
 
 def _recommended(ways: Sequence[Way], batch_size: int | None, memory: int | None) -> tuple[str | None, str]:
