@@ -18,7 +18,7 @@ NETWORKS = {
     "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 96),
     "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 32),
     "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 32),
-    "MONAI 3D": (lambda: monai_small(3, block_config=(4, 5)), (3, 32, 32, 32), 16),
+    "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 4),
     "U-Net": (unet, (3, 64, 64), 4),
 }
 
