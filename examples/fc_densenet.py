@@ -43,13 +43,13 @@ class FCDenseNet(nn.Module):
 
     Args:
         blocks: dense layers of each block on the way down, and in reverse order up again.
-        middle: dense layers of the block at the lowest resolution.
+        bottom: dense layers of the block at the lowest resolution.
         growth: channels that each layer adds.
         keep: as in `efficient_densenet.dense_block`.
     """
 
     def __init__(
-        self, classes: int, blocks: tuple[int, ...] = (3, 4), middle: int = 5, growth: int = 8, keep: str = "features"
+        self, classes: int, blocks: tuple[int, ...] = (3, 4), bottom: int = 5, growth: int = 8, keep: str = "features"
     ) -> None:
         super().__init__()
         width = 24
@@ -64,8 +64,8 @@ class FCDenseNet(nn.Module):
                     nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1), nn.Dropout2d(0.1), nn.MaxPool2d(2)
                 )
             )
-        self.middle = DenseBlock(width, middle, growth, keep)
-        added = middle * growth
+        self.bottom = DenseBlock(width, bottom, growth, keep)
+        added = bottom * growth
         self.widen, self.up = nn.ModuleList(), nn.ModuleList()
         for layers, skip in zip(reversed(blocks), reversed(skipped), strict=True):
             self.widen.append(nn.ConvTranspose2d(added, added, 2, stride=2))
@@ -80,7 +80,7 @@ class FCDenseNet(nn.Module):
             skips.append(x)
             x = narrow(x)
         before = x.shape[1]
-        x = self.middle(x)
+        x = self.bottom(x)
         for widen, block in zip(self.widen, self.up, strict=True):
             x = torch.cat([widen(x[:, before:]), skips.pop()], 1)
             before = x.shape[1]

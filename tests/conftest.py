@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# What shows at once that something is broken: each room's definitions, and recognition as a whole.
+# What shows at once that something is broken: each package's definitions, and recognition as a whole.
 QUICK = {
     *("test_imports.py", "test_errors.py", "test_ops_reference.py", "test_ops_backends.py", "test_densenet.py"),
     *("test_recognition.py", "test_dense_block_function.py", "test_shared_memory.py", "test_python_calls.py"),

@@ -117,3 +117,23 @@ class VarargsNetwork(nn.Module):
     def forward(self, x):
         x = F.relu(self.features(x), inplace=True)
         return self.classifier(F.adaptive_avg_pool2d(x, (1, 1)).flatten(1))
+
+
+def parts(reads, growth=4, **conv):
+    conv = {"kernel_size": 3, "padding": 1, "bias": False} | conv
+    return nn.Sequential(nn.BatchNorm2d(reads), nn.ReLU(inplace=True), nn.Conv2d(reads, growth, **conv))
+
+
+class Loop(nn.Module):
+    """Layers in a `Sequential` that a loop walks; `output` says what comes out."""
+
+    def __init__(self, output="all", **conv):
+        super().__init__()
+        self.net, self.output = nn.Sequential(*(parts(6 + 4 * i, **conv) for i in range(3))), output
+
+    def forward(self, x):
+        made = []
+        for part in self.net:
+            made.append(part(x))
+            x = torch.cat((x, made[-1]), dim=1)
+        return {"all": x, "new": torch.cat(made, 1), "slice": x[:, 6:]}[self.output]

@@ -1,4 +1,4 @@
-"""The rooms import one way, and importing the package costs torch alone."""
+"""The packages import one way, and importing the package costs torch alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import efficient_densenet
 
 SOURCE = Path(efficient_densenet.__file__).parent
-# A room may import rooms of a lower rank, and itself.
+# A package may import those of a lower rank, and itself.
 RANK = {
     "errors": 0,
     "files": 0.5,
@@ -26,19 +26,20 @@ RANK = {
     "measure": 6,
     "cli": 7,
 }
-# Inside these rooms a file may import those before it, and those on its own line.
+# Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "reference", "convolution", "eager", "cpu triton", "shapes"],
+    "ops": ["protocol profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
-        "__init__ buffers pieces synchronise plan recompute",
+        "__init__ buffers pieces synchronise plan profiling recompute",
         "norms",
-        "operators stage stem_convolutions",
+        "operators stage stem_convolutions stem_pools",
         "library stem",
         "stem_library",
         "shared",
     ],
     "adopt": [
-        "conditions trial meanings",
+        "conditions kinds turns tools meanings",
+        "trial",
         "record",
         "chain",
         "head look",
@@ -49,6 +50,14 @@ INSIDE = {
         "report",
         "planner inspect",
         "__init__",
+    ],
+    "training": [
+        "checkpointing data facts mistakes plots resuming runs signals tasks optimisation",
+        "networks",
+        "freezing network_factory trained",
+        "module",
+        "callbacks",
+        "lightning_cli predict export prepare_imagenet",
     ],
     "measure": [
         "devices memory networks results",
@@ -62,7 +71,7 @@ INSIDE = {
         "deadline",
         "gpu_sections",
         "gradients",
-        "benchmark check_gpu check_gradients plan",
+        "benchmark check_gpu check_gradients env",
     ],
 }
 
@@ -79,38 +88,38 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-FILES = sorted(p for p in SOURCE.rglob("*.py") if room(p) in RANK)
+FILES = sorted(p for p in SOURCE.rglob("*.py") if package_of(p) in RANK)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_rooms_import_one_way(path):
+def test_packages_import_one_way(path):
     for name in imports(path):
         if name.startswith("efficient_densenet."):
             other = name.split(".")[1]
-            if other in RANK and other != room(path):
-                assert RANK[other] < RANK[room(path)], f"{path} imports {name}"
+            if other in RANK and other != package_of(path):
+                assert RANK[other] < RANK[package_of(path)], f"{path} imports {name}"
 
 
 def inner(name: str) -> tuple[str, str]:
-    """The room of a dotted name, and the file or folder in it."""
+    """The package of a dotted name, and the file or folder in it."""
     parts = [*name.split("."), "__init__", "__init__"]
     return parts[1], parts[2]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_files_in_a_room_import_one_way(path):
-    if room(path) not in INSIDE or path.parent == SOURCE:
+def test_files_in_a_package_import_one_way(path):
+    if package_of(path) not in INSIDE or path.parent == SOURCE:
         return
-    rank = {name: i for i, line in enumerate(INSIDE[room(path)]) for name in line.split()}
+    rank = {name: i for i, line in enumerate(INSIDE[package_of(path)]) for name in line.split()}
     own = path.relative_to(SOURCE).parts[1].removesuffix(".py")
-    if own == "__init__" and room(path) == "ops":
+    if own == "__init__" and package_of(path) == "ops":
         return  # which chooses among all of them
     for name in imports(path):
-        if name.startswith(f"efficient_densenet.{room(path)}."):
+        if name.startswith(f"efficient_densenet.{package_of(path)}."):
             other = inner(name)[1]
             if other in rank and other != own:
                 assert rank[other] <= rank[own], f"{path} imports {name}"
@@ -123,7 +132,7 @@ def test_what_is_compared_with_the_reference_uses_nothing_of_it():
 
 @pytest.mark.parametrize(("package", "owner"), [("triton", "ops"), ("lightning", "training")])
 def test_packages_stay_in_their_room(package, owner):
-    users = {room(p) for p in FILES if any(n.split(".")[0] == package for n in imports(p))}
+    users = {package_of(p) for p in FILES if any(n.split(".")[0] == package for n in imports(p))}
     assert users <= {owner}
 
 

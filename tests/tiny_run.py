@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 from efficient_densenet.cli import main
+from efficient_densenet.training import plots
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+BRIEF = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=2",
+    "--trainer.accelerator=cpu",
+    "--data.num_workers=0",
+]
 CONFIG = """
 model:
   network:
@@ -19,10 +28,20 @@ trainer: {accelerator: cpu, devices: 1, max_epochs: 2, limit_train_batches: 2, l
 
 
 def run(command: str, folder: Path, *options: str) -> int:
-    """The exit code of `command` with `options`; its runs are in ``folder/tiny``."""
+    """The exit code of `command` with `options`; its runs are in ``folder/tiny``. No figures are drawn."""
     config = folder / "tiny.yaml"
     config.write_text(CONFIG)
-    return main([command, "--config", str(config), "--trainer.default_root_dir", str(folder), *options])
+    return _run(command, config, folder, *options)
+
+
+def run_recipe(command: str, recipe: str, folder: Path, *options: str) -> int:
+    """Likewise of a configuration in ``configs``, on the CPU and for two batches; its runs are in ``folder/RECIPE``."""
+    return _run(command, CONFIGS / f"{recipe}.yaml", folder, *BRIEF[command == "test" :], *options)
+
+
+def _run(command: str, config: Path, folder: Path, *options: str) -> int:
+    with mock.patch.object(plots, "curves"), mock.patch.object(plots, "confusion_matrix"):
+        return main([command, "--config", str(config), "--trainer.default_root_dir", str(folder), *options])
 
 
 if __name__ == "__main__":

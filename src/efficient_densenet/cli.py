@@ -1,4 +1,4 @@
-"""The command `efficient-densenet`: one line per command; what a command does is written in its room.
+"""The command `efficient-densenet`: one line per command; what a command does is written in its package.
 
 Every command's module has ``add_arguments(parser)`` and ``run(arguments) -> int`` (the exit code), and is imported
 only when its command is asked for. Lightning parses the options of `fit`, `validate` and `test` by itself.
@@ -27,6 +27,7 @@ _COMMANDS = {
     "check-gradients": _Command("measure.check_gradients", "compare the efficient network with the ordinary one"),
     "check-gpu": _Command("measure.check_gpu", "check the Triton kernels on this machine's GPU"),
     "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
+    "env": _Command("measure.env", "print hardware, versions and backends, for a report of a bug"),
     "inspect": _Command("adopt.inspect", "show what make_efficient would do to a model of another library"),
     "plan": _Command("measure.plan", "tell what a training step needs in memory, without running it"),
     "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),

@@ -17,26 +17,26 @@ _PARTIAL = re.compile(rf"\..*\.{re.escape(_HOST)}-(\d+)\.partial(\.[^.]*)?")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; once that is done, and on the disk, it takes the place of `path`.
+    """A temporary file in the folder of `path` to write to; once it is on the disk, it is renamed to `path`.
 
     Raises:
         UserError: it cannot be written (the disk is full, the folder is write-protected). What was at `path` is still
             there, and nothing else is left behind; this holds for every other exception too.
     """
-    beside = path.with_name(f".{path.stem}.{_HOST}-{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_HOST}-{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_over(path.parent.glob(".*"))
-        yield beside
-        with beside.open("rb+") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the contents must be on the disk before the name is
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_left_over(paths: Iterable[Path]) -> None:

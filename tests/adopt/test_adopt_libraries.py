@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import monai.networks.nets
 import pytest
 import timm
@@ -21,6 +23,7 @@ from others import (
     unet,
     xray_small,
 )
+from timm.layers import BlurPool2d
 
 from efficient_densenet import make_efficient, report, restore
 from efficient_densenet.execution import KEEP
@@ -94,11 +97,22 @@ def test_torchxrayvision_at_the_size_it_wants():
         )
 
 
+@every_keep
+@pytest.mark.parametrize("blur", ["reflect", "constant"])
+@pytest.mark.parametrize("stem", ["", "deep"])
 @pytest.mark.filterwarnings("error")
-def test_blurred_stems_keep_more_and_the_report_says_so():
-    ordinary, efficient = pair(timm.create_model("densenetblur121d", growth_rate=8, block_config=(2, 2)), "features")
+def test_blurred_stems_go_by_pieces_too(stem, blur, keep):
+    ordinary, efficient = pair(timm_small(stem_type=stem, aa_layer=functools.partial(BlurPool2d, pad_mode=blur)), keep)
     assert_trains_alike(ordinary, efficient, images())
-    assert "the stem keeps more: Sequential is not a pool of PyTorch's own" in str(report(efficient))
+    assert [e.reason for e in report(efficient).adopted] == [""] * 4
+
+
+def test_a_stem_with_another_pool_keeps_more_and_the_report_says_so():
+    model = torchvision_small()
+    model.features.pool0 = torch.nn.AvgPool2d(3, 2, 1)
+    ordinary, efficient = pair(model, "features")
+    assert_trains_alike(ordinary, efficient, images())
+    assert "the stem keeps more: it does not end with the max pool of a DenseNet's stem" in str(report(efficient))
 
 
 RECOMPUTED = {

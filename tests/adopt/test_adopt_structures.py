@@ -9,12 +9,14 @@ import timm.layers
 import torch
 from comparison import assert_close, assert_identical, training_step
 from look_alikes import BareLayer, PlainLayer, VarargsBlock, VarargsLayer, VarargsNetwork, bottleneck_parts, transition
-from others import assert_trains_alike, images, loss, pair, randomised, timm_small, torchvision_small
+from others import assert_trains_alike, images, loss, monai_small, pair, randomised, timm_small, torchvision_small
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from efficient_densenet import EfficiencyWarning, make_efficient, report, restore
 from efficient_densenet.adopt import decide
+from efficient_densenet.adopt.look import look
+from efficient_densenet.adopt.survey import networks, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
@@ -288,6 +290,17 @@ def test_a_block_is_tried_once(monkeypatch):
     monkeypatch.setattr(decide, "look", None)
     model(images()).sum().backward()
     assert ways(make_efficient(copy.deepcopy(model), "inputs")) == {"shared buffer"}
+
+
+@pytest.mark.parametrize("build", [torchvision_small, monai_small], ids=["torchvision", "MONAI"])
+def test_what_is_joined_is_what_a_record_of_both_finds(build):
+    """A block with its transition, and with the head, is not looked at again once each part was."""
+    model = build()
+    findings = survey(model)
+    joined = [f for f in findings if f.segment is not None and f.chain.made]
+    assert [list(f.looks) for f in joined] == [look(f.roots, None) for f in joined] != []
+    ((network, name, looks),) = networks(model, findings)
+    assert looks == look(list(network.get_submodule(name))[-2:], None, head=True)
 
 
 def test_parts_in_a_dictionary_inside_the_block():

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from comparison import assert_close, training_step
+from look_alikes import Loop, parts
 from others import randomised
 from torch import nn
 from torch.nn import functional as F
@@ -19,11 +20,6 @@ from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.execution import KEEP
 
 BUFFER = {"shared buffer", "joins stem and transitions"}
-
-
-def parts(reads, growth=4, **conv):
-    conv = {"kernel_size": 3, "padding": 1, "bias": False} | conv
-    return nn.Sequential(nn.BatchNorm2d(reads), nn.ReLU(inplace=True), nn.Conv2d(reads, growth, **conv))
 
 
 class Functional(nn.Module):
@@ -45,21 +41,6 @@ class Functional(nn.Module):
 
 def chain(layers=3, **arguments):
     return nn.Sequential(*(Functional(6 + 4 * i, **arguments) for i in range(layers)))
-
-
-class Loop(nn.Module):
-    """Layers in a `Sequential` that a loop walks; `output` says what comes out."""
-
-    def __init__(self, output="all", **conv):
-        super().__init__()
-        self.net, self.output = nn.Sequential(*(parts(6 + 4 * i, **conv) for i in range(3))), output
-
-    def forward(self, x):
-        made = []
-        for part in self.net:
-            made.append(part(x))
-            x = torch.cat((x, made[-1]), dim=1)
-        return {"all": x, "new": torch.cat(made, 1), "slice": x[:, 6:]}[self.output]
 
 
 class Pooling(nn.Module):

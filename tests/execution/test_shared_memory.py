@@ -13,7 +13,7 @@ from twins import IMAGENET, images, pair
 from efficient_densenet import DenseNet, densenet_cifar, make_efficient
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.ops import plain_pytorch
+from efficient_densenet.ops import convolution, plain_pytorch
 
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
@@ -41,6 +41,20 @@ def test_bytes_kept_by_a_block_and_its_transition(keep, bottlenecks, features, l
     read = sum(init + layer * growth for layer in range(layers + 1)) + layers * width
     statistics = 2 * channels + 1 + 2 * layers * width + 3 * read
     assert alive == 4 * (kept + statistics + output.numel())
+
+
+@pytest.mark.parametrize(("keep", "buffers"), [("features", 1), ("inputs", 2)])
+def test_bytes_that_backward_through_a_block_adds(keep, buffers, monkeypatch):
+    """Of each image D, with `"inputs"` X too, and one bottleneck output with its gradient: nothing else at any time."""
+    monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)  # of one image
+    init, growth, width, layers, pixels = 24, 8, 32, 3, 16 * 16
+    parts, peaks = make_efficient(DenseNet(3, init, growth, (layers, 1), 0.5, bn_size=4).features[1:3], keep), []
+    for n in (8, 16):
+        output = parts(torch.randn(n, init, 16, 16, requires_grad=True))
+        grad = torch.ones_like(output)
+        peaks.append(peak_bytes(lambda output=output, grad=grad: output.backward(grad)))
+    values = buffers * (init + layers * growth) + 2 * width
+    assert (peaks[1] - peaks[0]) == 8 * 4 * pixels * values
 
 
 @every_keep

@@ -75,16 +75,18 @@ def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("convolutions", [0, 1, 3])
-def test_the_stems_operators_are_proper(convolutions, frozen):
+@pytest.mark.parametrize(("convolutions", "blurred"), [(0, False), (1, True), (3, False)])
+def test_the_stems_operators_are_proper(convolutions, blurred, frozen):
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     weights = [torch.randn(4, 4, 3, 3, dtype=torch.float64) for _ in range(convolutions)]
     biases = [tensor(4) for _ in weights]
     norms = convolutions or 1
     norm_weights, norm_biases = ([tensor(4) for _ in range(norms)] for _ in range(2))
     constants = [tensor(4) for _ in range(2 * norms if frozen else 0)]
-    plain = ([not frozen] * norms, [1e-5] * norms, *([[2, 2], [1, 1], [1, 1]] if convolutions else [[], [], []]), 1, "")
-    arguments = (norm_weights, norm_biases, weights, biases, constants, *plain)
+    entry = ([2, 2], [1, 1], [1, 1]) if convolutions else ([], [], [])
+    filters, blur = ([tensor(4, 1, 3, 3)], ([1] * 4, "reflect", [2, 2])) if blurred else ([], ([], "", []))
+    plain = ([not frozen] * norms, [1e-5] * norms, *entry, 1, *blur, "")
+    arguments = (norm_weights, norm_biases, weights, biases, constants, filters, *plain)
     output, *kept = stem_library.stem_forward(x, *arguments)
     backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)
     torch.library.opcheck(stem_library.stem_backward, backward, test_utils=("test_schema", "test_faketensor"))
@@ -143,3 +145,68 @@ def test_state_dicts_fit_every_form():
                 network = DenseNet(**IMAGENET, efficient=target, keep=keep)
                 network.load_state_dict(state, strict=True)
                 assert list(network.state_dict()) == list(state)
+
+
+def silu(network):
+    network.features.denseblock1.denselayer1.relu1 = torch.nn.SiLU()
+
+
+def hook_inside(network):
+    network.features.denseblock1.denselayer2.conv1.register_forward_hook(lambda _m, _i, output: output + 1)
+
+
+def hook_on_a_block(network):
+    network.features.denseblock1.register_forward_hook(lambda _m, _i, output: output + 1)
+
+
+@pytest.mark.parametrize("change", [silu, hook_inside, hook_on_a_block])
+def test_a_compiled_network_is_what_it_was_when_it_was_compiled(change):
+    """Changed without a call in between."""
+    ordinary, efficient = pair(BOTTLENECK, change=change)
+    actual = training_step(torch.compile(efficient, backend="aot_eager", fullgraph=True), images())
+    assert_close({k.replace("_orig_mod.", ""): v for k, v in actual.items()}, training_step(ordinary, images()))
+
+
+def test_a_compiled_network_is_compiled_anew_when_a_part_is_replaced():
+    ordinary, efficient = pair(BOTTLENECK)
+    compiled = torch.compile(efficient, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        actual = training_step(compiled, images())
+        assert_close({k.replace("_orig_mod.", ""): v for k, v in actual.items()}, training_step(ordinary, images()))
+        for network in (ordinary, efficient):
+            silu(network)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_operators_refuse_tangents(gradients):
+    x, *others = stage_arguments(2, 2, "bottleneck", requires_grad=gradients)
+    packed = library.stage_forward(x, *others)
+    grad, need = torch.ones_like(packed[0]), [True] * len(others[2])
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(t, t.cos()) for t in (x, grad)]
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            library.stage_forward(dual[0], *others)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            library.stage_backward(dual[1], None, packed, need, *others)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            library.stage_forward(dual[0], *others)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: library.stage_forward(x, *others)[0], (x,), (x.cos(),))
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_operators_are_counted_with_what_they_compute_again(keep):
+    """Of two layers with bottlenecks on 4 channels and a transition: see `stage_arguments`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    library.run_stage.count()
+    x, *others = stage_arguments(2, 2, keep)
+    pixels, pointwise, windowed, transition = 2 * 6 * 5, 6 * (4 + 7), 2 * 3 * 6 * 9, 5 * 10
+    every = pointwise + windowed + transition
+    with FlopCounterMode(display=False) as counter:
+        output = library.stage_forward(x, *others)[0]
+        assert counter.get_total_flops() == 2 * pixels * every
+        output.sum().backward()
+    # The first bottleneck output is cheap to make again: it is never kept.
+    again = {"bottleneck": 6 * 4, "features": pointwise, "inputs": pointwise + windowed}[keep]
+    assert counter.get_total_flops() == 2 * pixels * (3 * every + again)

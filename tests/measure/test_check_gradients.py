@@ -41,14 +41,14 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
     run_block, run_layer, forgetting = decide.shared.run, DenseLayer.forward, decide.forgetting
     recomputing = []
 
-    def broken_block(x, plan, modules, keep):
+    def broken_block(x, plan, modules, *rest):
         norm, convolution = plan.norms[1], plan.convolutions[1]
         if norm.source != (0, WIDTH):
-            return run_block(x, plan, modules, keep)
+            return run_block(x, plan, modules, *rest)
         modules = list(modules)
         conv = modules[convolution.part]
         modules[convolution.part] = SimpleNamespace(weight=spoil_weight(conv.weight), bias=None)
-        result = run_block(x, plan, modules, keep)
+        result = run_block(x, plan, modules, *rest)
         spoil_norm(modules[norm.part])
         return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import typing
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 import efficient_densenet
 from efficient_densenet import DenseNet, EfficiencyWarning, UserError, densenet121, densenet_cifar, ops
-from efficient_densenet.models import build
+from efficient_densenet.models import VARIANTS, build
 
 every_way = pytest.mark.parametrize("efficient", [False, "recompute", True])
 
@@ -189,3 +191,12 @@ def test_where_the_buffer_would_be_slower_than_recomputing_it_is_not_used(monkey
     monkeypatch.setattr(ops, "slower_than_recomputing", lambda x: "the buffer is slower here")
     with pytest.warns(EfficiencyWarning, match="the buffer is slower here"):
         network(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_variants_take_every_argument_of_a_densenet():
+    names = set(inspect.signature(DenseNet).parameters)
+    for name, function in VARIANTS.items():
+        (arguments,) = typing.get_args(typing.get_type_hints(function)["arguments"])
+        assert set(typing.get_type_hints(arguments)) == names - ({"growth_rate"} if name == "densenet_cifar" else set())
+    network = densenet121(growth_rate=4, num_init_features=8, block_config=(2, 3), num_classes=3)
+    assert network.num_features == 20 and network.classifier.out_features == 3

@@ -12,10 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from efficient_densenet.cli import main
+from efficient_densenet.training import lightning_cli, plots  # before the forks: imports take seconds
+from efficient_densenet.training.data import Digits
 
 CONFIG = """
 model:
@@ -23,7 +26,7 @@ model:
     class_path: efficient_densenet.DenseNet
     init_args: {num_init_features: 8, growth_rate: 4, block_config: [1, 1], drop_rate: 0.2}
   scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR}
-data: {class_path: Digits, init_args: {num_workers: 0}}
+data: {class_path: Digits, init_args: {num_workers: 0, batch_size: 8}}
 trainer: {accelerator: cpu, devices: 1, max_epochs: 50, limit_train_batches: 2, limit_val_batches: 1}
 """
 
@@ -39,7 +42,8 @@ def run(root: Path, *changes) -> int:
     for change in changes:
         change()
     options = ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
-    os._exit(main(["fit", "--config", str(root.parent / "tiny.yaml"), *options]))
+    with mock.patch.object(plots, "curves"), mock.patch.object(plots, "confusion_matrix"):
+        os._exit(main(["fit", "--config", str(root.parent / "tiny.yaml"), *options]))
 
 
 def die_at_checkpoint(number: int, share: float) -> None:
@@ -67,6 +71,8 @@ def has_ended(pid: int) -> bool:
 
 
 def all_runs(folder: Path) -> None:
+    assert lightning_cli  # imported
+    Digits().setup()  # and what reads the data
     (folder / "tiny.yaml").write_text(CONFIG)
     assert os.waitstatus_to_exitcode(os.waitpid(run(folder / "unbroken"), 0)[1]) == 0
     generator = random.Random(3)

@@ -138,10 +138,10 @@ def test_weights_of_other_programs_are_measured(tmp_path, capsys):
 def test_label_smoothing_has_a_column_of_its_own(tmp_path):
     assert run("fit", tmp_path, "--model.label_smoothing=0.5", "--trainer.max_epochs=1") == 0
     (row,) = rows(tmp_path / "tiny/version_0")
-    assert float(row["train/loss_smoothed"]) != float(row["train/loss"])
+    assert float(row["train/loss_minimised"]) != float(row["train/loss"])
     assert run("fit", tmp_path, "--trainer.max_epochs=1") == 0
     (plain,) = rows(tmp_path / "tiny/version_1")
-    assert "train/loss_smoothed" not in plain
+    assert "train/loss_minimised" not in plain
 
 
 def test_processes_that_are_spawned_read_what_lightning_writes_for_them(tmp_path):

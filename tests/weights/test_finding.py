@@ -1,4 +1,4 @@
-"""The one DenseNet in files as people have them, wherever it stands and whatever stands beside it."""
+"""The one DenseNet in files as people have them, wherever it is and whatever else they hold."""
 
 from __future__ import annotations
 

@@ -15,14 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficient_densenet.adopt.decide import SHARED, Adoption, at_call, decide, run_as
+from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
 from efficient_densenet.adopt.head import Head, head_of
+from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.turns import in_turn
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import shared
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adopted(nn.Module):
@@ -60,7 +58,7 @@ class AdoptedPart(Adopted):
             return self.original.forward(self, *arguments, **named)
 
         x = one_tensor(self.adoption, arguments, named)
-        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, self, self.adoption, ordinary)
+        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, [self], self.adoption, ordinary)
 
 
 class AdoptedSequence(Adopted):
@@ -70,19 +68,22 @@ class AdoptedSequence(Adopted):
         x = one_tensor(self.adoption, arguments, named)
         decision = at_call(x, self, self.adoption)
         if decision is None:
-            return self.run_modules(list(self), x)
-        return run_as(decision, x, self, self.adoption, lambda: self.original.forward(self, *arguments, **named))
+            return as_ordinary(*self.run_modules(list(self), x))
+        return run_as(decision, x, [self], self.adoption, lambda: self.original.forward(self, *arguments, **named))
 
-    def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """Run all modules, or the first ones."""
-        i = 0
+    def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, bool | None]:
+        """Run all modules, or the first ones; see `as_ordinary` for what comes out."""
+        i, channels_last = 0, None
         for start, stop, adoption in self.adoption.segments:
             if stop > len(modules):
                 break
-            x = in_order(modules[i:start], x)
-            x = run_segment(modules[start:stop], x, adoption)
+            if start > i:
+                x, channels_last = in_order(modules[i:start], as_ordinary(x, channels_last)), None
+            x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last)
             i = stop
-        return in_order(modules[i:], x)
+        if i < len(modules):
+            x, channels_last = in_order(modules[i:], as_ordinary(x, channels_last)), None
+        return x, channels_last
 
 
 class AdoptedNetwork(Adopted):
@@ -101,30 +102,34 @@ class AdoptedNetwork(Adopted):
 
     def run_head(self: Any, features: Any, head: Head, x: Tensor) -> Tensor:
         *first, block, norm = list(features)
-        x = features.run_modules(first, x)
+        x, channels_last = features.run_modules(first, x)
         (segment,) = self.adoption.segments
         decision = decide(x, [block, norm], segment.adoption, own_hooks=False)
         if decision.way == SHARED:
-            x = shared.run(x, decision.plan, decision.modules, segment.adoption.keep)
+            x, _ = run_shared(x, decision, segment.adoption, channels_last)
         else:  # the block tells why, if it does not run on its buffer either
-            x = F.relu(in_order([block, norm], x)).mean(tuple(range(2, x.dim())))
+            x = in_order([block, norm], as_ordinary(x, channels_last))
+            x = F.relu(x).mean(tuple(range(2, x.dim())))
         return self.get_submodule(head.classifier)(x) if head.classifier else x
 
 
 def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     for module in modules:
-        if isinstance(module, _BatchNorm) and isinstance(x, Tensor) and x.device.type == "cpu":
-            # The sums of PyTorch's batch norm are in double precision in this layout, and not in channels-last.
-            x = x.contiguous()
         x = module(x)
     return x
 
 
-def run_segment(modules: Sequence[nn.Module], x: Tensor, adoption: Adoption) -> Tensor:
+def run_segment(
+    modules: Sequence[nn.Module], x: Tensor, adoption: Adoption, channels_last: bool | None
+) -> tuple[Tensor, bool | None]:
+    """Run modules as one; `channels_last`, given and returned, as in `run_shared`."""
     decision = decide(x, modules, adoption, own_hooks=False)
-    if decision.way != SHARED and any(isinstance(module, Adopted) for module in modules):
-        return in_order(modules, x)  # they decide by themselves, and tell why
-    return run_as(decision, x, modules[0], adoption, lambda: in_order(modules, x))
+    if decision.way == SHARED:
+        return run_shared(x, decision, adoption, channels_last)
+    x = as_ordinary(x, channels_last)
+    if any(isinstance(module, Adopted) for module in modules):
+        return in_order(modules, x), None  # they decide by themselves, and tell why
+    return run_as(decision, x, modules, adoption, lambda: in_order(modules, x)), None
 
 
 def one_tensor(adoption: Adoption, arguments: tuple, named: dict[str, Any]) -> Any:
@@ -163,17 +168,6 @@ def adoptions(model: nn.Module) -> Iterator[Adoption]:
         yield from [segment.adoption for segment in module.adoption.segments]
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    return module.original if isinstance(module, Adopted) else type(module)
-
-
-def runs_in_order(module: nn.Module) -> bool:
-    """Whether it is a sequence that runs its parts one after the other, or was one before it was adopted."""
-    return (
-        getattr(original_class(module), "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
-    )
-
-
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -183,7 +177,9 @@ def _adopted_class(original: type[nn.Module], task: type[Adopted]) -> type[nn.Mo
 
         @functools.wraps(original.forward)  # which tracers read the signature of
         def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-            return self.run(*arguments, **named)
+            if torch.compiler.is_dynamo_compiling():
+                return self.run(*arguments, **named)
+            return in_turn(self, arguments, named)
 
         members = {
             "original": original,

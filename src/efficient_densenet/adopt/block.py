@@ -30,7 +30,7 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck
 
     It computes ``for layer in layers: x = torch.cat([x, layer(x)], 1)``. Compiled, it runs as that.
 
-    Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the input's channels first, channels-last in memory.
+    Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the input's channels first, laid out as `x` is.
 
     Args:
         x: the block's input.
@@ -55,4 +55,4 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck
     if x.shape[1] != chain.width:
         raise UserError(f"the first layer reads {chain.width} channels, and the input has {x.shape[1]}")
     decision = decide(x, [block], adoption, own_hooks=True)
-    return run_as(decision, x, block, adoption, lambda: block(x))
+    return run_as(decision, x, [block], adoption, lambda: block(x))

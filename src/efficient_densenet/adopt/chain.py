@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
 from efficient_densenet.adopt.record import Record
-from efficient_densenet.execution.plan import Entry, Norm, Plan, Ranges, Step, sources
+from efficient_densenet.execution.plan import Blur, Entry, Norm, Plan, Ranges, Step, sources
 
 _AVERAGE_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 _MAX_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices")
@@ -24,6 +24,7 @@ class Chain:
     """What a module, or several in a row, compute: dense layers, a transition, both, or a stem.
 
     Attributes:
+        dims: spatial dimensions of the input.
         width: channels of the input.
         made: channels that each layer makes.
         bottlenecks: channels of each layer's bottleneck output; empty without bottlenecks.
@@ -35,6 +36,7 @@ class Chain:
         tail_reason: why the tail cannot run there, if so, whether the layers can or not.
     """
 
+    dims: int
     width: int
     made: tuple[int, ...]
     bottlenecks: tuple[int, ...]
@@ -72,21 +74,51 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     growths = tuple(record.pieces[layer[-1]].channels for layer in layers)
     bottlenecks = tuple(record.pieces[layer[0]].channels for layer in layers if len(layer) == 2)
     reason = _layers_obstacle(record, layers)
-    tail_reason = None if last is None else _obstacle(last) if stem is None else _stem_obstacle(stem, steps)
+    blur = output.blur if isinstance(output, Stepped) else None
+    tail_reason = (
+        None if last is None else _tail_obstacle(last, blur) if stem is None else _stem_obstacle(stem, steps, blur)
+    )
     reason = reason or tail_reason or _norms_obstacle(record)
     plan = None
     if reason is None:
-        plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem)
+        plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem, blur)
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
-    return Chain(width, growths, bottlenecks, tail, stem is not None, pools, plan, reason, tail_reason)
+    return Chain(
+        len(record.size), width, growths, bottlenecks, tail, stem is not None, pools, plan, reason, tail_reason
+    )
+
+
+def join(block: Chain, tail: Chain, offset: int) -> Chain | None:
+    """Layers, and a transition or norm that reads all that they hand out, as one; None where they cannot be one.
+
+    Args:
+        block, tail: what each is.
+        offset: the number of the tail's first module behind those of the block.
+    """
+    first, second, width = block.plan, tail.plan, block.width + sum(block.made)
+    if first is None or second is None or block.tail or tail.made or tail.is_stem or first.output:
+        return None
+    if tail.width != width or tail.dims != block.dims:
+        return None
+    norms = [norm._replace(part=norm.part + offset, source=(0, width)) for norm in second.norms]
+    convolutions = [convolution._replace(part=convolution.part + offset) for convolution in second.convolutions]
+    plan = replace(
+        first,
+        made=first.made + second.made,
+        norms=(*first.norms, *norms),
+        convolutions=(*first.convolutions, *convolutions),
+        pool=second.pool,
+        steps=second.steps,
+    )
+    return replace(block, tail=tail.tail, pools=tail.pools, plan=plan)
 
 
 def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
     """What a transition or a stem made, and what followed; None where features come out."""
     steps: tuple[Step, ...] = ()
     if isinstance(output, Stepped):
-        number, steps = output
+        number, steps, _ = output
     elif isinstance(output, Features) and len(output.pieces) == 1 and output.pieces != (0,):
         (number,) = output.pieces
     else:
@@ -122,7 +154,7 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
     """
     end = _read(last) if last is not None else output.pieces if isinstance(output, Features) else ()
     found: list[tuple[int, ...]] = []
-    wanted = {piece for piece in end if piece != 0}
+    wanted = _concatenated(record, end)
     for number in sorted(wanted):
         piece = record.pieces[number]
         if piece.source is None or (piece.convolution is None and piece.obstacle is None):
@@ -145,8 +177,21 @@ def _layers(record: Record, output: Any, last: Piece | None) -> list[tuple[int, 
         known.add(layer[-1])
     if last is not None and (set(end) != known or len(end) != len(known)):
         raise NotDenseError("its last convolution does not read all features, each once")
-    if last is None and (len(end) != len(set(end)) or not known - {0} <= set(end)):
-        raise NotDenseError("it does not return all features that its layers made, each once")
+    return found
+
+
+def _concatenated(record: Record, pieces: Sequence[int]) -> set[int]:
+    """These pieces and all others that they were made of, but the input and bottleneck outputs."""
+    found: set[int] = set()
+    left = [*pieces]
+    while left:
+        number = left.pop()
+        if number != 0 and number not in found:
+            found.add(number)
+            read = _read(record.pieces[number])
+            while len(read) == 1 and read != (0,):
+                read = _read(record.pieces[read[0]])
+            left += read
     return found
 
 
@@ -166,14 +211,18 @@ def _layers_obstacle(record: Record, layers: Sequence[tuple[int, ...]]) -> str |
     return None if len({len(layer) for layer in layers}) <= 1 else "its layers are not all of one form"
 
 
-def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step]) -> str | None:
+def _tail_obstacle(piece: Piece, blur: Blur | None) -> str | None:
+    return _obstacle(piece) or (None if blur is None else "there is a filter behind its convolution")
+
+
+def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step], blur: Blur | None) -> str | None:
     for piece in stem:
         reason = _obstacle(piece) if piece.entry is None else None
         if reason is not None:
             return reason
         if piece.dropouts:
             return "there is dropout in it"
-    if not _is_stems_pool(steps):
+    if not _is_stems_pool(steps, 2 if blur is None else 1):
         return "it does not end with the max pool of a DenseNet's stem (window 3, stride 2, padding 1)"
     return None
 
@@ -235,12 +284,20 @@ def _plan(
         tuple(pieces[layer[-1]].dropouts for layer in layers),
         pool,
         steps,
-        None,
-        _positions(record, layers, features),
+        output=_positions(record, layers, features),
     )
 
 
-def _plan_of_stem(width: int, stem: Sequence[Piece]) -> Plan:
+def _ranges(record: Record, held: Sequence[int], wanted: Sequence[int]) -> Ranges:
+    """First channel and number of channels of the `wanted` pieces, where those `held` lie one behind the other."""
+    ranges, at = {}, 0
+    for number in held:
+        ranges[number] = (at, record.pieces[number].channels)
+        at += record.pieces[number].channels
+    return tuple(ranges[number] for number in wanted)
+
+
+def _plan_of_stem(width: int, stem: Sequence[Piece], blur: Blur | None) -> Plan:
     """Of convolutions, if there are any, each with the norm behind it."""
     *made, _ = stem
     read = pairwise(accumulate([piece.channels for piece in made] or [width], initial=0))
@@ -251,39 +308,31 @@ def _plan_of_stem(width: int, stem: Sequence[Piece]) -> Plan:
         norms.append(norm._replace(source=source))
     entry = made[0].entry if made else Entry()
     convolutions = tuple(piece.convolution for piece in made if piece.convolution is not None)
-    return Plan(width, tuple(piece.channels for piece in made), tuple(norms), convolutions, entry=entry)
+    return Plan(width, tuple(piece.channels for piece in made), tuple(norms), convolutions, entry=entry, blur=blur)
 
 
 def _order(record: Record, read: Sequence[int]) -> Ranges:
     """Where the oldest, the second oldest, ... of the pieces that a norm reads lie among its channels."""
-    places, at = {}, 0
-    for number in read:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    return () if list(read) == sorted(read) else tuple(places[number] for number in sorted(read))
+    return () if list(read) == sorted(read) else _ranges(record, read, sorted(read))
 
 
 def _positions(record: Record, layers: Sequence[tuple[int, ...]], output: Sequence[int]) -> Ranges:
     """Where the pieces that come out lie in the buffer; empty where they are all of it in its order."""
     held = [0, *(layer[-1] for layer in layers)]
-    if not output or list(output) == held:
+    if list(output) == held:
         return ()
-    places, at = {}, 0
-    for number in held:
-        places[number] = (at, record.pieces[number].channels)
-        at += record.pieces[number].channels
-    ranges: list[tuple[int, int]] = []
-    for start, count in (places[number] for number in output):
-        if ranges and sum(ranges[-1]) == start:
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + count)
+    joined: list[tuple[int, int]] = []
+    for start, count in _ranges(record, held, output):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
         else:
-            ranges.append((start, count))
-    return tuple(ranges)
+            joined.append((start, count))
+    return tuple(joined)
 
 
 def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, ...]]:
     """The average pool that may run before the convolution, 1 if there is none; and what is left to run behind it."""
-    pool, taken = _pool(steps, _AVERAGE_POOLS)
+    pool, used = _pool(steps, _AVERAGE_POOLS)
     if pool is None or set(last.kernel) != {1}:
         return 1, steps
     window, *more = pool
@@ -291,20 +340,20 @@ def _pool_first(last: Piece, steps: tuple[Step, ...]) -> tuple[int, tuple[Step, 
     defaults: list[Any] = [[], [0], False, True, None]
     stride, padding, ceil_mode, _, divisor = more + defaults[len(more) :]
     simple = list(stride or window) == list(window) and not any(padding) and not ceil_mode and divisor is None
-    return (size, steps[taken:]) if simple and len(set(window)) == 1 else (1, steps)
+    return (size, steps[used:]) if simple and len(set(window)) == 1 else (1, steps)
 
 
-def _is_stems_pool(steps: Sequence[Step]) -> bool:
-    pool, taken = _pool(steps, _MAX_POOLS)
-    if pool is None or taken != len(steps):
+def _is_stems_pool(steps: Sequence[Step], stride: int) -> bool:
+    pool, used = _pool(steps, _MAX_POOLS)
+    if pool is None or used != len(steps):
         return False
     defaults: list[Any] = [[1], False]
     dilation, ceil_mode = pool[3:] + defaults[len(pool) - 3 :]
-    return [set(p) for p in (*pool[:3], dilation)] == [{3}, {2}, {1}, {1}] and not ceil_mode
+    return [set(p) for p in (*pool[:3], dilation)] == [{3}, {stride}, {1}, {1}] and not ceil_mode
 
 
 def _pool(steps: Sequence[Step], names: Sequence[str]) -> tuple[list[Any] | None, int]:
-    """The arguments of the pool of this kind that `steps` begin with, and how many of them it takes.
+    """The arguments of the pool of this kind that `steps` begin with, and how many of them it is.
 
     In one dimension it is a pool in two, on lines.
     """

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from argparse import Namespace
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-_PLAIN = frozenset({
+from efficient_densenet.execution.plan import parts
+
+PLAIN = frozenset({
     *(int, float, bool, str, bytes, complex, type(None), tuple, frozenset, torch.dtype, torch.device, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type),
 })  # fmt: skip
-CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
-# What replicas have, and what PyTorch itself keeps in these.
-_NOT_COMPARED = frozenset({
-    *("_is_replica", "_former_parameters", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"),
-    *("_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook"),
-    *("_compiled_call_impl", "_is_hf_initialized"),
-})  # fmt: skip
+# What PyTorch and this library keep in a module besides what its class wants there, and what replicas have.
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"} | {
+    *("adoption", "_is_replica", "_former_parameters", "_compiled_call_impl", "_is_hf_initialized")
+}  # fmt: skip
+MOST_LOOKS = 50  # how many conditions are met before it is given up to look again
 _OF_TORCH = "torch.nn.modules."
+_OF_CLASSES = frozenset({property, classmethod, staticmethod})
+_LAZY = frozenset({UninitializedParameter, UninitializedBuffer})  # which have no shape yet
+_NO_DATA = (Tensor, nn.Module, type, types.ModuleType)
+_CONTAINERS = dict | list | tuple | set | deque
+DEPTH = 6  # of namespaces, dataclasses and containers in one another
+_MOST_VALUES = 1000
 
 
 def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> tuple[list[nn.Module], tuple[Any, ...]]:
@@ -32,8 +41,9 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
 
     What is in `without`, and itself, is left out.
 
-    That is their classes, how they are nested and shared, and all plain attributes: numbers, flags, strings and
-    functions, of modules and of their classes, `training` among them, and lists and dictionaries of these.
+    That is their classes, how they are nested and shared, the shapes of their tensors, and all plain attributes:
+    numbers, flags, strings and functions, of modules and of their classes, `training` among them, and such values in
+    containers and objects (see `frozen`).
     """
     found: list[Any] = []
     order: dict[nn.Module, int] = {}
@@ -48,15 +58,24 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
         kind = type(module)
         kind = kind.__dict__.get("original", kind)
         found.append(kind)
+        shapes: dict[str, Any] = {}  # of replicas and of sharded modules, the parameters are plain attributes
         for name, value in module.__dict__.items():
             of = type(value)
-            if of in _PLAIN:
-                if name not in _NOT_COMPARED:
+            if of in PLAIN:
+                if name not in OF_EVERY_MODULE:
                     found.append(name)
                     found.append(value)
-            elif of in CONTAINERS and value and name not in _NOT_COMPARED:
+            elif name in OF_EVERY_MODULE:
+                if name == "_parameters" or name == "_buffers":
+                    for key, tensor in value.items():
+                        if tensor is not None and type(tensor) not in _LAZY:
+                            shapes[key] = tensor.shape
+            elif isinstance(value, Tensor):
+                shapes[name] = value.shape
+            else:
                 found.append(name)
                 found.append(frozen(value))
+        found.append(shapes)
         if kind not in kinds:
             kinds.add(kind)
             for base in kind.__mro__:
@@ -64,8 +83,12 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
                     break
                 if not base.__module__.startswith(_OF_TORCH):
                     for name, value in base.__dict__.items():
-                        if type(value) in _PLAIN and not name.startswith("__"):
-                            found.append(value)
+                        if not name.startswith("__"):
+                            of = type(value)
+                            if of in PLAIN:
+                                found.append(value)
+                            elif of not in _OF_CLASSES:
+                                found.append(frozen(value))
         children = module._modules
         found.append(len(children))
         for child in list(children.values())[::-1]:
@@ -74,15 +97,44 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
     return list(order), tuple(found)
 
 
-def frozen(value: Any) -> Any:
-    """A plain container as it is now; of what is not plain in it, the type alone."""
-    if type(value) in _PLAIN:
+def compared(module: nn.Module) -> list[str]:
+    """The names of the plain attributes of `module` that are among its `conditions`."""
+    return [name for name, value in module.__dict__.items() if type(value) in PLAIN and name not in OF_EVERY_MODULE]
+
+
+def frozen(value: Any, depth: int = DEPTH) -> Any:
+    """A plain value as it is; a container or an object with what is plain in it; of anything else, the type alone.
+
+    Args:
+        value: what an attribute holds.
+        depth: how many levels to look into, see `levels`. What has more than a thousand entries is not looked into.
+    """
+    kind = type(value)
+    if kind in PLAIN or isinstance(value, Number | Enum | str):
         return value
-    if type(value) not in CONTAINERS:
-        return type(value)
-    if isinstance(value, dict):
-        return tuple([(k, frozen(v)) for k, v in value.items()])
-    return tuple([frozen(v) for v in value])
+    if kind.__module__ == "numpy" and getattr(value, "nbytes", _MOST_VALUES) < _MOST_VALUES:
+        return value.tobytes()
+    entries = contents(value, depth)
+    if entries is None:
+        return kind
+    depth -= levels(value)
+    if isinstance(entries, dict):
+        return kind, tuple([(k, v if type(v) in PLAIN else frozen(v, depth)) for k, v in entries.items()])
+    return kind, tuple([v if type(v) in PLAIN else frozen(v, depth) for v in entries])
+
+
+def contents(value: Any, depth: int = DEPTH) -> Any:
+    """A container itself, the attributes of an object that is not a module or a tensor, or None: not looked into."""
+    if type(value) in PLAIN or isinstance(value, _NO_DATA):
+        return None
+    inside = value if isinstance(value, _CONTAINERS) else getattr(value, "__dict__", None)
+    return inside if inside is not None and len(inside) <= _MOST_VALUES and levels(value) <= depth else None
+
+
+def levels(value: Any) -> int:
+    """How many levels it counts for: an object of any other class may refer to half of a program."""
+    data = isinstance(value, _CONTAINERS | types.SimpleNamespace | Namespace) or is_dataclass(value)
+    return 1 if data else DEPTH // 2
 
 
 def hooked(modules: Sequence[nn.Module]) -> bool:
@@ -93,6 +145,13 @@ def hooked(modules: Sequence[nn.Module]) -> bool:
         if "_compiled_call_impl" in m.__dict__ and m.__dict__["_compiled_call_impl"] is not None:
             return True
     return False
+
+
+def compiled_within(roots: Sequence[nn.Module]) -> str | None:
+    """Why nothing that these make may be forgotten, if that is for a compiler to decide."""
+    if any(module.__dict__.get("_compiled_call_impl") is not None for module in parts(roots)):
+        return "a module inside it is compiled by itself"
+    return None
 
 
 def hooked_globally() -> bool:

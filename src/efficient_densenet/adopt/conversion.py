@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from efficient_densenet.adopt.adopted import (
@@ -16,13 +17,15 @@ from efficient_densenet.adopt.decide import WAYS, Adoption, Segment, Way
 from efficient_densenet.adopt.survey import Finding, networks, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep, check_keep
+from efficient_densenet.execution.library import run_stage
+from efficient_densenet.execution.stem_library import run_stem
 
 
 def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shared") -> nn.Module:
     """Make the dense blocks of any model run on the shared buffer, in place, and return the model.
 
     Dense blocks, transitions and the sequences that run them are recognised by what they compute: their forward is
-    recorded on a few random pixels, and tried beside what would run instead. Their objects get another class;
+    recorded on a few random pixels, and compared with what would run instead. Their objects get another class;
     parameters, buffers, keys, hooks and modes stay the very same. Blocks of other norms, activations or convolutions
     recompute instead, which needs more memory and is exact. See `report` for what became of each part, and `restore`
     to undo it.
@@ -39,8 +42,10 @@ def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shar
             to the ordinary model in every bit, and has gradients of gradients, which ``"shared"`` refuses.
 
     Raises:
-        UserError: `keep` or `way` is no such word, or nothing in the model is a dense block.
+        UserError: `keep` or `way` is no such word, the model is no module, or nothing in it is a dense block.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"make_efficient takes a torch.nn.Module, not {type(model).__name__}{_graph_advice(model)}")
     check_keep(keep)
     if way not in WAYS:
         raise UserError(f"way must be one of {', '.join(map(repr, WAYS))}, not {way!r}")
@@ -50,6 +55,8 @@ def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shar
 
 def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
     """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
+    for passes in (run_stage, run_stem):
+        passes.count()
     if adopted_modules(model):
         for adoption in adoptions(model):
             adoption.keep, adoption.way = keep, way
@@ -61,13 +68,16 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
     for finding in findings:
         if finding.looks:
             name = "the stem" if finding.segment is not None and not finding.chain.made else ""
-            adoption = Adoption(way, keep, name, looks=list(finding.looks), promised=finding.reason is None)
+            looks, promised = list(finding.looks), finding.reason is None
+            adoption = Adoption(way, keep, name, finding.where, looks=looks, promised=promised)
             if finding.segment is None:
                 adopt(finding.module, AdoptedPart, adoption)
             else:
                 segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
     for network, name, looks in networks(model, findings):
-        adoption = Adoption(way, keep, looks=looks, head=True)
+        block, norm = list(network.get_submodule(name).named_children())[-2:]
+        where = f"{name}.{block[0]} and {norm[0]}"
+        adoption = Adoption(way, keep, where=where, looks=looks, head=True)
         last = (Segment(-2, 0, adoption),)
         adopt(network, AdoptedNetwork, Adoption(way, keep, segments=last, features=name))
         segments.setdefault(network.get_submodule(name), [])
@@ -77,8 +87,26 @@ def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
 
 def _nothing_found(model: nn.Module, findings: list[Finding]) -> str:
     missed = [f"{f.name or 'the model'} ({type(f.module).__name__}): {f.reason}" for f in findings if f.reason]
+    graph = next(filter(None, map(_graph_advice, model.modules())), "")
     return (
         f"{type(model).__name__} has no dense block that can be made efficient. Looked for modules that compute layers "
         "of norm, activation and convolution (once or twice), each of which reads what all before it made"
+        + graph
         + "".join(["; close to that came:", *(f"\n  {text}" for text in missed)] if missed else "")
     )
+
+
+_GRAPHS = {
+    torch.fx.GraphModule: "torch.fx or torch.export traces it",
+    torch.jit.ScriptModule: "torch.jit scripts or traces it",
+    torch.export.ExportedProgram: "torch.export traces it",
+}
+
+
+def _graph_advice(model: object) -> str:
+    """What to do instead, where a tool has put something in the place of a model's modules."""
+    kind = type(model)
+    tool = next((tool for graph, tool in _GRAPHS.items() if isinstance(model, graph)), None)
+    if tool is None and kind.__module__.startswith("torch.ao.nn.") and "quantized" in kind.__module__:
+        tool = "it is quantized"
+    return "" if tool is None else f"; {kind.__name__} is what a tool has made of it: call make_efficient before {tool}"

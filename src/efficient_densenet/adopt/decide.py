@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.fx import Proxy
 
 from efficient_densenet import ops
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import (
+    MOST_LOOKS,
+    compared,
+    compiled_within,
+    conditions,
+    hooked,
+    hooked_globally,
+)
 from efficient_densenet.adopt.head import Head
-from efficient_densenet.adopt.look import Look, look, look_at_size
+from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
+from efficient_densenet.adopt.tools import needs_ordinary, other_kind, other_kind_within, watched_calls
 from efficient_densenet.adopt.trial import Tensors
+from efficient_densenet.adopt.turns import alone
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
+from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.plan import Plan, parts
-from efficient_densenet.execution.recompute import forgetting
+from efficient_densenet.execution.profiling import labelled
+from efficient_densenet.execution.recompute import forgetting, obstacle
 
 Way = Literal["shared", "recompute"]
 """What can be asked for: the shared buffer, or recomputation, which is exact and has gradients of gradients."""
@@ -32,8 +43,7 @@ Way = Literal["shared", "recompute"]
 WAYS: tuple[Way, ...] = get_args(Way)
 SHARED, RECOMPUTE, ORDINARY = "shared buffer", "recompute", "ordinary"
 
-_TRACED = "it is traced, as the ordinary operations"
-_MOST_LOOKS = 50
+_OTHER_THREADS = "it has changed, and cannot be looked at while other threads run it"
 
 
 class Segment(NamedTuple):
@@ -51,8 +61,9 @@ class Adoption:
     Attributes:
         way, keep: as in `make_efficient`.
         name: what a warning calls them; empty: the class of the first of them.
+        where: their names in the model that was made efficient, which a profiler's trace calls them.
         argument: the name of the one tensor that the first of them takes.
-        looks: what they compute, under the conditions that were met, the latest first.
+        looks: what they compute, under the conditions that were met.
         promised: whether they were to run on the shared buffer when they were adopted.
         head: whether relu and the mean over all pixels follow.
         segments: of a sequence, what runs as one; of a network, its last block and norm.
@@ -63,6 +74,7 @@ class Adoption:
     way: Way
     keep: Keep
     name: str = ""
+    where: str = ""
     argument: str = ""
     looks: list[Look] = field(default_factory=list)
     promised: bool = True
@@ -79,6 +91,27 @@ class Adoption:
     def __deepcopy__(self, memo: Any) -> Adoption:
         segments = copy.deepcopy(self.segments, memo)
         return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set())
+
+    def standing_look(self, addresses: tuple[int, ...], own_hooks: bool) -> tuple[int, tuple[tuple[str, ...], ...]]:
+        """For a compiler, which calls this as it is and takes the result for a constant.
+
+        Args:
+            addresses: of the modules, for it hands over no modules.
+            own_hooks: as in `decide`.
+
+        Returns:
+            Which of `looks` holds now, -1 if these modules cannot run on the shared buffer; and for each of their parts
+            what it depends on.
+        """
+        roots = [ctypes.cast(address, ctypes.py_object).value for address in addresses]
+        decision = standing(roots, self, own_hooks)
+        watched = tuple(tuple(compared(module)) for module in parts(roots))
+        for number, one in enumerate(self.looks):
+            if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
+                return number, watched
+        return -1, watched
+
+    standing_look._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler's decorator does
 
 
 class Decision(NamedTuple):
@@ -110,25 +143,43 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
     if decision is not None:
         return decision
     if torch.compiler.is_compiling():
-        return _decide_while_compiling(roots, adoption)
+        return _decide_while_compiling(roots, adoption, own_hooks)
     decision = standing(roots, adoption, own_hooks, x.shape)
-    if decision.way == SHARED and decision.chain is not None and decision.chain.width != x.shape[1]:
-        return Decision(ORDINARY, "its input has other channels", tell=False)  # an error, which it explains itself
+    if decision.way == SHARED and not _fits(x, decision):
+        return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
     return decision
+
+
+def _fits(x: Tensor, decision: Decision) -> bool:
+    """Whether shape, device and type of the input are those that the modules take."""
+    chain, plan = decision.chain, decision.plan
+    assert chain is not None
+    if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
+        return False
+    for part, (name, _), *_ in plan.convolutions[:1]:
+        weight = decision.modules[part]._parameters.get(name)
+        if weight is not None and weight.device != x.device:
+            return False
+        if weight is not None and weight.dtype != x.dtype and not shared.casts_automatically(x):
+            return False
+    return True
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
     """How it runs if the call itself decides that, whatever the modules are."""
-    reason = _must_be_ordinary(x)
+    reason = needs_ordinary(x)
     if reason is not None:
         return Decision(ORDINARY, reason, tell=bool(reason) and module.training)
     if torch.compiler.is_compiling():
         return None
+    kind = other_kind(x)
+    if kind is not None:
+        return Decision(ORDINARY, f"its input is a {kind}, a tensor of another kind")
     if not isinstance(x, Tensor):
         return Decision(RECOMPUTE, "it was called with other arguments than one tensor")
     if adoption.way == "recompute":
         return Decision(RECOMPUTE)
-    slower = ops.slower_than_recomputing(x)
+    slower = watched_calls() or ops.slower_than_recomputing(x)
     return None if slower is None else Decision(RECOMPUTE, slower)
 
 
@@ -141,36 +192,79 @@ def standing(
         return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")
     if hooked_globally():
         return Decision(RECOMPUTE, "there are hooks on all modules, which must take effect")
+    kind = other_kind_within(modules)
+    if kind is not None:
+        return Decision(ORDINARY, f"a {kind}, a tensor of another kind, is among its parameters and buffers")
     known = _known(roots, adoption, found)
     reason = known.reason
     if reason is None and known.sizes and shape is not None:
-        reason = _differs_at(known, roots, shape)
+        error = _differs_at(known, roots, shape)
+        if isinstance(error, NotTriedError):
+            return Decision(ORDINARY, str(error), known.chain, tell=False)  # it will raise that itself
+        reason = None if error is None else str(error)
     if adoption.way == "recompute":
         return Decision(RECOMPUTE, None, known.chain)
     return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
 
 
-def run_as(decision: Decision, x: Any, module: nn.Module, adoption: Adoption, ordinary: Callable[[], Any]) -> Any:
-    """Run as decided.
+def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last: bool | None) -> tuple[Tensor, bool]:
+    """Run on the shared buffer, as decided.
+
+    Args:
+        x: the input.
+        decision: of `decide`.
+        adoption: what is remembered of the modules.
+        channels_last: whether the input would be so in memory in the ordinary network; None: it is as there.
+
+    Returns:
+        What comes out, and whether that would be channels-last in the ordinary network: see `as_ordinary`.
+    """
+    plan, modules = decision.plan, decision.modules
+    if channels_last is None:
+        channels_last = is_channels_last(x)
+    made = shared.run(x, plan, modules, adoption.keep, channels_last, adoption.where)
+    # Made by convolutions alone, without the input.
+    if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
+        channels_last = channels_last or shared.makes_channels_last(plan, modules)
+    # What is handed out may be changed in place; the features that are kept for backward may not.
+    features = not (plan.pool or plan.entry or plan.head or plan.output)
+    if (features and made.requires_grad) or len(plan.output) == 1:
+        made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
+    return made, channels_last
+
+
+def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:
+    """Contiguous, as the ordinary network hands it out, unless that is channels-last; None: `x` is what it hands out.
+
+    A reader of ours needs no such copy; anybody else may view it as another shape, or draw dropout in its order.
+    """
+    if channels_last is not False or x.dim() < 3:
+        return x
+    # Of a single pixel both layouts are the same, but not what PyTorch makes of it when it is upsampled.
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(1) == 1 else x.contiguous()
+
+
+def run_as(
+    decision: Decision, x: Any, roots: Sequence[nn.Module], adoption: Adoption, ordinary: Callable[[], Any]
+) -> Any:
+    """Run as decided, and hand out what the ordinary network does.
 
     Args:
         decision: of `decide`.
         x: the input.
-        module: the first of the modules; for a warning.
+        roots: the modules.
         adoption: what is remembered of them.
         ordinary: runs them as they are.
     """
     if decision.way == SHARED:
-        plan = decision.plan
-        made = shared.run(x, plan, decision.modules, adoption.keep)
-        # What is handed out may be changed in place; the features that are kept for backward may not.
-        whole = not (plan.pool or plan.entry or plan.output)
-        return made.clone() if whole and made.requires_grad else made
-    _say(decision, module, adoption)
-    if decision.way == RECOMPUTE and torch.is_grad_enabled():
-        with forgetting():
-            return ordinary()
-    return ordinary()
+        return as_ordinary(*run_shared(x, decision, adoption, None))
+    forget = decision.way == RECOMPUTE and torch.is_grad_enabled()
+    cannot = (obstacle() or compiled_within(roots)) if forget else None
+    if cannot is not None:
+        decision, forget = Decision(ORDINARY, cannot), False
+    _say(decision, roots[0], adoption)
+    with labelled(f"{adoption.where}: {decision.way}"), forgetting() if forget else nullcontext():
+        return ordinary()
 
 
 def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
@@ -182,37 +276,21 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
         return
     adoption.said.add(reason)
     how = "recomputes" if decision.way == RECOMPUTE else "runs the ordinary way"
-    name = adoption.name or getattr(type(module), "original", type(module)).__name__
+    name = adoption.name or original_class(module).__name__
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 
-def _must_be_ordinary(x: Any) -> str | None:
-    """Why only the ordinary operations will do; an empty reason is none to tell."""
-    # What `is_exporting` returns; but PyTorch 2.11 takes that for true wherever it compiles.
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
-        return _TRACED
-    if torch.compiler.is_compiling():
-        return None
-    if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
-        return _TRACED
-    fake = isinstance(x, FakeTensor) and ops.computes_nothing()  # a step is planned, see `step`
-    if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) and not fake:
-        return f"its input is a {type(x).__name__}, a tensor of another kind"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms it, for which it must consist of ordinary operations"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives need the ordinary operations"
-    return "" if isinstance(x, Tensor) and not x.numel() else None
-
-
-def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption) -> Decision:
-    """Without a look, which is nothing to compile: what was found last in this mode of the first module."""
-    if adoption.way == "shared":
-        for one in adoption.looks:
-            if one.training == roots[0].training:
-                if one.reason is not None or one.sizes:
-                    break
-                return Decision(SHARED, None, one.chain, parts(roots))
+def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
+    """As things are when the graph is made. What the compiler reads here, it watches, and compiles anew at a change."""
+    modules = parts(roots)
+    if adoption.way == "shared" and not hooked_globally() and not hooked(modules[1:] if own_hooks else modules):
+        number, watched = adoption.standing_look(tuple([id(root) for root in roots]), own_hooks)
+        for module, names in zip(modules, watched, strict=True):
+            for name in names:
+                if getattr(module, name):
+                    pass
+        if number >= 0:
+            return Decision(SHARED, None, adoption.looks[number].chain, modules)
     return Decision(ORDINARY, "", tell=False)
 
 
@@ -225,28 +303,34 @@ def look_now(roots: Sequence[nn.Module], adoption: Adoption) -> tuple[Chain | No
 def _known(roots: Sequence[nn.Module], adoption: Adoption, found: tuple[Any, ...]) -> Look:
     """What the modules compute under these conditions."""
     looks, training = adoption.looks, roots[0].training
-    for i, one in enumerate(looks):
+    for one in looks:
         if one.conditions == found:
-            if i:
-                looks.insert(0, looks.pop(i))
             return one
     if getattr(roots[0], "_is_replica", False):
         return Look(found, None, False, "it is a replica of something that has changed", training)
-    if len(looks) >= _MOST_LOOKS:
-        return Look(found, None, False, f"its attributes have changed more than {_MOST_LOOKS} times", training)
-    try:
-        looks.insert(0, look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)[0])
-    except NotDenseError as error:
-        looks.insert(0, Look(found, None, False, str(error), training))
-    return looks[0]
+    if len(looks) >= MOST_LOOKS:
+        return Look(found, None, False, f"its attributes have changed more than {MOST_LOOKS} times", training)
+    with alone(roots) as nobody_else:
+        if not nobody_else:
+            return Look(found, None, False, _OTHER_THREADS, training)
+        try:
+            (one,) = look(roots, Tensors("cpu"), modes=(None,), head=adoption.head)
+            looks.append(replace(one, conditions=found))  # those of a trial may differ, for it has copies of objects
+        except NotDenseError as error:
+            looks.append(Look(found, None, False, str(error), training))
+        return looks[-1]
 
 
-def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> str | None:
+def _differs_at(known: Look, roots: Sequence[nn.Module], shape: torch.Size) -> NotDenseError | None:
     """Why what was found does not hold for an input of this shape, if so."""
     if shape not in known.by_size:
-        try:
-            same = look_at_size(roots, shape) == known.chain
-            known.by_size[shape] = None if same else "what it computes depends on the size of its input"
-        except NotDenseError as error:
-            known.by_size[shape] = str(error)
+        with alone(roots) as nobody_else:
+            if not nobody_else:
+                return NotDenseError(_OTHER_THREADS)
+            known.by_size[shape] = None
+            try:
+                if look_at_size(roots, shape) != known.chain:
+                    known.by_size[shape] = NotDenseError("what it computes depends on the size of its input")
+            except NotDenseError as error:
+                known.by_size[shape] = error.with_traceback(None)  # which would keep tensors alive
     return known.by_size[shape]

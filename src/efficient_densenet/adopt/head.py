@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.conditions import conditions, hooked, hooked_globally
+from efficient_densenet.adopt.conditions import MOST_LOOKS, conditions, hooked, hooked_globally
+from efficient_densenet.adopt.kinds import modules_of
 from efficient_densenet.adopt.meanings import Meanings, NotDenseError
 from efficient_densenet.adopt.trial import Tensors, on_trial
+from efficient_densenet.adopt.turns import alone
 from efficient_densenet.execution.plan import parts
 
 _aten = torch.ops.aten
@@ -44,11 +47,16 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
     """How the network ends, for an input of this shape, if its head may join the last block; `known` is added to."""
     modules, found = conditions([network], without=features)
     head = next((one for one in known if one.conditions == found), None)
-    if head is None:
-        head = _look(network, features, found, shape)
-        known.insert(0, head)
-    if head.sizes and shape not in head.by_size:
-        head.by_size[shape] = _look(network, features, found, shape) == head
+    if head is None and len(known) >= MOST_LOOKS:
+        return None
+    if head is None or (head.sizes and shape not in head.by_size):
+        with alone([network]) as nobody_else:
+            if not nobody_else:
+                return None
+            seen = _look(network, features, found, shape)
+        if head is None:
+            known.insert(0, head := seen)
+        head.by_size[shape] = seen == head
     if not head.ends or (head.sizes and not head.by_size[shape]):
         return None
     classifier = network.get_submodule(head.classifier) if head.classifier else None
@@ -57,7 +65,7 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
 
 def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
     """Whether it does, for images of a usual size."""
-    weight = next((p for p in features.parameters() if p.dim() > 2), None)
+    weight = next((p for p in features.parameters() if not is_lazy(p) and p.dim() > 2), None)
     if weight is None:
         return False
     shape = torch.Size((2, weight.shape[1], *[_USUAL_SIZE] * (weight.dim() - 2)))
@@ -67,17 +75,22 @@ def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
 def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape: Sequence[int]) -> Head:
     modules, tensors = parts([network]), Tensors("meta")
     names = {module: name for name, module in network.named_modules()}
-    with on_trial(modules, tensors):
-        record = _Record(modules, features)
-        try:
+    try:
+        with on_trial(modules, tensors):
+            record = _Record(modules, features)
             features.__dict__["forward"] = _Empty(_width(features))
+            for module in modules:
+                if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+                    module.__dict__["forward"] = _Empty(
+                        1
+                    )  # a classifier that learns from its first input what it reads
             record.set(x := tensors.activation(*shape), "input")
             output = record.watch(network, x)
-        except Exception:  # whatever it is: its parts run one by one
-            return Head(found, False)
-        ends = record.meaning(output) in ("pooled", "logits")
-        classifier = names[record.classifier] if record.classifier is not None else ""
-        return Head(found, ends, classifier, record.looks_at_sizes)
+    except Exception:  # whatever it is: its parts run one by one
+        return Head(found, False)
+    ends = record.meaning(output) in ("pooled", "logits")
+    classifier = names[record.classifier] if record.classifier is not None else ""
+    return Head(found, ends, classifier, record.looks_at_sizes)
 
 
 _USUAL_SIZE = 64
@@ -95,7 +108,7 @@ class _Empty:
 
 
 def _width(features: nn.Module) -> int:
-    norm: Any = [*features.children()][-1]
+    norm: Any = modules_of(features)[-1]
     return norm.num_features
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.chain import Chain, conclude
+from efficient_densenet.adopt.chain import Chain, conclude, join
 from efficient_densenet.adopt.conditions import conditions
 from efficient_densenet.adopt.meanings import NotDenseError, OtherWidthError
 from efficient_densenet.adopt.record import Record
-from efficient_densenet.adopt.trial import Tensors, attributes, on_trial, stored
+from efficient_densenet.adopt.trial import Tensors, attributes, on_trial, random_states, stored
 from efficient_densenet.execution import shared
 from efficient_densenet.execution.plan import parts
 
 _SIZES = ((2, (4, 3, 3)), (3, (3, 5, 4)))  # images and pixels: odd and even, and an inside of a 3×3 window
-_QUICK_SIZE = 8  # pixels
+_OTHER_SIZES = (8, 16, 32, 64, 7, 14, 28, 56, 128, 256, 512, 1000)  # along each dimension
+_MOST_PIXELS = 4096
 _TOLERANCE = 1e-3  # relative, in single precision: another function is off by more than a tenth
+
+
+class NotTriedError(NotDenseError):
+    """Its forward raised an error: perhaps not on an input of another size."""
 
 
 @dataclass(frozen=True)
@@ -40,51 +47,105 @@ class Look:
     sizes: bool
     reason: str | None
     training: bool
-    by_size: dict[torch.Size, str | None] = field(default_factory=dict, compare=False)
+    by_size: dict[torch.Size, NotDenseError | None] = field(default_factory=dict, compare=False)
 
 
 def look(
     roots: Sequence[nn.Module],
-    tensors: Tensors,
-    width: int | None = None,
+    tensors: Tensors | None,
     modes: Sequence[bool | None] = (True, False),
-    tried: bool = True,
     head: bool = False,
 ) -> list[Look]:
     """What these modules compute, one after the other, in each mode.
 
     Args:
         roots: the modules.
-        tensors: to try them with.
-        width: channels of the input; None: to be found out.
+        tensors: to try them with, on two sizes of input and batch; None: only record them, on one.
         modes: training or evaluation for all of them; None: the modes in which they are.
-        tried: whether to try it on two sizes of input and batch, not only to record it on one.
         head: whether they end with a norm, which relu and the mean over all pixels follow.
 
     Raises:
         NotDenseError: it is none of what `Chain` describes.
     """
     modules = parts(roots)
-    dims, found = _dims(modules), []
-    width = width or _some_width(modules)
+    if any(is_lazy(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None):
+        raise NotDenseError(
+            "some of its parameters have no shape yet: call the model once on an image, then make_efficient"
+        )
+    dims = _dims(modules)
+    sizes: list[tuple[int, ...]] = [(n, *size[:dims]) for n, size in _SIZES]
+    try:
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+    except NotTriedError:
+        sides = _sides_that_run(roots, _some_width(modules), dims)
+        if not sides:
+            raise
+        sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)]
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+
+
+def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails: Sequence[Look]) -> list[Look] | None:
+    """What a block and a transition or norm behind it compute together, from what was found of each, in each mode.
+
+    None where the two share modules, or do not fit together on the shared buffer in one of the modes.
+    """
+    modules, found = parts([block, tail]), []
+    offset = len(parts([block]))
+    if len(modules) > offset + len(parts([tail])):
+        return None
+    with on_trial(modules, Tensors("meta")):
+        for first, second in zip(looks, tails, strict=True):
+            chain = None if first.chain is None or second.chain is None else join(first.chain, second.chain, offset)
+            if chain is None:
+                return None
+            _set_modes(modules, first.training)
+            here = conditions([block, tail])[1]
+            found.append(Look(here, chain, first.sizes or second.sizes, None, first.training))
+    return found
+
+
+def _look_at_sizes(
+    roots: Sequence[nn.Module],
+    modules: Sequence[nn.Module],
+    tensors: Tensors | None,
+    modes: Sequence[bool | None],
+    sizes: Sequence[tuple[int, ...]],
+    head: bool,
+) -> list[Look]:
+    width, found = _some_width(modules), []
+    tried = tensors is not None
+    if tensors is None:
+        tensors, sizes = Tensors("cpu"), sizes[:1]
     with on_trial(modules, tensors):
         for mode in modes:
             training = roots[0].training if mode is None else mode
             synchronises = _set_modes(modules, mode)
             _, here = conditions(roots)
             _leave_others_out(modules, synchronises)
-            chains, sizes = [], False
-            # In evaluation a second size would show nothing that training has not shown.
-            for n, size in _SIZES if tried and mode is not False else _SIZES[:1]:
-                width, chain, asked = _look(
-                    roots, modules, synchronises, tensors, (n, width, *size[:dims]), tried, head
-                )
+            chains, asks = [], False
+            for n, *size in sizes:
+                width, chain, asked = _look(roots, modules, synchronises, tensors, (n, width, *size), tried, head)
                 chains.append(chain)
-                sizes |= asked
+                asks |= asked
             chain = chains[0]
             if any(other != chain for other in chains):
                 chain = replace(chain, plan=None, reason="what it computes depends on the size of its input")
-            found.append(Look(here, chain, sizes, chain.reason, training))
+            found.append(Look(here, chain, asks, chain.reason, training))
+    return found
+
+
+def _sides_that_run(roots: Sequence[nn.Module], width: int, dims: int) -> list[int]:
+    """Up to two sizes along each dimension at which no forward raises an error; found without computing anything.
+
+    Raises:
+        NotDenseError: at such a size it is none of what `Chain` describes.
+    """
+    found: list[int] = []
+    for side in _OTHER_SIZES:
+        if side**dims <= _MOST_PIXELS and len(found) < 2:
+            with suppress(NotTriedError):
+                look_at_size(roots, (2, width, *[side] * dims))
+                found.append(side)
     return found
 
 
@@ -98,7 +159,7 @@ def look_at_size(roots: Sequence[nn.Module], shape: Sequence[int]) -> Chain:
     with on_trial(modules, tensors):
         synchronises = _set_modes(modules, None)
         _leave_others_out(modules, synchronises)
-        return _look(roots, modules, synchronises, tensors, shape, False)[1]
+        return _look(roots, modules, synchronises, tensors, shape, tried=False, head=False)[1]
 
 
 def _look(
@@ -108,32 +169,36 @@ def _look(
     tensors: Tensors,
     shape: Sequence[int],
     tried: bool,
-    head: bool = False,
+    head: bool,
 ) -> tuple[int, Chain, bool]:
     """The channels of the input, what it computes, and whether its forward asks for sizes."""
     record = Record(modules, synchronises)
-    before, buffers = attributes(modules), [b for m in modules for b in m._buffers.values() if b is not None]
+    before, states = attributes(modules), random_states(modules)
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
     values = [b.clone() for b in buffers]
     x = output = tensors.activation(*shape)
     try:
         torch.manual_seed(0)
         for module in roots:
             output = record.run(module, output)
+        chain = conclude(record, output, head)
     except OtherWidthError as error:
         if error.width == shape[1]:
             raise NotDenseError("it reads its input in different ways") from error
         shape = (shape[0], error.width, *shape[2:])
         return _look(roots, modules, synchronises, tensors, shape, tried, head)
-    except NotDenseError:
-        raise
+    except NotDenseError as error:
+        reason = _RANDOM if random_states(modules) != states else str(error)
+        raise NotDenseError(reason, record.concatenates) from error
     except Exception as error:  # whatever it is: the module stays as it is, and the report says why
-        raise NotDenseError(f"it could not be tried: {type(error).__name__}: {error}") from error
-    chain = conclude(record, output, head)
+        raise NotTriedError(f"it could not be tried: {type(error).__name__}: {error}") from error
     after = [b.clone() for b in buffers]
     _set(buffers, values)
-    name = stored(modules, before)
+    name = stored(before, attributes(modules))
     if name is not None:
         chain = replace(chain, plan=None, reason=f"its forward stores {name!r} in a module")
+    elif random_states(modules) != states:
+        chain = replace(chain, plan=None, reason=_RANDOM)
     elif record.looks_at_values:
         chain = replace(chain, plan=None, reason="its forward looks at the values of weights or buffers")
     elif tried and chain.plan is not None:
@@ -148,37 +213,53 @@ def _look(
     return shape[1], chain, record.looks_at_sizes
 
 
+_RANDOM = "its forward draws random numbers of Python or NumPy, or of a generator of its own"
+
+
 def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 
 
-def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
-    """What the first, the first two, ... of these modules compute, one after the other, by a quick look.
+def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
+    """What the first, the first two, ... of these modules compute, one after the other; without computing anything.
 
     Returns:
         None where that is nothing whole; up to the first module that cannot belong to what was before it.
     """
     modules = parts(roots)
-    dims, width = _dims(modules), _some_width(modules)
-    while True:
-        found: list[Chain | None] = []
+    most: list[Chain | None] = []
+    for side in _OTHER_SIZES:
+        found, failed = _find(roots, modules, (2, _some_width(modules), *[side] * _dims(modules)))
+        most = max(most, found, key=len)
+        if not failed:
+            break
+    return most
+
+
+def _find(
+    roots: Sequence[nn.Module], modules: Sequence[nn.Module], shape: Sequence[int]
+) -> tuple[list[Chain | None], bool]:
+    """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
+    found: list[Chain | None] = []
+    tensors = Tensors("meta")
+    try:
         with on_trial(modules, tensors):
             synchronises = _set_modes(modules, True)
             _leave_others_out(modules, synchronises)
             record = Record(modules, synchronises)
-            x = tensors.activation(2, width, *(_QUICK_SIZE,) * dims)
-            try:
-                for module in roots:
-                    x = record.run(module, x)
-                    found.append(_conclusion(record, x))
-            except OtherWidthError as error:
-                if not found and error.width != width:
-                    width = error.width
-                    continue
-            except Exception:  # whatever it is: here it ends
-                pass
-            return found
+            x = tensors.activation(*shape)
+            for module in roots:
+                x = record.run(module, x)
+                found.append(_conclusion(record, x))
+    except OtherWidthError as error:
+        if not found and error.width != shape[1]:
+            return _find(roots, modules, (shape[0], error.width, *shape[2:]))
+    except NotDenseError:
+        pass
+    except Exception:  # whatever it is: here it ends
+        return found, True
+    return found, False
 
 
 def _conclusion(record: Record, x: Tensor) -> Chain | None:
@@ -193,7 +274,7 @@ def _set_modes(modules: Sequence[nn.Module], training: bool | None) -> dict[int,
     if training is not None:
         for module in modules:
             module.__dict__["training"] = training
-    return {i: isinstance(m, nn.SyncBatchNorm) for i, m in enumerate(modules) if m.__dict__["training"]}
+    return {i: isinstance(m, nn.SyncBatchNorm) for i, m in enumerate(modules) if m.__dict__.get("training")}
 
 
 def _leave_others_out(modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
@@ -205,7 +286,7 @@ def _leave_others_out(modules: Sequence[nn.Module], synchronises: dict[int, bool
 
 def _dims(modules: Sequence[nn.Module]) -> int:
     """The spatial dimensions that convolutions in these modules have; without any, those in names like BatchNorm3d."""
-    weights = [p for m in modules for p in m._parameters.values() if p is not None and p.dim() > 2]
+    weights = [t for t in _tensors(modules) if t.dim() > 2]
     if weights:
         return weights[0].dim() - 2
     names = [type(m).__name__ for m in modules]
@@ -214,8 +295,13 @@ def _dims(modules: Sequence[nn.Module]) -> int:
 
 def _some_width(modules: Sequence[nn.Module]) -> int:
     """Some number of channels: that of the first norm."""
-    vectors = [t for m in modules for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
-    return next((len(t) for t in vectors if t.dim() == 1), 1)
+    return next((len(t) for t in _tensors(modules) if t.dim() == 1), 1)
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, but those that have no shape yet."""
+    found = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    return [t for t in found if t is not None and not is_lazy(t)]
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
@@ -22,7 +22,15 @@ _SIZES = {"shape", "size", "numel", "nelement", "__len__", "stride", "is_contigu
 
 
 class NotDenseError(Exception):
-    """Why a module computes something else than what was looked for."""
+    """Why a module computes something else than what was looked for.
+
+    Attributes:
+        concatenates: whether it concatenates its input with something, as dense layers do.
+    """
+
+    def __init__(self, reason: str, concatenates: bool = False) -> None:
+        super().__init__(reason)
+        self.concatenates = concatenates
 
 
 class OtherWidthError(Exception):
@@ -55,10 +63,11 @@ class Active(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """A piece behind pools and the like."""
+    """A piece behind pools and the like, and then a blur."""
 
     piece: int
     steps: tuple[Step, ...]
+    blur: Blur | None = None
 
 
 class Scaled(NamedTuple):
@@ -81,9 +90,10 @@ class Zero(NamedTuple):
 
 
 class Other(NamedTuple):
-    """Computed from the input by an operation that means nothing by itself."""
+    """Computed from the input by an operation that means nothing by itself; and whether that is random."""
 
     reason: str
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Meanings:
 
     Attributes:
         modules: all that may run, in the order of `plan.parts`.
-        looks_at_sizes: whether a forward asked for the size of such a tensor.
+        looks_at_sizes: whether a forward asked for the size of such a tensor, or gave it another.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -189,6 +199,11 @@ class Meanings:
     def module(self) -> nn.Module | None:
         """The innermost one whose forward is running."""
         return None
+
+    @property
+    def inside_torch(self) -> bool:
+        """Whether that is a module of PyTorch's own, which does not decide by what it asks."""
+        return self.module is not None and type(self.module).__module__.startswith("torch.nn.")
 
     def enter(self, module: nn.Module, given: Any, x: Any) -> None:
         """A module begins to run, on one tensor `x` of the meaning `given`, or on something else (None)."""
@@ -258,14 +273,11 @@ class _Attributes(TorchFunctionMode):
         if name == "__get__":
             name = getattr(getattr(function, "__self__", None), "__name__", "")
         if name in _VALUES and args and isinstance(args[0], Tensor) and not self.record.knows(args[0]):
-            module = self.record.module
-            self.record.looks_at_values |= module is None or not type(module).__module__.startswith("torch.nn.")
+            self.record.looks_at_values |= not self.record.inside_torch
         if name in _SIZES | _VALUES and args and self.record.knows(args[0]):
             if name in _VALUES:
                 raise NotDenseError("its forward looks at the values of its features")
-            module = self.record.module
-            own = module is not None and type(module).__module__.startswith("torch.nn.")
-            self.record.looks_at_sizes |= not own
+            self.record.looks_at_sizes |= not self.record.inside_torch
         return function(*args, **(kwargs or {}))
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, is_norm, is_plain_convolution
 from efficient_densenet.adopt.meanings import (
     Active,
     Features,
@@ -35,19 +36,20 @@ from efficient_densenet.adopt.meanings import (
     Zero,
     storage,
 )
-from efficient_densenet.execution.plan import Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
 
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
-    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze),
+    *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze, _aten.reflection_pad2d, _aten.constant_pad_nd),
 }
+_SPLITS = {_aten.split, _aten.split_with_sizes, _aten.unsafe_split, _aten.unsafe_split_with_sizes}
+_PADS = {_aten.reflection_pad2d: "reflect", _aten.constant_pad_nd: "constant"}
 _EMPTY = {_aten.empty_like, _aten.new_empty}
+_VIEWS = {_aten.view, _aten._unsafe_view, _aten.expand}
 _COPIES = {_aten.clone, _aten.detach, _aten.alias}
 
 
@@ -67,6 +69,7 @@ class Record(Meanings):
         synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
         pieces: see `Piece`.
         size: of the input, in pixels.
+        concatenates: whether the input was concatenated with something along the channels.
     """
 
     def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
@@ -76,6 +79,7 @@ class Record(Meanings):
         self.size = torch.Size()
         self.calls: list[_Call] = []
         self.convolutions = 0
+        self.concatenates = False
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run the module, which must return a tensor; the first one gets the input.
@@ -106,14 +110,18 @@ class Record(Meanings):
     def leave(self, module: nn.Module, output: Any) -> None:
         """Give what a module made a meaning, where its operations have none by themselves."""
         call = self.calls.pop()
-        if not isinstance(self.meaning(output), Other):
+        meaning = self.meaning(output)
+        if not isinstance(meaning, Other) or meaning.random:
             return
         name = type(module).__name__
-        if isinstance(call.given, Features) and _is_norm(module):
+        otherwise = self._made_otherwise(call.given, output, name)
+        if otherwise is not None:
+            self.set(output, otherwise)
+        elif isinstance(call.given, Features) and is_norm(module):
             self.set(output, Normed(call.given, None, f"{name} is not a batch norm of PyTorch's own"))
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
-                plain = _is_plain(module)
+                plain = is_plain_convolution(module)
                 kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
                 reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
                 self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
@@ -158,6 +166,9 @@ class Record(Meanings):
         in_place = packet.__name__.endswith("_")
         if in_place:
             packet = getattr(_aten, packet.__name__.removesuffix("_"), packet)
+        if packet in _SPLITS:
+            self._split(args[0], output, args[2] if len(args) > 2 else named.get("dim", 0), packet)
+            return
         meaning = self._operation(packet, function, args, named, made, meanings)
         if in_place:
             self.written.add(storage(made))
@@ -168,13 +179,14 @@ class Record(Meanings):
         self, packet: Any, function: Any, args: Sequence[Any], named: dict[str, Any], made: Any, meanings: list[Any]
     ) -> Any:
         x = self.meaning(args[0])
+        self.looks_at_sizes |= packet in _VIEWS and not self.inside_torch
         if not isinstance(made, Tensor):
             raise NotDenseError("its forward looks at the values of its features")
         if packet is _aten.cat:
             return self._cat(args, named, made)
         if packet in _EMPTY:
             return Noise(made.shape)
-        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args):
+        if (packet in _COPIES and made.dtype == args[0].dtype) or _changes_nothing(packet, args, made):
             return x
         if isinstance(x, Noise):
             return self._noise(x, packet, args)
@@ -185,8 +197,9 @@ class Record(Meanings):
                 return self._batch_norm(x, args)
             if packet is _aten.mul and _per_channel(args[1], made):
                 return Scaled(x, args[1])
-            if packet is _aten.slice and args[1] % made.dim() == 1:
-                return self._slice(x, args[2:])
+            if packet is _aten.slice and args[1] % made.dim() == 1 and args[4:] in ((), [], (1,), [1]):
+                start, stop, _ = slice(*(*args[2:4], None, None)[:2]).indices(args[0].shape[1])
+                return self._slice(x, start, stop)
             if packet is _aten.convolution and len(self.pieces) == 1:
                 return self._first_convolution(x, packet, args, made)
         if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
@@ -201,7 +214,11 @@ class Record(Meanings):
             if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
                 rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
                 return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
-        if packet in _STEPS and not named:
+        if isinstance(x, Stepped) and packet is _aten.convolution:
+            blurred = self._blurred(x, args, made)
+            if blurred is not None:
+                return blurred
+        if packet in _STEPS and not named and not (isinstance(x, Stepped) and x.blur):
             step = Step(function, tuple(args[1:]))
             if isinstance(x, Stepped):
                 return x._replace(steps=(*x.steps, step))
@@ -214,37 +231,58 @@ class Record(Meanings):
         other = next((m for m in meanings if isinstance(m, Other)), None)
         if other is None:
             reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
-            if any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self._inside_a_norm():
+            if packet is _aten.convolution:
+                reason = "a convolution reads features without a norm and an activation in front of it"
+            reads_input = any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+            if reads_input and not self._inside_a_norm() and (packet not in _VIEWS or self.inside_torch):
                 raise NotDenseError(reason)
             other = Other(reason)
         return other
 
     def _inside_a_norm(self) -> bool:
-        return any(_is_norm(call.module) for call in self.calls)
+        return any(is_norm(call.module) for call in self.calls)
 
     def _name(self, packet: Any) -> str:
         """Of the module that does it, if that does nothing else, or of the operation."""
         module = self.module
-        if module is not None and not module._modules and (not module._parameters or _is_norm(module)):
+        if module is not None and not module._modules and (not module._parameters or is_norm(module)):
             return type(module).__name__
         return packet.__name__
 
     def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
         dim = args[1] if len(args) > 1 else named.get("dim", 0)
         meanings = [self.meaning(t) for t in args[0]]
-        for meaning in meanings:
-            if isinstance(meaning, Other):
-                raise NotDenseError(meaning.reason)
-            if not isinstance(meaning, Features):
-                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
         if dim % made.dim() != 1:
             raise NotDenseError("it concatenates along another dimension than channels")
+        self.concatenates |= len(meanings) > 1 and any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+        for i, meaning in enumerate(meanings):
+            if isinstance(meaning, Other):
+                raise NotDenseError(meaning.reason)
+            if isinstance(meaning, Normed | Active):
+                normed = meaning.normed if isinstance(meaning, Active) else meaning
+                meaning = meanings[i] = self._made_otherwise(normed.source, args[0][i], "a norm")
+            if not isinstance(meaning, Features):
+                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
         return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
 
-    def _slice(self, x: Features, args: Sequence[Any]) -> Features | Other:
-        start, stop, step = (*args, None, None, 1)[:3] if len(args) < 3 else args
-        width = sum(self.pieces[p].channels for p in x.pieces)
-        start, stop, _ = slice(start, stop).indices(width)
+    def _made_otherwise(self, x: Any, made: Tensor, what: str) -> Features | None:
+        """What a layer made of its last convolution's output `x`, as if the convolution were of another kind."""
+        if not isinstance(x, Features) or len(x.pieces) != 1 or x.pieces == (0,):
+            return None
+        reason = f"there is {what} behind the last convolution of a layer"
+        return self.new_piece(Piece(made.shape[1], self.pieces[x.pieces[0]].source, None, reason))
+
+    def _split(self, x: Tensor, made: Sequence[Tensor], dim: int, packet: Any) -> None:
+        """Give each part a meaning."""
+        given, start = self.meaning(x), 0
+        for part in made:
+            stop = start + part.shape[1] if part.dim() > 1 else start
+            along_channels = isinstance(given, Features) and dim % x.dim() == 1
+            self.set(part, self._slice(given, start, stop) if along_channels else self._other(packet, [given]))
+            start = stop
+
+    def _slice(self, x: Features, start: int, stop: int) -> Features | Other:
+        """Channels from `start` to `stop` of these features."""
         kept, at = [], 0
         for piece in x.pieces:
             end = at + self.pieces[piece].channels
@@ -253,7 +291,7 @@ class Record(Meanings):
             elif max(start, at) < min(stop, end):
                 return Other("its forward takes a part of what a layer made")
             at = end
-        return Features(tuple(kept)) if step in (None, 1) else Other("its forward takes a part of what a layer made")
+        return Features(tuple(kept))
 
     # ---- norms -------------------------------------------------------------------------------------------------
 
@@ -306,7 +344,7 @@ class Record(Meanings):
         same = all(k % 2 == 1 and p == d * (k // 2) for k, p, d in zip(kernel, padding, dilation, strict=True))
         obstacle = convolution = None
         if not same or set(stride) != {1} or transposed or groups != 1:
-            known = module if isinstance(module, _CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
+            known = module if isinstance(module, CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
         else:
             convolution = self._tensors_of_convolution(weight, bias)
@@ -329,13 +367,28 @@ class Record(Meanings):
     def _tensors_of_convolution(self, weight: Tensor, bias: Tensor | None) -> Convolution | None:
         """Where these belong, if they belong to one module."""
         module = self.module
-        if _is_plain(module):
+        if is_plain_convolution(module):
             assert module is not None
             return Convolution(self.numbers[module], ("weight", "bias"))
         owner, of_bias = self.owners.get(id(weight)), None if bias is None else self.owners.get(id(bias))
         if owner is None or (bias is not None and (of_bias is None or of_bias[0] != owner[0])):
             return None
         return Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
+
+    def _blurred(self, x: Stepped, args: Sequence[Any], made: Tensor) -> Stepped | None:
+        """Behind a constant filter of each channel, with the padding before it."""
+        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        part, name = self.owners.get(id(weight), (-1, ""))
+        constant = part >= 0 and name in self.modules[part]._buffers
+        plain = bias is None and not transposed and not any(padding) and set(dilation) == {1}
+        *before, pad = x.steps
+        function: Any = pad.function
+        mode = _PADS.get(function.overloadpacket)
+        if not constant or not plain or not (groups == weight.shape[0] == made.shape[1]) or mode is None:
+            return None
+        if x.blur is not None or any(pad.arguments[1:]) or len(stride) != 2 or len(pad.arguments[0]) != 4:
+            return None
+        return Stepped(x.piece, tuple(before), Blur(part, name, tuple(pad.arguments[0]), mode, tuple(stride)))
 
     # ---- dropout -----------------------------------------------------------------------------------------------
 
@@ -344,11 +397,13 @@ class Record(Meanings):
             return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
         if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
             return noise._replace(scaled=True)
-        return Other("its forward uses random numbers other than those of dropout")
+        return Other("its forward uses random numbers other than those of dropout", True)
 
     def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
-        if isinstance(x, Normed | Active):
+        if isinstance(x, Normed):
             raise NotDenseError("its norm or activation is random")
+        if isinstance(x, Active):
+            return _active(x, "there is dropout between an activation and its convolution")
         dropout = Dropout(1.0, False)
         if isinstance(noise, Noise):
             whole = noise.shape[:2] == made.shape[:2] and set(noise.shape[2:]) == {1}
@@ -371,32 +426,14 @@ def _active(x: Normed | Active, obstacle: str | None) -> Active:
     return Active(x, obstacle)
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether it computes what PyTorch's own convolutions do."""
-    return (
-        any(
-            type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
-            for kind in _CONVOLUTIONS
-        )
-        if isinstance(module, _CONVOLUTIONS)
-        else False
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A norm of PyTorch's, or one of another library with a weight for each channel."""
-    if isinstance(module, _NORMS) or "norm" not in type(module).__name__.lower():
-        return isinstance(module, _NORMS)
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1
-
-
 def _no_plain_convolution(convolution: object) -> str:
     return f"{convolution} is not a plain convolution that keeps the resolution"
 
 
-def _changes_nothing(packet: Any, args: Sequence[Any]) -> bool:
+def _changes_nothing(packet: Any, args: Sequence[Any], made: Tensor) -> bool:
     """Whether it multiplies by one or adds zero, numbers that may change: then the module is looked at again."""
+    if packet in _VIEWS:
+        return made.shape == args[0].shape
     if packet in (_aten.mul, _aten.div):
         return type(args[1]) in (int, float) and args[1] == 1
     return packet in (_aten.add, _aten.sub) and type(args[1]) in (int, float) and args[1] == 0

@@ -10,17 +10,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from efficient_densenet.adopt.adopted import (
-    CONVOLUTIONS,
-    AdoptedPart,
-    AdoptedSequence,
-    adopted_modules,
-    original_class,
-    restore,
-)
+from efficient_densenet.adopt.adopted import AdoptedPart, AdoptedSequence, adopted_modules, restore
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conversion import make_efficient
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
 from efficient_densenet.adopt.memory import Values, of_part, of_stem
 from efficient_densenet.adopt.step import peak_of_step
 from efficient_densenet.adopt.survey import survey
@@ -184,7 +178,7 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
             whole.add(module)
             found.append(_Part(name, module, module, chain, way, kept, reason))
             continue
-        children = list(module.children())
+        children = modules_of(module)
         roots = children[slice(*segment)]
         sequence = joining.setdefault(module, _Part(name, module, module, None, _JOINS, "", ""))
         if chain is not None and not chain.made:
@@ -213,7 +207,7 @@ def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tup
             sequences.append((name, module))
     for name, sequence in sequences:
         for start, stop, adoption in sequence.adoption.segments:
-            roots = list(sequence.children())[start:stop]
+            roots = modules_of(sequence)[start:stop]
             yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
     for finding in survey(model):
         if not finding.looks:

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from efficient_densenet.adopt.adopted import CONVOLUTIONS, Adopted, AdoptedPart, runs_in_order
+from efficient_densenet.adopt.adopted import Adopted, AdoptedPart
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.head import ends_with_a_head
-from efficient_densenet.adopt.look import Look, find, look
+from efficient_densenet.adopt.kinds import CONVOLUTIONS, has_forward, modules_of, runs_in_order
+from efficient_densenet.adopt.look import Look, find, look, look_at_both
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 
@@ -48,10 +49,18 @@ class Finding(NamedTuple):
         return chain
 
     @property
+    def where(self) -> str:
+        """The names of all its modules in the model."""
+        if self.segment is None:
+            return self.name
+        names = [name for name, module in self.module._modules.items() if module is not None][slice(*self.segment)]
+        return f"{self.name}.{' and '.join(names)}"
+
+    @property
     def roots(self) -> list[nn.Module]:
         if self.segment is None:
             return [self.module]
-        return list(self.module.children())[slice(*self.segment)]
+        return modules_of(self.module)[slice(*self.segment)]
 
 
 def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
@@ -59,10 +68,10 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
 
     Args:
         model: is left as it is, and what is adopted in it is left out.
-        tried: as in `look.look`.
+        tried: whether to try it, and not only to record it.
     """
     findings: list[Finding] = []
-    tensors = Tensors("cpu")
+    tensors = Tensors("cpu") if tried else None
     inside: set[nn.Module] = set()  # what was found, with all in it
     left: set[nn.Module] = set()  # what was left, for the reason given there, with all in it
     for name, module in model.named_modules():
@@ -70,31 +79,39 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
             inside.update(module.modules())
         if module in inside:
             continue
-        finding = _whole(name, module, tensors, tried)
+        finding = _whole(name, module, tensors)
         if finding is not None and module in left and (not finding.looks or len(finding.chain.made) < 2):
             continue  # a layer or a part of one, of a block that is none
         if finding is not None:
             findings.append(finding)
             (inside if finding.looks else left).update(module.modules())
-    whole = {finding.module: finding.chain for finding in findings if finding.looks}
+    whole = {finding.module: finding for finding in findings if finding.looks}
     for name, module in model.named_modules():
         if module not in inside and runs_in_order(module) and not isinstance(module, Adopted):
-            findings += _segments(name, module, whole, tensors, tried)
-    return findings
+            findings += _segments(name, module, whole, tensors)
+    # What was left says nothing where layers in it were found.
+    found = {module for finding in findings if finding.looks and finding.chain.made for module in finding.roots}
+    found |= {module for module in model.modules() if isinstance(module, AdoptedPart)}
+    return [f for f in findings if f.looks or found.isdisjoint(f.module.modules())]
 
 
-def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
+def _whole(name: str, module: nn.Module, tensors: Tensors | None) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
-    if isinstance(module, _LEAVES) or not any(not is_lazy(p) and p.dim() > 2 for p in module.parameters()):
+    if isinstance(module, _LEAVES) or not has_forward(module):
+        return None
+    if not _has_convolutions(module):
         return None
     try:
-        looks = look([module], tensors, tried=tried)
+        looks = look([module], tensors)
     except NotDenseError as error:
-        return Finding(name, module, (), None, str(error)) if _looks_dense(module) else None
+        nearly = (error.concatenates and not runs_in_order(module)) or _looks_dense(module)
+        return Finding(name, module, (), None, str(error)) if nearly else None
     finding = _finding(name, module, looks, None)
     chain = finding.chain
     if not _by_itself(chain) or (runs_in_order(module) and chain.made and chain.tail_reason):
         return None
+    if "forward" in vars(module):  # which would be called instead of that of another class
+        return Finding(name, module, (), None, "its forward was replaced for this one object")
     return finding
 
 
@@ -114,33 +131,45 @@ def _finding(name: str, module: nn.Module, looks: Sequence[Look], segment: tuple
 
 
 def _segments(
-    name: str, sequence: nn.Module, whole: dict[nn.Module, Chain], tensors: Tensors, tried: bool
+    name: str, sequence: nn.Module, whole: dict[nn.Module, Finding], tensors: Tensors | None
 ) -> Iterator[Finding]:
     """The runs of modules in a sequence that are to be run as one."""
-    modules, i = list(sequence.children()), 0
+    modules, i = modules_of(sequence), 0
     while i < len(modules):
-        length = _run(modules[i:], whole, tensors)
-        if length and not (length == 1 and modules[i] in whole):
-            roots = modules[i : i + length]
-            # Parts that were tried one by one need not be tried together.
-            each = tried and not set(roots) <= whole.keys()
-            with suppress(NotDenseError):  # where the trial shows that it is something else
-                yield _finding(name, sequence, look(roots, tensors, tried=each), (i, i + length))
-        i += max(1, length)
+        length, looks = _run(modules[i:], whole, tensors)
+        if looks:
+            yield _finding(name, sequence, looks, (i, i + length))
+        i += length
 
 
-def _run(modules: Sequence[nn.Module], whole: dict[nn.Module, Chain], tensors: Tensors) -> int:
-    """How many of these modules, from the first, are to run as one."""
-    if modules[0] in whole and (len(modules) == 1 or modules[1] in whole):
-        first, second = whole[modules[0]], None if len(modules) == 1 else whole[modules[1]]
-        if first.plan is not None and not first.tail and (second is None or (not second.made and not second.is_stem)):
-            fits = second is not None and second.plan is not None and second.width == first.width + sum(first.made)
-            return 2 if fits and not first.plan.output else 1
-    window, chains = _WINDOW, find(modules[:_WINDOW], tensors)
+def _run(
+    modules: Sequence[nn.Module], whole: dict[nn.Module, Finding], tensors: Tensors | None
+) -> tuple[int, list[Look]]:
+    """How many of these modules, from the first, belong together, and what they compute; nothing if they run singly."""
+    first, *others = modules
+    block = whole.get(first)
+    if block is not None and block.chain.plan is not None and not block.chain.tail:
+        if not any(_has_convolutions(module) for module in others):
+            return 1, []
+        tail = whole.get(others[0])
+        if tail is not None and not tail.chain.made and not tail.chain.is_stem:
+            both = look_at_both(first, others[0], block.looks, tail.looks)
+            return (2, both) if both else (1, [])
+    window, chains = _WINDOW, find(modules[:_WINDOW])
     while len(chains) == window < len(modules):
         window *= 2
-        chains = find(modules[:window], tensors)
-    return _longest(chains)
+        chains = find(modules[:window])
+    length = _longest(chains)
+    if length == 0 or (length == 1 and block is not None):
+        return 1, []
+    try:
+        return length, look(modules[:length], tensors)
+    except NotDenseError:  # the trial shows that it is something else
+        return length, []
+
+
+def _has_convolutions(module: nn.Module) -> bool:
+    return any(is_lazy(p) or p.dim() > 2 for p in module.parameters())
 
 
 def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn.Module, str, list[Look]]]:
@@ -149,16 +178,15 @@ def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn
     Returns:
         Each network, the name of its features, and what their last block and norm compute with the head.
     """
-    blocks = {f.module for f in findings if f.looks and f.segment is None and f.chain.made and not f.chain.tail}
+    blocks = {f.module: f for f in findings if f.looks and f.segment is None and f.chain.made and not f.chain.tail}
     for network in list(model.modules()):
         for name, features in network.named_children():
             if runs_in_order(features) and not runs_in_order(network) and len(features) > 1:  # type: ignore[arg-type]
-                *_, block, norm = features.children()
+                *_, block, norm = modules_of(features)
                 if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
-                    try:
-                        yield network, name, look([block, norm], Tensors("cpu"), tried=False, head=True)
-                    except NotDenseError:
-                        continue
+                    with suppress(NotDenseError):
+                        looks = look_at_both(block, norm, blocks[block].looks, look([norm], None, head=True))
+                        yield network, name, looks or look([block, norm], None, head=True)
 
 
 def _longest(chains: Sequence[Chain | None]) -> int:
@@ -170,11 +198,14 @@ def _longest(chains: Sequence[Chain | None]) -> int:
 
 def _looks_dense(module: nn.Module) -> bool:
     """Whether its parts read more and more channels, each at least one norm and one convolution: a near miss."""
+    children = list(module.children())
+    while any(not has_forward(child) for child in children):
+        children = [part for child in children for part in ([child] if has_forward(child) else child.children())]
     widths = []
-    for child in module.children():
+    for child in children:
         convolutions = [m for m in child.modules() if isinstance(m, CONVOLUTIONS)]
         has_norm = any("norm" in type(m).__name__.lower() for m in child.modules())
         if not convolutions or not has_norm or isinstance(child, CONVOLUTIONS):
             return False
         widths.append(convolutions[0].in_channels)
-    return len(widths) > 1 and all(b > a for a, b in pairwise(widths))
+    return len(widths) > 1 and all(b > a or b == 0 for a, b in pairwise(widths))  # 0: nobody knows yet

@@ -52,8 +52,8 @@ def convert_file(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Find the DenseNet in a checkpoint and rewrite it under other names, those of torchvision (old or new), timm, "
-        "MONAI, gpleiss or wandering007. Names and place are recognised, nothing in the file is executed, and what is "
-        "not complete is refused. Optimiser states and whatever else stands beside the weights are left behind."
+        "MONAI, gpleiss or wandering007. Names and prefix are recognised, nothing in the file is executed, and what is "
+        "not complete is refused. Optimiser states and whatever else is stored with the weights are left out."
     )
     parser.add_argument(
         "--to",
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     file, number = convert_file(arguments.checkpoint, arguments.output, arguments.to, **reading_options(arguments))
     weights = file.weights
-    place = f", behind the prefix {weights.prefix!r}" if weights.prefix else ""
-    print(f"read     {arguments.checkpoint}: names of {weights.dialect}{place}")
+    prefix = f", behind the prefix {weights.prefix!r}" if weights.prefix else ""
+    print(f"read     {arguments.checkpoint}: names of {weights.dialect}{prefix}")
     print(f"network  {file.architecture}")
     if weights.left_behind:
         print(f"without  {first_few(weights.left_behind)}, which are no part of it")

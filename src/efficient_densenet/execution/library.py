@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -114,6 +115,27 @@ class _StagePasses(Passes):
         features = _unpack([*given.packed], stage).features
         assert features is not None
         return empty_activation(features, features.shape[-1] - stage.growth, features.shape[1:-1])
+
+    def forward_flops(self, x: Tensor, arguments: StageArguments) -> int:
+        weights = sum(weight.numel() for weight in arguments.weights)
+        return 2 * x.shape[0] * prod(x.shape[2:]) * weights
+
+    def backward_flops(
+        self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StageArguments
+    ) -> int:
+        stage = arguments.stage()
+        counts = [weight.numel() for weight in stage.weights]
+        needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
+        if stage.keeps_features:
+            features = _unpack([*given.packed], stage).features
+            assert features is not None
+            images, *pixels = features.shape[:-1]
+            made = stage.layers if stage.per_layer == 2 else ()
+            again = sum(counts[i] for i in made if i not in stage.kept_bottlenecks)
+        else:
+            images, _, *pixels = given.x[0].shape
+            again = sum(counts[: len(stage.layers) * stage.per_layer])
+        return 2 * images * prod(pixels) * (sum(counts) + needed + again)
 
 
 run_stage = _StagePasses()

@@ -3,16 +3,21 @@
 An operator takes and returns tensors and lists of tensors (no None among them), and its outputs must not share memory.
 What runs without a compiler is a node that is no operator: its backward can let go of what it was given, the gradient
 of the output first of all, as soon as it has no use for it any more. (PyTorch 2.11 holds that gradient to the end.)
+Where a counter of operations watches, it is the operators too, for which the counter is told what they multiply. None
+has forward-mode derivatives, and all refuse tangents, which PyTorch would drop without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
@@ -54,7 +59,7 @@ class Passes:
         )
         self.forward_operator = torch.library.custom_op(
             f"efficient_densenet::{self.name}_forward",
-            lambda x, *arguments: self.forward(x, self.arguments(*arguments)),
+            self._forward,
             mutates_args=(),
             schema=f"(Tensor x, {schema}) -> Tensor[]",
         )
@@ -69,6 +74,7 @@ class Passes:
         )
         self.backward_operator.register_fake(self._backward_fake)
         self.backward_operator.register_autograd(_refuse)
+        self.backward_operator.register_vmap(_one_by_one(self.backward_operator))
 
     def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
         """The output, and all else that backward may need."""
@@ -92,8 +98,20 @@ class Passes:
         """A tensor like the first that `backward` returns."""
         raise NotImplementedError
 
+    def forward_flops(self, x: Tensor, arguments: Any) -> int:
+        """Two for each multiplication of a convolution. The shapes count, as everywhere in PyTorch."""
+        raise NotImplementedError
+
+    def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> int:
+        """Likewise, for the gradients that are wanted, and for what runs again."""
+        raise NotImplementedError
+
     def __call__(self, x: Tensor, arguments: Any) -> list[Tensor]:
         """`forward`, with a gradient if one can be wanted."""
+        self.count()
+        if torch.compiler.is_compiling() or _watched():
+            return self.forward_operator(x, *arguments)
+        _refuse_tangents(x, *arguments)
         if not torch.is_grad_enabled():
             return self.forward(x, arguments)
         lengths = [len(group) for group in arguments[: self.lists]]
@@ -111,6 +129,7 @@ class Passes:
         self, ctx: Any, grad_output: list[Tensor], need_x: bool, need_weights: Sequence[bool], as_operator: bool
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
         """The gradients of the input and of the first four groups of arguments."""
+        _refuse_batches(grad_output[0])
         x, packed, *groups = _split(ctx.saved_tensors, ctx.lengths)
         if not as_operator:
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
@@ -125,6 +144,30 @@ class Passes:
         of_norms = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]
         return of_x if need_x else None, [*of_norms, of_weights, [*found]]
+
+    def count(self) -> None:
+        """Have PyTorch's counter of operations count ours, if somebody has imported it, which takes a while."""
+        counter = sys.modules.get("torch.utils.flop_counter")
+        if counter is None or torch.compiler.is_compiling():
+            return
+        namespace = torch.ops.efficient_densenet
+        forward, backward = (getattr(namespace, f"{self.name}_{way}") for way in ("forward", "backward"))
+        if forward not in counter.flop_registry:
+            counter.register_flop_formula(forward, get_raw=True)(self._forward_flops)
+            counter.register_flop_formula(backward, get_raw=True)(self._backward_flops)
+
+    def _forward_flops(self, x: Tensor, *arguments: Any, **_: Any) -> int:
+        return self.forward_flops(x, self.arguments(*arguments))
+
+    def _backward_flops(
+        self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *arguments: Any, **_: Any
+    ) -> int:
+        given = Given(list(grad_output), list(x), list(packed))
+        return self.backward_flops(given, need_x, need_weights, self.arguments(*arguments))
+
+    def _forward(self, x: Tensor, *arguments: Any) -> list[Tensor]:
+        _refuse_tangents(x, *arguments)
+        return self.forward(x, self.arguments(*arguments))
 
     def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         x, *arguments = inputs
@@ -144,6 +187,7 @@ class Passes:
     def _backward(
         self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *arguments: Any
     ) -> list[Tensor]:
+        _refuse_tangents(grad_output, x, packed, *arguments)
         given = Given(list(grad_output), list(x), list(packed))
         return self.backward(given, need_x, need_weights, self.arguments(*arguments))
 
@@ -182,8 +226,9 @@ class _Node(torch.autograd.Function):
             return (None,) * (4 + sum(lengths))
         need_x, *needs = ctx.needs_input_grad[3:]
         need_weights = _split(needs, lengths)[2]
-        # Where gradients of gradients could be wanted, the operator refuses them.
-        found = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator=torch.is_grad_enabled())
+        # Where gradients of gradients could be wanted, the operator refuses them; and it has a rule for `vmap`.
+        as_operator = torch.is_grad_enabled() or _watched()
+        found = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
         of_x, parameters = found
         return None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
 
@@ -222,3 +267,54 @@ def _refuse(ctx: Any, *grads: Any) -> None:
         "the shared buffer has no gradients of gradients: call make_efficient(model, way='recompute') before forward, "
         "which has them and keeps the same weights"
     )
+
+
+def _watched() -> bool:
+    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _refuse_batches(gradient: Tensor | None) -> None:
+    """Those of ``is_grads_batched``, which operators cannot have rules for, as they have for `torch.func.vmap`."""
+    if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
+        raise RuntimeError(
+            "the shared buffer has no backward pass for is_grads_batched and jacobian(vectorize=True): call "
+            "make_efficient(model, way='recompute') before forward, or use torch.func.jacrev"
+        )
+
+
+def _refuse_tangents(*arguments: Any) -> None:
+    if forward_ad._current_level < 0:
+        return
+    # Below `torch.func.jvp` an operator meets the primals alone.
+    if eager_transforms.JVP_NESTING or any(map(_has_tangent, arguments)):
+        raise RuntimeError(
+            "the shared buffer has no forward-mode derivatives: call the network while the dual level is open, for "
+            "then it runs its ordinary operations, or call make_efficient(model, way='recompute') before"
+        )
+
+
+def _has_tangent(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(map(_has_tangent, argument))
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
+    """What an operator does for a batch of some of its arguments, as `torch.func.vmap` gives it."""
+
+    def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        each = [operator(*[_one_of(argument, dim, i) for argument, dim in pairs]) for i in range(info.batch_size)]
+        made = [torch.stack(some) for some in zip(*each, strict=True)]
+        return made, [0] * len(made)
+
+    return run
+
+
+def _one_of(argument: Any, dim: Any, i: int) -> Any:
+    if isinstance(argument, Tensor):
+        return argument if dim is None else argument.select(dim, i)
+    if isinstance(argument, list | tuple) and dim is not None:
+        return [_one_of(one, d, i) for one, d in zip(argument, dim, strict=True)]
+    return argument

@@ -34,16 +34,16 @@ class Piece(NamedTuple):
     windows: slice
 
 
-def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Piece]:
-    """Those of a tensor of this shape, ``(N, lines, …, C)``, in their order."""
+def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device, by_lines: bool = True) -> list[Piece]:
+    """Those of a tensor of this shape, ``(N, lines, …, C)``, in their order; whole images, unless `by_lines`."""
     images, lines = shape[:2]
     if not prod(shape):
         return []
     most = _values(dtype, device)
     per_image = prod(shape[1:])
-    if per_image <= most:
-        windows = slice(0, ceil(lines / 2))
-        return [Piece(some, slice(0, lines), 0, windows) for some in _even(images, most // per_image)]
+    if per_image <= most or not by_lines:
+        windows = slice(0, ceil(lines / 2) if by_lines else lines)
+        return [Piece(some, slice(0, lines), 0, windows) for some in _even(images, max(1, most // per_image))]
     found = []
     for image in range(images):
         for windows in _even(ceil(lines / 2), max(1, most // (2 * per_image // lines))):

@@ -69,6 +69,23 @@ class Entry(NamedTuple):
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in directions]
 
 
+class Blur(NamedTuple):
+    """A constant filter of each channel that follows a stem's max pool, which then has stride 1.
+
+    Attributes:
+        part, name: the module that holds the filter, ``(C, 1, height, width)``, and its name there.
+        padding: of the pixels, as `torch.nn.functional.pad` has it.
+        mode: of that: "reflect" or "constant".
+        stride: of the filter.
+    """
+
+    part: int
+    name: str
+    padding: tuple[int, ...]
+    mode: str
+    stride: tuple[int, ...]
+
+
 class Dropout(NamedTuple):
     """Dropout of single values, or of whole channels."""
 
@@ -101,6 +118,7 @@ class Plan:
         pool: window of the transition's average pool, 1 without one; 0: no transition.
         steps: what follows the transition's convolution and this pool.
         entry: of a stem, which ends with a max pool of window 3, stride 2 and padding 1; None: it is no stem.
+        blur: of a stem, if its max pool has stride 1 and a filter behind it.
         output: the features that are handed out, in their order; empty: all, the oldest first.
     """
 
@@ -113,6 +131,7 @@ class Plan:
     pool: int = 0
     steps: tuple[Step, ...] = ()
     entry: Entry | None = None
+    blur: Blur | None = None
     output: Ranges = ()
 
     @property

@@ -48,18 +48,21 @@ _AUTOCAST = [
 
 
 @contextmanager
-def forgetting(convolutions: bool = False) -> Iterator[None]:
-    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again.
-
-    Args:
-        convolutions: forget the results of convolutions too, at the price of running them again.
-    """
-    recorder = _Recorder(_CHEAP | {_aten.convolution} if convolutions else _CHEAP)
+def forgetting() -> Iterator[None]:
+    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again."""
+    recorder = Recorder(_CHEAP)
     with saved_tensors_hooks(recorder.pack, _unpack), recorder:
         try:
             yield
         finally:
             recorder.results.clear()  # the graph, which they belong to, keeps the recorder
+
+
+def obstacle() -> str | None:
+    """Why nothing can be forgotten here, if so."""
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return None
+    return "hooks on saved tensors, by which it forgets, are switched off"
 
 
 class _Kept(NamedTuple):
@@ -70,7 +73,7 @@ class _Kept(NamedTuple):
 
     def value(self) -> Tensor:
         """The tensor, if it still holds what forward saw."""
-        if self.tensor._version != self.version:
+        if _version(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a tensor of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}, and backward "
@@ -127,7 +130,7 @@ class _Promise(NamedTuple):
         return self.result.value().as_strided(self.size, self.stride, self.offset)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes which operation made each tensor, and has autograd save promises of what can be computed again."""
 
     @classmethod
@@ -191,7 +194,7 @@ class _Recorder(TorchDispatchMode):
     def _reference(self, tensor: Tensor) -> _Kept | _Promise:
         found = self.results.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
         if found is None:
-            return _Kept(tensor, 0 if tensor.is_inference() else tensor._version)
+            return _Kept(tensor, _version(tensor))
         return _Promise(found[1], tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -208,6 +211,10 @@ def _is_whole(tensor: Tensor) -> bool:
     if tensor.dim() < 3 or not _has_storage(tensor):
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # tensors made in inference mode have none
 
 
 def _has_storage(tensor: Tensor) -> bool:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
+from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
 
 # Found here, for PyTorch 2.11 cannot compile the question.
@@ -25,7 +27,9 @@ _WITH_AUTOCAST = frozenset(
 )
 
 
-def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tensor:
+def run(
+    x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool = False, name: str = ""
+) -> Tensor:
     """Run what `plan` describes on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
@@ -40,26 +44,38 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         plan: see `Plan`.
         modules: those that it names, in the order of `plan.parts`.
         keep: one of `KEEP`.
+        channels_last: whether `x` would be so in the ordinary network: dropout draws in the order of the memory.
+        name: what a profiler's trace calls it.
     """
+    label = f"{name}: shared buffer, keep={keep}"
+    with labelled(label):
+        return _run(x, plan, modules, keep, channels_last, label)
+
+
+def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool, label: str) -> Tensor:
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
     compiling = torch.compiler.is_compiling()
     if plan.entry is not None:
+        blur = plan.blur
         of_stem = StemArguments(
             norms.weights,
             norms.biases,
             weights,
             biases,
             norms.constants,
+            [] if blur is None else [getattr(modules[blur.part], blur.name).to(x.dtype)],
             norms.uses_batch,
             norms.eps,
             *plan.entry,
+            *(((), "", ()) if blur is None else blur[2:]),
             norms.group,
         )
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
+        label_backward(output, label)
         _move_running_averages(norms.moving, statistics, count)
         return output
-    masks, scales = _masks(x, plan, modules)
+    masks, scales = _masks(x, plan, modules, channels_last)
     arguments = StageArguments(
         norms.weights,
         norms.biases,
@@ -77,8 +93,11 @@ def run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str) -> Tenso
         norms.group,
     )
     output, statistics, count, *_ = stage_forward(x, *arguments) if compiling else run_stage(x, arguments)
+    label_backward(output, label)
     _move_running_averages(norms.moving, statistics, count)
     for step in plan.steps:
+        if step.function is F.dropout and not (channels_last or makes_channels_last(plan, modules)):
+            output = output.contiguous()
         output = step(output)
     return _arranged(output, plan.output, 1)
 
@@ -96,12 +115,16 @@ def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[
     given = []
     if any(bias is not None for bias in biases):
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    device = x.device.type
-    # As it would cast a convolution's arguments.
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if casts_automatically(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
     return x, weights, given
+
+
+def casts_automatically(x: Tensor) -> bool:
+    """Whether autocast would cast the arguments of a convolution of `x`."""
+    device = x.device.type
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _arranged(x: Tensor, order: Ranges, dim: int) -> Tensor:
@@ -190,7 +213,19 @@ def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
     return None
 
 
-def _masks(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[list[Tensor], list[float]]:
+def makes_channels_last(plan: Plan, modules: Sequence[nn.Module]) -> bool:
+    """Whether the last convolution makes a channels-last activation of a contiguous one, in the ordinary network."""
+    if not plan.convolutions:
+        return False
+    part, (name, _), *_ = plan.convolutions[-1]
+    held = vars(modules[part])  # the weights of replicas are plain attributes, those of parametrizations are computed
+    weight = held["_parameters"].get(name, held.get(name))
+    return weight is not None and is_channels_last(weight)
+
+
+def _masks(
+    x: Tensor, plan: Plan, modules: Sequence[nn.Module], channels_last: bool
+) -> tuple[list[Tensor], list[float]]:
     """For each layer where dropout leaves values, and by what it multiplies them; nothing without dropout."""
     if not any(plan.dropouts):
         return [], []
@@ -200,24 +235,23 @@ def _masks(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[list[Te
         weight = getattr(modules[convolution.part], convolution.names[0])
         mask, scale = torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device), 1.0
         for dropout in dropouts:
-            mask = mask & _mask(x, weight, dropout)
+            mask = mask & _mask(x, weight, dropout, channels_last or is_channels_last(weight))
             scale *= 1 / (1 - dropout.rate) if dropout.rate < 1 else 0.0
         masks.append(mask)
         scales.append(scale)
     return masks, scales
 
 
-def _mask(x: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
+def _mask(x: Tensor, weight: Tensor, dropout: Dropout, channels_last: bool) -> Tensor:
     """True where a value stays, drawn as dropout draws it for the output of the convolution with this weight.
 
-    Single values are drawn in the order of the memory. Features are always channels-last here; in the ordinary network
-    they are as the weights are, which ``network.to(memory_format=...)`` decides.
+    Single values are drawn in the order of the memory.
     """
     size = [1] * (x.dim() - 2) if dropout.whole_channels else x.shape[2:]
     ones = torch.ones((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device)
     if dropout.whole_channels:
         return torch.feature_dropout(ones, dropout.rate, True) != 0
-    if not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
+    if channels_last:
         ones = ones.movedim(1, -1).contiguous().movedim(-1, 1)
     return F.dropout(ones, dropout.rate) != 0
 

@@ -32,6 +32,7 @@ from efficient_densenet.execution.stem_convolutions import (
     OnImage,
     Wanted,
 )
+from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Stem:
         weights: of the convolutions; all but the first keep the resolution.
         biases: of the convolutions, or nothing where none has one.
         entry: how the first convolution goes over the image.
+        pool: behind the last norm and relu.
         group: names the processes that share their statistics; "" if none do.
     """
 
@@ -50,6 +52,7 @@ class Stem:
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     entry: Entry
+    pool: MaxPool | BlurredPool
     group: str
 
     @cached_property
@@ -80,11 +83,6 @@ class Gradients(NamedTuple):
     biases: list[Tensor]
 
 
-def pooled(size: Sequence[int]) -> list[int]:
-    """The spatial size behind the max pool."""
-    return [(n + 1) // 2 for n in size]
-
-
 def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
     """Convolution, norm and relu, as often as there are, and the max pool, of ``x: (N, C, *spatial)``.
 
@@ -94,7 +92,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
     like = stem.like(x)
     folded = empty_folded(like, stem.sources[-1][1], stem.sources[-1][1])
     norms = Norms(like, stem.norms, stem.sources, folded, stem.group)
-    output = empty_activation(x, len(stem.norms[-1].weight), pooled(like.shape[1:-1]))
+    output = empty_activation(x, len(stem.norms[-1].weight), stem.pool.size(like.shape[1:-1]))
     out = output.movedim(1, -1)
     made: list[Tensor] = []
     for i, norm in enumerate(stem.norms):
@@ -110,12 +108,13 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         if not last:
             made.append(whole)
         elif norm.constants is None:
-            norms.run.norm_relu_max_pool(whole, affine, out)
+            stem.pool.forward(norms.run, whole, affine, out)
         else:
             for piece in parts:
                 activations = convolution.make(piece.images, piece.lines)
-                windows = activations.new_empty((len(activations), *pooled(activations.shape[1:-1]), len(norm.weight)))
-                norms.run.norm_relu_max_pool(activations, affine, windows)
+                size = stem.pool.size(activations.shape[1:-1])
+                windows = activations.new_empty((len(activations), *size, len(norm.weight)))
+                stem.pool.forward(norms.run, activations, affine, windows)
                 out[piece.images, piece.windows] = windows[:, piece.front // 2 :]
     return output, Kept(folded, made)
 
@@ -141,7 +140,9 @@ def backward(
         wanted = Wanted(i > 0 or need_x, bool(stem.weights) and need_weights[i])
         behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
         if behind is None:
-            of_norms.append(_backward_of_pool(grad_out.pop().movedim(1, -1), convolution, parts, norms, any(wanted)))
+            of_norms.append(
+                _backward_of_pool(grad_out.pop().movedim(1, -1), stem.pool, convolution, parts, norms, any(wanted))
+            )
         else:
             assert isinstance(behind, Inner) and behind.grad_x is not None
             grad, activations = behind.grad_x, made.pop()
@@ -161,7 +162,12 @@ def backward(
 
 
 def _backward_of_pool(
-    grad_out: Tensor, convolution: Convolution, parts: Sequence[Piece], norms: Norms, go_on: bool
+    grad_out: Tensor,
+    pool: MaxPool | BlurredPool,
+    convolution: Convolution,
+    parts: Sequence[Piece],
+    norms: Norms,
+    go_on: bool,
 ) -> tuple[Tensor, Tensor]:
     """Backward through max pool, relu and the last norm, and, to `go_on`, into the convolution.
 
@@ -176,7 +182,7 @@ def _backward_of_pool(
         grad, windows = empty_like(activations), grad_out[piece.images, piece.windows]
         if piece.front:  # the window there belongs to another piece
             windows = torch.cat([torch.zeros_like(windows[:, :1]), windows], 1)
-        sums.add(*norms.run.norm_relu_max_pool_backward(windows, activations, affine, grad, sums.through))
+        sums.add(*pool.backward(norms.run, windows, activations, affine, grad, sums.through))
         return grad
 
     again = sums.through is not None and go_on
@@ -219,7 +225,8 @@ def _convolution(
 
 def _pieces(i: int, like: Tensor, stem: Stem) -> list[Piece]:
     """Of the activations before norm `i`."""
-    return pieces((*like.shape[:-1], len(stem.norms[i].weight)), like.dtype, like.device)
+    shape = (*like.shape[:-1], len(stem.norms[i].weight))
+    return pieces(shape, like.dtype, like.device, stem.pool.by_lines)
 
 
 def _whole(convolution: Convolution, parts: Sequence[Piece], out: Tensor) -> Tensor:

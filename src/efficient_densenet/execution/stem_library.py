@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from efficient_densenet.execution.buffers import empty_activation
 from efficient_densenet.execution.norms import Folded
 from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
 from efficient_densenet.execution.plan import Entry
-from efficient_densenet.execution.stem import Kept, Stem, pooled
+from efficient_densenet.execution.stem import Kept, Stem
+from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
 
 
 class StemArguments(NamedTuple):
@@ -23,6 +25,7 @@ class StemArguments(NamedTuple):
         norm_weights, norm_biases, constants, uses_batch, eps: as in `StageArguments`.
         weights, biases, group: as in `Stem`.
         stride, padding, dilation, groups: as in `Entry`.
+        filters, blur_padding, blur_mode, blur_stride: as in `Blur`; no filter: there is none.
     """
 
     norm_weights: Sequence[Tensor]
@@ -30,18 +33,25 @@ class StemArguments(NamedTuple):
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     constants: Sequence[Tensor]
+    filters: Sequence[Tensor]
     uses_batch: Sequence[bool]
     eps: Sequence[float]
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+    blur_padding: Sequence[int]
+    blur_mode: str
+    blur_stride: Sequence[int]
     group: str
 
     def stem(self) -> Stem:
         norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
         entry = Entry(tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups)
-        return Stem(norms, self.weights, self.biases, entry, self.group)
+        pool: MaxPool | BlurredPool = MaxPool()
+        if self.filters:
+            pool = BlurredPool(self.filters[0], self.blur_padding, self.blur_mode, self.blur_stride)
+        return Stem(norms, self.weights, self.biases, entry, pool, self.group)
 
 
 class _StemPasses(Passes):
@@ -69,12 +79,27 @@ class _StemPasses(Passes):
         stem = arguments.stem()
         size, channels = stem.like(x).shape[1:-1], [norm.weight.shape[0] for norm in stem.norms]
         made = [empty_activation(x, some, size).movedim(1, -1) for some in channels[:-1]]
-        output = empty_activation(x, channels[-1], pooled(size))
+        output = empty_activation(x, channels[-1], stem.pool.size(size))
         return [output, *folded_fake(x, sum(channels), sum(channels)), *made]
 
     def grad_x_fake(self, given: Given, need_x: bool, arguments: StemArguments) -> Tensor:
         (x,) = given.x
         return empty_activation(x, x.shape[1], x.shape[2:]) if need_x else x.new_empty(0)
+
+    def forward_flops(self, x: Tensor, arguments: StemArguments) -> int:
+        return sum(_flops(x, arguments))
+
+    def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StemArguments) -> int:
+        counts = _flops(given.x[0], arguments)
+        needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
+        # The gradient of each input but the image's, if nobody wants that; and the last convolution once more.
+        return needed + sum(counts[0 if need_x else 1 :]) + sum(counts[-1:])
+
+
+def _flops(x: Tensor, arguments: StemArguments) -> list[int]:
+    """Two for each multiplication of each convolution."""
+    pixels = prod(arguments.stem().like(x).shape[:-1])
+    return [2 * pixels * weight.numel() for weight in arguments.weights]
 
 
 run_stem = _StemPasses()

@@ -30,7 +30,7 @@ class DenseLayer(nn.Module):
     ``conv3x3(relu(norm(conv1x1(relu(norm(x))))))`` with ``C → bn_size·k → k`` channels.
     Without: ``conv3x3(relu(norm(x)))`` with ``C → k``. Dropout with `drop_rate` follows.
 
-    Shapes: a sequence of ``(N, C_i, H, W)`` with ``ΣC_i = C`` → ``(N, k, H, W)``.
+    Shapes: a list of ``(N, C_i, H, W)`` with ``ΣC_i = C`` → ``(N, k, H, W)``.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class DenseLayer(nn.Module):
         self.has_bottleneck = bn_size is not None
         self.drop_rate = drop_rate
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        x = self.conv1(self.relu1(self.norm1(torch.cat(list(features), 1))))
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.conv1(self.relu1(self.norm1(torch.cat(features, 1))))
         if self.has_bottleneck:
             x = self.conv2(self.relu2(self.norm2(x)))
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
@@ -121,7 +121,7 @@ class DenseNet(nn.Module):
             this later.
         keep: with ``efficient=True``, what stays in memory for backward: ``"bottleneck"`` the features and the
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
-            ``"inputs"`` only the inputs of the blocks and of the stem, and the last block's features (smallest: runs
+            ``"inputs"`` only the inputs of the blocks, and the last block's features (smallest: runs
             the others forward again; the peak of a step is then in the backward of the first block, which needs its
             features anyway).
 
@@ -207,7 +207,8 @@ class DenseNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` → rectified feature maps ``(N, num_features, H', W')``."""
-        if isinstance(x, Tensor):  # not a proxy of torch.fx, of which nothing is known yet
+        # A script has its own errors, and of a proxy of torch.fx nothing is known yet.
+        if not torch.jit.is_scripting() and isinstance(x, Tensor):
             self._check_input(x)
         return F.relu(self.features(x))
 
@@ -227,6 +228,7 @@ class DenseNet(nn.Module):
         self.classifier = self._classifier(num_classes).to(old.device, old.dtype)
         self.num_classes = num_classes
 
+    @torch.jit.unused
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.execution import Efficient, Keep
 from efficient_densenet.models.densenet import DenseNet
 from efficient_densenet.weights.loading import load_weights
 
 Weights = str | os.PathLike[str] | None
+
+
+class CifarArguments(TypedDict, total=False):
+    """Those of `DenseNet`, which explains them; each may be given in place of what a variant has."""
+
+    in_channels: int
+    num_init_features: int
+    block_config: Sequence[int]
+    compression: float
+    input_size: int
+    bn_size: int | None
+    drop_rate: float
+    num_classes: int
+    efficient: Efficient
+    keep: Keep
+
+
+class Arguments(CifarArguments, total=False):
+    """Where the growth rate is not a parameter by itself."""
+
+    growth_rate: int | None
 
 
 def _imagenet(
@@ -19,23 +41,19 @@ def _imagenet(
     growth_rate: int,
     block_config: Sequence[int],
     weights: Weights,
-    compression: float = 0.5,
-    input_size: int = 224,
-    bn_size: int | None = 4,
-    num_classes: int = 1000,
-    **arguments: Any,
+    arguments: Arguments,
 ) -> DenseNet:
-    network = DenseNet(
-        num_init_features=num_init_features,
-        growth_rate=growth_rate,
-        block_config=block_config,
-        compression=compression,
-        input_size=input_size,
-        bn_size=bn_size,
-        num_classes=num_classes,
-        **arguments,
-    )
-    return _with_weights(network, weights, name)
+    usual: Arguments = {
+        "num_init_features": num_init_features,
+        "growth_rate": growth_rate,
+        "block_config": block_config,
+        "compression": 0.5,
+        "input_size": 224,
+        "bn_size": 4,
+        "num_classes": 1000,
+    }
+    chosen: Arguments = {**usual, **arguments}
+    return _with_weights(DenseNet(**chosen), weights, name)
 
 
 def _with_weights(network: DenseNet, weights: Weights, name: str = "") -> DenseNet:
@@ -44,42 +62,46 @@ def _with_weights(network: DenseNet, weights: Weights, name: str = "") -> DenseN
     return network
 
 
-def densenet121(weights: Weights = None, **arguments: Any) -> DenseNet:
+def densenet121(weights: Weights = None, **arguments: Unpack[Arguments]) -> DenseNet:
     """DenseNet-121 for ImageNet: growth rate 32, blocks (6, 12, 24, 16), 7,978,856 parameters at 1000 classes.
 
     Args:
         weights: a file in the format of any library, or a name such as ``DEFAULT``, ``timm:densenet121.ra_in1k``,
             ``hf:owner/name`` or a URL; see docs/checkpoints.md. Another `num_classes` gets a new classifier.
-        arguments: any argument of `DenseNet`, for example ``num_classes=10, efficient=True``.
+        arguments: any argument of `DenseNet` in place of its own, for example ``num_classes=10, efficient=True``.
     """
-    return _imagenet("densenet121", 64, 32, (6, 12, 24, 16), weights, **arguments)
+    return _imagenet("densenet121", 64, 32, (6, 12, 24, 16), weights, arguments)
 
 
-def densenet161(weights: Weights = None, **arguments: Any) -> DenseNet:
+def densenet161(weights: Weights = None, **arguments: Unpack[Arguments]) -> DenseNet:
     """DenseNet-161 for ImageNet: growth rate 48, blocks (6, 12, 36, 24), 28,681,000 parameters at 1000 classes."""
-    return _imagenet("densenet161", 96, 48, (6, 12, 36, 24), weights, **arguments)
+    return _imagenet("densenet161", 96, 48, (6, 12, 36, 24), weights, arguments)
 
 
-def densenet169(weights: Weights = None, **arguments: Any) -> DenseNet:
+def densenet169(weights: Weights = None, **arguments: Unpack[Arguments]) -> DenseNet:
     """DenseNet-169 for ImageNet: growth rate 32, blocks (6, 12, 32, 32), 14,149,480 parameters at 1000 classes."""
-    return _imagenet("densenet169", 64, 32, (6, 12, 32, 32), weights, **arguments)
+    return _imagenet("densenet169", 64, 32, (6, 12, 32, 32), weights, arguments)
 
 
-def densenet201(weights: Weights = None, **arguments: Any) -> DenseNet:
+def densenet201(weights: Weights = None, **arguments: Unpack[Arguments]) -> DenseNet:
     """DenseNet-201 for ImageNet: growth rate 32, blocks (6, 12, 48, 32), 20,013,928 parameters at 1000 classes."""
-    return _imagenet("densenet201", 64, 32, (6, 12, 48, 32), weights, **arguments)
+    return _imagenet("densenet201", 64, 32, (6, 12, 48, 32), weights, arguments)
 
 
-def densenet264(weights: Weights = None, **arguments: Any) -> DenseNet:
+def densenet264(weights: Weights = None, **arguments: Unpack[Arguments]) -> DenseNet:
     """DenseNet-264 for ImageNet: growth rate 48, blocks (6, 12, 64, 48), about 72.7 million parameters.
 
     This is the large one of the authors' memory report; MONAI's network of the same name has growth rate 32.
     """
-    return _imagenet("densenet264", 96, 48, (6, 12, 64, 48), weights, **arguments)
+    return _imagenet("densenet264", 96, 48, (6, 12, 64, 48), weights, arguments)
 
 
 def densenet_cifar(
-    depth: int = 40, growth_rate: int = 12, bottleneck: bool = False, weights: Weights = None, **arguments: Any
+    depth: int = 40,
+    growth_rate: int = 12,
+    bottleneck: bool = False,
+    weights: Weights = None,
+    **arguments: Unpack[CifarArguments],
 ) -> DenseNet:
     """A DenseNet for 32×32 images, named by its depth L and growth rate k as in the paper's CIFAR table.
 
@@ -99,11 +121,11 @@ def densenet_cifar(
         kind = "DenseNet-BC" if bottleneck else "plain DenseNet"
         nearest = max(1, round((depth - 4) / per_layer)) * per_layer + 4
         raise UserError(f"a {kind} with three blocks has a depth of {per_layer}·n + 4: use {nearest}, not {depth}")
-    fixed: dict[str, Any] = {"num_init_features": 2 * growth_rate, "num_classes": 10}
+    usual: CifarArguments = {"num_init_features": 2 * growth_rate, "block_config": (num_layers,) * 3, "num_classes": 10}
     if bottleneck:
-        fixed |= {"bn_size": 4, "compression": 0.5}
-    network = DenseNet(growth_rate=growth_rate, block_config=(num_layers,) * 3, **(fixed | arguments))
-    return _with_weights(network, weights)
+        usual |= {"bn_size": 4, "compression": 0.5}
+    chosen: CifarArguments = {**usual, **arguments}
+    return _with_weights(DenseNet(growth_rate=growth_rate, **chosen), weights)
 
 
 VARIANTS: dict[str, Callable[..., DenseNet]] = {

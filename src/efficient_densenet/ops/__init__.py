@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
+from efficient_densenet.ops.profiled import Profiled
 from efficient_densenet.ops.protocol import Backend
 
 _alone: Backend | None = None  # runs whatever the activations are
 
 
 def backend(x: Tensor) -> Backend:
-    """The backend for activations like `x`."""
+    """The backend for activations like `x`; labelled, while a profiler is active."""
+    chosen = _choose(x)
+    return cast(Backend, Profiled(chosen)) if torch.autograd._profiler_enabled() else chosen
+
+
+def _choose(x: Tensor) -> Backend:
     if _alone is not None:
         return _alone
     if triton.supports(x):
@@ -32,7 +40,7 @@ def slower_than_recomputing(x: Tensor) -> str | None:
     On a GPU without kernels, plain PyTorch's operations on the buffer move 26 times a layer's prefix in float32 and 43
     times in half precision, forward and backward; recomputing moves it 24 times, the ordinary network 18 times.
     """
-    if x.is_cuda and _alone is None and backend(x) is eager:
+    if x.is_cuda and _alone is None and _choose(x) is eager:
         return "without kernels for this GPU and type, the shared buffer moves more memory than recomputing"
     return None
 

@@ -25,7 +25,7 @@ def norm_relu_conv(
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    if operands.pool > 1 or not cpu.has_own_product(operands.x, operands.weight):
+    if operands.pool > 1 or cpu.own_convolution(operands.x, operands.weight) is None:
         for _, scratch in pieces(operands.x):
             torch.empty_like(scratch)
             break  # the others are not larger

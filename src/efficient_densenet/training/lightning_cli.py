@@ -6,6 +6,7 @@ Every option can stand in a YAML file (``--config``, repeatable, later ones win)
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -18,19 +19,32 @@ from efficient_densenet.files import remove_left_over
 for _package in ("lightning", "jsonargparse", "torchmetrics", "torchvision", "matplotlib", "tensorboard", "rich"):
     require(_package, "train")
 
-from lightning.pytorch import Callback, Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import distributed
 
 from efficient_densenet.training import runs
-from efficient_densenet.training.callbacks import Announcement, EpochSeed, EpochTable, Figures, OutOfMemory
+from efficient_densenet.training.callbacks import (
+    Announcement,
+    EpochSeed,
+    EpochTable,
+    Figures,
+    NetworkFirst,
+    OutOfMemory,
+)
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
-from efficient_densenet.training.data import ImageDataModule
 from efficient_densenet.training.mistakes import check_settings, mistakes_named
-from efficient_densenet.training.module import Classifier
+from efficient_densenet.training.module import Classifier, mode_of
+from efficient_densenet.training.network_factory import (
+    add_placeholders,
+    factory_of_configuration,
+    remove_what_data_decide,
+)
 from efficient_densenet.training.resuming import length_of_schedule
 from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
+from efficient_densenet.training.tasks import MultiLabel, SingleLabel
 
 _LOGGED_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
 _WARNED_NOISE = (
@@ -38,6 +52,7 @@ _WARNED_NOISE = (
     r"Checkpoint directory .* exists and is not empty",  # that is what resuming means
     r"Be aware that when using `ckpt_path`, callbacks",  # evaluation has no checkpoints to write
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's affair
+    r"\s*(By default only one Jsonargparse|``?\w+``? (parameter )?was deprecated)",  # likewise
     r"The '\w+' does not have many workers",  # a folder of small images needs none
 )
 
@@ -49,6 +64,8 @@ def main(command: str, options: list[str]) -> int:
         UserError: the options, the data or a checkpoint are wrong; the message says which and how.
     """
     _silence_noise()
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes that a configuration names are found here
     signals = EndBetweenBatches()
     try:
         with signals.listening(), mistakes_named():
@@ -71,6 +88,8 @@ def _silence_noise() -> None:
             handler.addFilter(_is_news)
     for message in _WARNED_NOISE:
         warnings.filterwarnings("ignore", message)
+    # Where in Lightning a warning came up helps nobody who trains.
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -79,13 +98,14 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 class _CLI(LightningCLI):
     def __init__(self, command: str, options: list[str], signals: EndBetweenBatches) -> None:
+        self.command = command
         self.signals = signals
         parsing = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             Classifier,
-            ImageDataModule,
+            LightningDataModule,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_callback=_SaveConfiguration if command == "fit" else None,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             trainer_defaults={"default_root_dir": "runs"},
             seed_everything_default=42,
@@ -95,11 +115,10 @@ class _CLI(LightningCLI):
             args=[command, *options],
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        skipped = LightningCLI.subcommands()
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that runs: a parser for each takes a while to build."""
         # Checkpoints are never unpickled: there is nothing to choose about weights_only.
-        return {name: skipped[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        return {self.command: LightningCLI.subcommands()[self.command] | {"weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "efficient_densenet.training.data.Digits"}})
@@ -110,7 +129,23 @@ class _CLI(LightningCLI):
         given = parser.parse_args(args, defaults=False, _skip_validation=True)
         options = given[given.subcommand]
         check_settings(options)
-        self.config = parser.parse_args([*args, *length_of_schedule(options)])
+        for name, length in length_of_schedule(options).items():
+            options[name] = length
+        network = options.get("model.network")
+        arguments = set((network.get("init_args") or {}).keys()) if isinstance(network, Namespace) else set()
+        if isinstance(network, Namespace):
+            add_placeholders(network)
+        self.config = parser.parse_object(given)
+        self.decided_by_data = remove_what_data_decide(self.config[given.subcommand].model.network, arguments)
+
+    def instantiate_classes(self) -> None:
+        # As Lightning does, but for the network: it is made when the data are known.
+        config = self.config.clone()
+        model = config[self.subcommand].model
+        model.network = factory_of_configuration(model.network, self.decided_by_data)
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take the network from the checkpoint; here it is the configuration's, and has to agree."""
@@ -141,11 +176,14 @@ class _CLI(LightningCLI):
             else:
                 self.model.weights, self.model.keeps_classes, options.ckpt_path = str(options.ckpt_path), True, None
 
-        if settings.logger in (None, True):
-            kwargs["logger"] = False
+        if settings.logger is not False:
+            others = settings.logger if isinstance(settings.logger, list) else [settings.logger]
+            others = [logger for logger in others if logger not in (None, True)]
+            kwargs["logger"] = others or False
             if fitting:  # a resumed run goes on in its folder
                 remove_left_over((root / name).rglob(".*"))
-                kwargs["logger"] = runs.RunLogger(run.parent if run else root / name, run.name if run else None)
+                own = runs.RunLogger(run.parent if run else root / name, run.name if run else None)
+                kwargs["logger"] = [own, *others]  # the first one has the folder
             elif run:
                 kwargs["default_root_dir"] = run
         show_bar = settings.enable_progress_bar is not False and sys.stdout.isatty()
@@ -154,8 +192,14 @@ class _CLI(LightningCLI):
         plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
         kwargs["plugins"] = [SafeCheckpointIO(), *(plugin for plugin in plugins if plugin is not None)]
         trainer = super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)
+        trainer.callbacks.insert(0, NetworkFirst())
         if settings.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm works on GPUs alone: leave it out, or train on the CPU with one device")
+        if self.model.unfreeze_at is not None and trainer.world_size > 1:
+            raise UserError(
+                "model.unfreeze_at works in one process alone, for several agree at the beginning on what they train: "
+                "train with model.freeze first, and then in a new run from the model.weights of its best.ckpt"
+            )
         return trainer
 
     def _callbacks(self, show_bar: bool, save: bool) -> list[Callback]:
@@ -168,8 +212,19 @@ class _CLI(LightningCLI):
             callbacks.append(RichProgressBar(leave=True))
         if save:
             # Lightning's save_last would write the last epoch only where it is also the best one.
-            callbacks += [_checkpoint("best", monitor="val/top1", mode="max"), _checkpoint("last")]
+            task = MultiLabel if getattr(self.datamodule, "multi_label", False) else SingleLabel
+            monitor = self.model.monitor or task.best
+            callbacks += [_checkpoint("best", monitor=monitor, mode=mode_of(monitor)), _checkpoint("last")]
         return callbacks
+
+
+class _SaveConfiguration(SaveConfigCallback):
+    """Saves what a network requires and the data decided too: the parser refuses a configuration without it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name, value in pl_module.network_factory.decided(pl_module.facts, required=True).items():
+            self.config[f"model.network.init_args.{name}"] = value
+        super().setup(trainer, pl_module, stage)
 
 
 def _checkpoint(name: str, **which: Any) -> ModelCheckpoint:

@@ -71,7 +71,7 @@ def fact_of(report: str) -> str:
     lines = [line.strip(" -") for line in report.splitlines()]
     facts = [_without_frame(line) for line in lines if line and not line.startswith(_FRAME)]
     types = {line: match[1] or match[2] for line in facts if (match := _TYPE.fullmatch(line))}
-    others = [line for line in facts if line not in types]
+    others = list(dict.fromkeys(line for line in facts if line and line not in types))  # each type says it anew
     value = re.search(r"(?:Given|Got) value: (.+)\Z", report, re.DOTALL)
     if types and value and not others:
         return f"{key} must be {' or '.join(types.values())}, not {shortened(value[1])}"
@@ -87,7 +87,9 @@ _TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[
 
 def _without_frame(line: str) -> str:
     """A line of a report without the type that was tried and the value that was given."""
-    line = re.sub(r"^Type \S.* expects a function or a callable class: ", "", line)
+    line = re.sub(
+        r"^(?:Type \S.* expects a function or a callable class: |Problem with given class_path '.*?':)", "", line
+    )
     return re.sub(r"\.? ?Got value: .*$", "", line)
 
 

@@ -15,6 +15,8 @@ from efficient_densenet.files import replacing
 
 _MAX_COUNTED_CLASSES = 20  # above, numbers in the cells and names on the axes would not be legible
 
+_SCORES = {"top1": "top 1", "top5": "top 5", "auroc": "area under the ROC curve", "ap": "average precision"}
+
 
 def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Loss, accuracy and learning rate over the epochs.
@@ -25,15 +27,15 @@ def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    _line(loss, rows, "train/loss_smoothed", "training, with label smoothing")
+    _line(loss, rows, "train/loss_minimised", "training, minimised")
     for part, name in (("train", "training"), ("val", "validation")):
         _line(loss, rows, f"{part}/loss", name)
-        for top in (1, 5):
-            _line(accuracy, rows, f"{part}/top{top}", f"{name}, top {top}", scale=100)
+        for score, what in _SCORES.items():
+            _line(accuracy, rows, f"{part}/{score}", f"{name}, {what}", scale=100)
     _line(rate, rows, "lr", None)
     for axes, title, unit in (
         (loss, "Loss", "cross entropy (nats)"),
-        (accuracy, "Accuracy", "images classified right (%)"),
+        (accuracy, "Accuracy", "images classified right (%)" if "val/top1" in rows[-1] else "mean of all labels (%)"),
         (rate, "Learning rate", "learning rate, mean of the epoch"),
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
@@ -48,7 +50,7 @@ def _line(axes: Axes, rows: Sequence[dict[str, float]], column: str, name: str |
     points = [(row["epoch"], scale * row[column]) for row in rows if column in row]
     if points:
         marker = "o" if len(points) < 40 else None
-        dashed = column.endswith(("top5", "smoothed"))
+        dashed = column.endswith(("top5", "ap", "minimised"))
         color, style = ("C1" if column.startswith("val") else "C0"), ("--" if dashed else "-")
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, color=color, linestyle=style)
 

@@ -1,61 +1,139 @@
-"""The command `predict`: the most likely classes of image files."""
+"""The command `predict`: the most likely classes of image files, or their features, printed or in a file."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.checkpoints.options import add_reading_arguments, reading_options
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.files import replacing
 
 for _package in ("lightning", "torchvision"):
     require(_package, "train")
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from efficient_densenet.training.data.images import is_image, read_image
+from efficient_densenet.training.data.images import IMAGE_SUFFIXES, is_image
+from efficient_densenet.training.data.unreadable import UnreadableImageError
+from efficient_densenet.training.networks import head_of
 from efficient_densenet.training.trained import TrainedNetwork, load_trained
+
+Rows = Iterator[tuple[Path, list[float]]]
+Compute = Callable[[Tensor], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image file, or a folder of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes to print for each image")
+    parser.add_argument("--output", type=Path, help="write all classes to this file, .csv or .json, in place of that")
+    parser.add_argument("--features", action="store_true", help="write what the classifier gets, not the classes")
+    parser.add_argument("--class-names", type=Path, help="a file with the names of the classes, one a line")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--batch-size", type=int, default=32, help="images that go through the network together")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    output: Path | None = arguments.output
     if arguments.top < 1 or arguments.batch_size < 1:
         raise UserError("--top and --batch-size must be 1 or more")
+    if output is not None and output.suffix not in _WRITERS:
+        raise UserError(f"the output must end in {' or '.join(_WRITERS)}, not {output.name!r}")
+    if arguments.features and output is None:
+        raise UserError("--features are many numbers: give a file for them with --output")
     device = _device(arguments.device)
-    trained = load_trained(arguments.checkpoint, **reading_options(arguments))
+    trained = load_trained(arguments.checkpoint, arguments.class_names, **reading_options(arguments))
     trained.network.to(device)
-    paths = iter(image_files(arguments.paths))
-    while batch := list(islice(paths, arguments.batch_size)):
-        for path, probabilities in zip(batch, predict(trained, batch, device), strict=True):
-            print(path)
-            shares, classes = probabilities.topk(min(arguments.top, len(probabilities)))
-            for share, index in zip(shares.tolist(), classes.tolist(), strict=True):
-                print(f"  {share:7.2%}  {trained.class_names[index]}")
-    return 0
+    compute, names = _features(trained) if arguments.features else _probabilities(trained)
+    skipped: list[Path] = []
+    rows = _rows(trained, compute, image_files(arguments.paths), device, arguments.batch_size, skipped)
+    if output is None:
+        _print(rows, names, arguments.top)
+    else:
+        with replacing(output) as beside, beside.open("w", newline="") as file:
+            _WRITERS[output.suffix](rows, names, file)
+    if skipped:
+        print(f"{len(skipped)} images could not be read and were skipped", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 @torch.inference_mode()
-def predict(trained: TrainedNetwork, paths: Sequence[Path], device: torch.device) -> Tensor:
-    """Probabilities ``(images, classes)`` of the images at `paths`, on the CPU.
-
-    Raises:
-        UserError: an image cannot be read; the message names it.
-    """
+def _rows(
+    trained: TrainedNetwork,
+    compute: Compute,
+    paths: Iterator[Path],
+    device: torch.device,
+    batch_size: int,
+    skipped: list[Path],
+) -> Rows:
+    """What is computed of each image; those that cannot be read are named and put into `skipped`."""
     transform = trained.preprocessing.transform()
-    images = torch.stack([transform(read_image(path)) for path in paths])
-    return trained.network(images.to(device)).softmax(1).cpu()
+    while batch := list(islice(paths, batch_size)):
+        read: dict[Path, Tensor] = {}
+        for path in batch:
+            try:
+                read[path] = transform(trained.preprocessing.read(path))
+            except UnreadableImageError as error:
+                print(error, file=sys.stderr)
+                skipped.append(path)
+        if read:
+            values = compute(torch.stack(list(read.values())).to(device)).float().cpu()
+            yield from zip(read, values.tolist(), strict=True)
+
+
+def _probabilities(trained: TrainedNetwork) -> tuple[Compute, list[str]]:
+    """What computes them, ``(N, classes)``, and what the columns are."""
+
+    def compute(images: Tensor) -> Tensor:
+        return trained.probabilities(trained.network(images))
+
+    return compute, trained.class_names
+
+
+def _features(trained: TrainedNetwork) -> tuple[Compute, list[str]]:
+    """What computes the input ``(N, features)`` of the classifier, and what the columns are."""
+    head, got = head_of(trained.network), []
+    head.register_forward_pre_hook(lambda _, inputs: got.append(inputs[0]))
+
+    def compute(images: Tensor) -> Tensor:
+        trained.network(images)
+        return got.pop()
+
+    return compute, [f"feature{i}" for i in range(head.in_features)]
+
+
+def _print(rows: Rows, names: Sequence[str], top: int) -> None:
+    for path, probabilities in rows:
+        print(path)
+        best = sorted(zip(probabilities, names, strict=True), key=lambda pair: -pair[0])
+        for probability, name in best[:top]:
+            print(f"  {probability:7.2%}  {name}")
+
+
+def _write_csv(rows: Rows, names: Sequence[str], file: TextIO) -> None:
+    writer = csv.writer(file)
+    writer.writerow(["path", *names])
+    for path, values in rows:
+        writer.writerow([path, *(f"{value:.6g}" for value in values)])
+
+
+def _write_json(rows: Rows, names: Sequence[str], file: TextIO) -> None:
+    named = ({"path": str(path), "values": dict(zip(names, values, strict=True))} for path, values in rows)
+    file.write("[")
+    for i, row in enumerate(named):
+        file.write(("," if i else "") + "\n" + json.dumps(row))
+    file.write("\n]\n")
+
+
+_WRITERS: dict[str, Callable[[Rows, Sequence[str], TextIO], None]] = {".csv": _write_csv, ".json": _write_json}
 
 
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -72,7 +150,7 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
             continue
         found = sorted(file for file in path.rglob("*") if is_image(file) and not _is_hidden(file.relative_to(path)))
         if not found:
-            raise UserError(f"the folder {path} holds no image ({', '.join(IMG_EXTENSIONS)})")
+            raise UserError(f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         yield from found
 
 

@@ -16,8 +16,8 @@ from efficient_densenet.errors import UserError
 _LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters", "OneCycleLR": "total_steps"}
 
 
-def length_of_schedule(given: Any) -> list[str]:
-    """Options that make a schedule as long as the training, where nothing `given` says how long it is.
+def length_of_schedule(given: Any) -> dict[str, int]:
+    """The entry that makes a schedule as long as the training, where nothing `given` says how long it is.
 
     Args:
         given: the entries of a configuration that somebody gave, as a namespace of jsonargparse.
@@ -27,12 +27,15 @@ def length_of_schedule(given: Any) -> list[str]:
     in_steps = given.get("model.schedule_interval") == "step"
     own = given.get("model.scheduler.init_args")
     if length is None or (own is not None and {length, "epochs"} & set(vars(own))):
-        return []
+        return {}
     if not isinstance(epochs, int) or epochs < 1:
-        return []
+        return {}
     if in_steps:
         raise UserError(f"model.scheduler.{length} is required, the number of steps that the schedule lasts")
-    return [f"--model.scheduler.init_args.{length}={epochs}"]
+    warmup = given.get("model.warmup") or 0
+    if warmup >= epochs:
+        raise UserError(f"model.warmup {warmup} must be less than trainer.max_epochs {epochs}")
+    return {f"model.scheduler.init_args.{length}": epochs - warmup}
 
 
 def follow_configuration(

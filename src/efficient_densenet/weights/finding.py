@@ -1,4 +1,4 @@
-"""The DenseNet in what a file holds: wherever it stands, and whatever stands beside it.
+"""The DenseNet in what a file holds: wherever it is, and whatever else the file holds.
 
 Every tensor gets one dotted name, made of all that leads to it: ``state_dict.module.features.conv0.weight``. There is a
 network where there are dense blocks; what comes before ``features`` in their names is its prefix.
@@ -133,15 +133,15 @@ def _choose(found: list[tuple[str, str]], prefix: str | None, ema: bool) -> tupl
     there = f"its DenseNets have the prefixes {first_few([repr(p) for p, _ in found], 6)}"
     if prefix is not None:
         wanted = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
-        found = [place for place in found if f".{place[0]}".endswith(f".{wanted}")]
+        found = [one for one in found if f".{one[0]}".endswith(f".{wanted}")]
         if not found:
             raise UserError(f"{there}, and not {wanted!r}")
-    averaged = [place for place in found if _AVERAGED.search(place[0])]
+    averaged = [one for one in found if _AVERAGED.search(one[0])]
     if ema and not averaged:
         raise UserError(f"{there}, and none is an average (EMA)")
-    found = averaged if ema else [place for place in found if place not in averaged] or found
+    found = averaged if ema else [one for one in found if one not in averaged] or found
     if len(found) > 1:
-        usual = [place for place in found if _USUAL.issuperset(place[0].split(".")[:-1])]
+        usual = [one for one in found if _USUAL.issuperset(one[0].split(".")[:-1])]
         found = usual if len(usual) == 1 else found
     if len(found) > 1:
         raise UserError(f"{there}; say which one is meant with --prefix")

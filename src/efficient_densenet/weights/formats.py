@@ -139,7 +139,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def shortened(text: str, length: int = 120) -> str:
-    """`text` for a message: on one line, and cut in the middle where it is long, whatever a file calls its tensors."""
+    """`text` for a message: on one line, and shortened where it is long, whatever a file calls its tensors."""
     text = " ".join(text.split())
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 21]}…{text[-20:]}"

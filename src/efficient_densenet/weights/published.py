@@ -5,7 +5,7 @@
 | a path | that file |
 | ``https://…`` | the file there, in the cache of `torch.hub` |
 | ``DEFAULT``, ``IMAGENET1K_V1`` | torchvision's, of the variant that is asked for |
-| ``torchvision:densenet121``, ``DenseNet121_Weights.IMAGENET1K_V1`` | torchvision's, of that variant |
+| ``torchvision:densenet121``, ``DenseNet121_Weights.IMAGENET1K_V1`` | torchvision's, of that network |
 | ``timm:densenet121``, ``timm:densenet121.ra_in1k`` | timm's, in the cache of Hugging Face |
 | ``hf:owner/name``, ``hf:owner/name:file`` | a model on Hugging Face |
 """
@@ -25,7 +25,7 @@ from efficient_densenet.errors import UserError, require
 from efficient_densenet.weights.formats import shortened
 
 _TORCHVISION = re.compile(
-    r"(?:torchvision:)?(?P<variant>densenet\d+)(?:_weights)?(?:\.(?P<member>\w+))?", re.IGNORECASE
+    r"(?:torchvision:(?P<any>\w+?)|(?P<variant>densenet\d+))(?:_weights)?(?:\.(?P<member>\w+))?", re.IGNORECASE
 )
 _MEMBER = re.compile(r"DEFAULT|IMAGENET1K_V\d+")
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -70,7 +70,7 @@ def get_published(name: str | os.PathLike[str], variant: str = "") -> Published:
     if _MEMBER.fullmatch(text) and variant:
         return _of_torchvision(variant, text)
     if match := _TORCHVISION.fullmatch(text):
-        return _of_torchvision(match["variant"].lower(), match["member"] or "DEFAULT")
+        return _of_torchvision((match["any"] or match["variant"]).lower(), match["member"] or "DEFAULT")
     raise UserError(
         f"there is no file {shortened(text)}, and there are no weights of that name: give a file, a URL, "
         "torchvision:densenet121, timm:densenet121.ra_in1k or hf:owner/name"

@@ -84,7 +84,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of a copy that has a place of its own for each element."""
+        """Of a copy in which no two elements share memory."""
         return prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> Tensor:

@@ -35,8 +35,8 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
         buffer = io.BytesIO()
         torch.save(copies, buffer)
         data = buffer.getvalue()
-    with replacing(path) as beside:
-        beside.write_bytes(data)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def check_output(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -33,9 +34,12 @@ def test_reads_every_colour_mode(tmp_path: Path, mode: str) -> None:
     assert image.mode == mode
 
 
-def test_grey_images_of_16_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 256, 0x8000, 0xFFFF]], dtype=np.uint16)).save(tmp_path / "xray.png")
-    assert np.asarray(read_image(tmp_path / "xray.png")).tolist() == [[0, 1, 128, 255]]
+def test_grey_images_of_16_bits_keep_all_of_them(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 0x8000, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "xray.png")
+    torch.testing.assert_close(read_image(tmp_path / "xray.png"), torch.from_numpy(values[None] / np.float32(65535)))
+    windowed = read_image(tmp_path / "xray.png", value_range=(1, 0x8000))
+    assert windowed.tolist() == [[[0, 0, 1, 1]]]
 
 
 def damaged(kind: str, path: Path) -> None:

@@ -67,3 +67,23 @@ def test_numbers_that_do_not_fit_together(changes: dict[str, Any]) -> None:
 def test_a_dictionary_of_something_else() -> None:
     with pytest.raises(UserError, match="in_channels"):
         Preprocessing.from_dict({"width": 3})
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30), (200, 20), (12, 16)])
+def test_images_that_are_not_square_are_covered_and_cut(shape: tuple[int, int]) -> None:
+    preprocessing = Preprocessing(in_channels=1, size=(12, 16), mean=(0.0,), std=(1.0,), resize=15)
+    white = Image.fromarray(np.full(shape, 255, dtype=np.uint8))
+    assert torch.equal(preprocessing.transform()(white), torch.ones(1, 12, 16))  # no padding
+
+
+def test_of_an_image_with_the_same_sides_the_middle_is_seen() -> None:
+    square, pair = (
+        Preprocessing(in_channels=1, size=size, mean=(0.0,), std=(1.0,), resize=14).transform()(image(20, 20, "L"))
+        for size in (12, (12, 12))
+    )
+    torch.testing.assert_close(square, pair)
+
+
+def test_descriptions_of_older_checkpoints_are_read() -> None:
+    older = {"in_channels": 1, "size": 8, "mean": [0.3], "std": [0.4], "resize": None}
+    assert Preprocessing.from_dict(older) == Preprocessing(in_channels=1, size=8, mean=(0.3,), std=(0.4,))

@@ -56,9 +56,8 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     for i, vector in enumerate(constants):
         if vector.dtype != dtype or not vector.is_contiguous():
             constants[i] = vector.to(dtype).contiguous()
-    _kernels(into.scale).fold_norm(
-        *_constants(*constants), eps, len(into.scale), *_constants(into.inverse, into.scale, into.shift)
-    )
+    pointers = _constants(*constants, into.inverse, into.scale, into.shift)
+    _kernels(into.scale).fold_norm(*pointers[:4], eps, len(into.scale), *pointers[4:])
 
 
 def norm_relu_conv(
@@ -79,7 +78,7 @@ def norm_relu_conv(
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    sums = torch.zeros((2, operands.x.shape[-1]), dtype=torch.float64)
+    sums = operands.x.new_zeros((2, operands.x.shape[-1]), dtype=torch.float64)
     grad_weight, done = None, _Done.NOTHING
     if operands.pool == 1:
         done, grad_weight = _convolve_backward(operands, sums)
@@ -101,7 +100,8 @@ class _Done(IntEnum):
 
 def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Tensor | None) -> bool:
     """The whole operation without a pool in one kernel; False where there is none, or it leaves this to PyTorch."""
-    return has_own_product(x, weight) and _kernels(x).convolve(
+    kernels = own_convolution(x, weight)
+    return kernels is not None and kernels.convolve(
         _rows(x), _convolution(x, weight), weight.data_ptr(), _affine(norm),
         _rows(out), None if moments is None else moments.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -110,10 +110,11 @@ def _convolve(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, moments: Ten
 def _convolve_backward(operands: BackwardOperands, sums: Tensor) -> tuple[_Done, Tensor | None]:
     """The backward pass of `_convolve`, and the gradient of the weight; the sums go to `sums`."""
     grad_out, x, norm, weight, grad_x, accumulate, _, _, need_weight = operands
-    if not has_own_product(x, weight):
+    kernels = own_convolution(x, weight)
+    if kernels is None:
         return _Done.NOTHING, None
     grad_weight = torch.empty_like(weight) if need_weight else None
-    done = _kernels(x).convolve_backward(
+    done = kernels.convolve_backward(
         _rows(grad_out), _rows(x), _convolution(x, weight), weight.data_ptr(),
         _affine(norm), _rows(grad_x), accumulate,
         None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
@@ -168,8 +169,8 @@ def norm_relu_max_pool_backward(
     volume, channels, threads = _volume(x, 3), x.shape[-1], torch.get_num_threads()
     if row_stride(grad_out) is None:
         grad_out = grad_out.contiguous()
-    argmax = torch.empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
-    sums = torch.zeros((2, channels), dtype=torch.float64)
+    argmax = grad_out.new_empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
+    sums = x.new_zeros((2, channels), dtype=torch.float64)
     _kernels(x).max_pool(
         _rows(x), volume, channels, _affine(norm), library.Rows(), argmax.data_ptr(),
         threads,
@@ -191,7 +192,7 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    sums = x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
     _kernels(x).mean_backward(
         _rows(grad_out.contiguous()), _rows(x), *_images(x),
         _affine(norm), _rows(grad_x), sums.data_ptr(), torch.get_num_threads(),
@@ -215,18 +216,21 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     )  # fmt: skip
 
 
-def has_own_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the whole operation is one kernel: a 1×1 window, or 3×3 over images that are large enough for it.
+def own_convolution(x: Tensor, weight: Tensor) -> library.Kernels | None:
+    """The kernels, where the whole operation is one of them: a 1×1 window, or 3×3 over images that are large enough.
 
     Where `instructions` says so, it takes half to nine tenths of the time of oneDNN and the passes around it.
     """
-    if x.dtype not in load().convolves or weight.dtype != x.dtype or not x.shape[0]:
-        return False
-    kernel = tuple(weight.shape[2:])
-    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()  # or channels-last
-    if kernel == (3, 3):
-        return dense and bool(_kernels(x).suits(*x.shape[1:3]))
-    return dense and prod(kernel) == 1
+    loaded = load()
+    if x.dtype not in loaded.convolves or weight.dtype != x.dtype or not x.shape[0]:
+        return None
+    if not (weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()):  # nor channels-last
+        return None
+    assert loaded.kernels is not None
+    kernels = loaded.kernels[x.dtype]
+    if weight.shape[2:] == (3, 3):
+        return kernels if kernels.suits(*x.shape[1:3]) else None
+    return kernels if prod(weight.shape[2:]) == 1 else None
 
 
 def _convolution(x: Tensor, weight: Tensor) -> library.Convolution:
@@ -243,7 +247,7 @@ def _prologue(x: Tensor, norm: Affine, pool: int, scratch: Tensor) -> Tensor:
     if pool == 1:
         _kernels(x).prologue(_rows(x), x.numel() // channels, channels, _affine(norm), scratch.data_ptr(), threads)
         return scratch
-    pooled = torch.empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels), dtype=x.dtype)
+    pooled = x.new_empty((x.shape[0], *(n // pool for n in x.shape[1:-1]), channels))
     _kernels(x).prologue_pool(_rows(x), _volume(x, pool), channels, _affine(norm), pooled.data_ptr(), threads)
     return pooled
 
@@ -260,7 +264,7 @@ def _accumulate(g: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: 
 
 
 def _no_moments(x: Tensor) -> Tensor:
-    return torch.zeros((2, x.shape[-1]), dtype=torch.float64)
+    return x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
 
 
 def _copy_moments(x: Tensor, out: Tensor | None, moments: Tensor | None, before: int = 0) -> int:
@@ -304,7 +308,9 @@ def _rows(x: Tensor) -> library.Rows:
 
 
 def _affine(norm: Affine) -> library.Affine:
-    return library.Affine(*_constants(norm.mean, norm.scale, norm.shift))
+    mean, _, scale, shift = norm
+    assert mean.is_contiguous() and scale.is_contiguous() and shift.is_contiguous()
+    return library.Affine(mean.data_ptr(), scale.data_ptr(), shift.data_ptr())
 
 
 def _constants(*vectors: Tensor) -> list[int]:

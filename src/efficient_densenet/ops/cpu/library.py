@@ -97,18 +97,20 @@ def load() -> Loaded:
         _loaded = _find()
         if _loaded.kernels is None:
             warnings.warn(
-                f"the native CPU kernels are {_loaded.description}; plain PyTorch runs instead, with the same "
-                "results, but slower: install a C++ compiler and the package again",
+                "plain PyTorch runs in place of the native CPU kernels, with the same results, but slower: "
+                f"they are {_loaded.description}",
                 stacklevel=2,
             )
     return _loaded
 
 
 def _find() -> Loaded:
-    found = sorted(Path(__file__).parent.glob("_kernels*"))
-    path = next((path for path in found if path.suffix in (".so", ".pyd", ".dylib")), None)
+    # The shortest name is the newest: earlier versions put the interpreter's into it, and editable installs keep files.
+    path = min(Path(__file__).parent.glob("_kernels*.so"), key=lambda path: len(path.name), default=None)
+    if path is None and sys.platform == "win32":
+        return Loaded(None, "not built for Windows; Windows Subsystem for Linux has them")
     if path is None:
-        return Loaded(None, "not built: there was no C++ compiler when the package was installed")
+        return Loaded(None, "not built: install a C++ compiler and the package again")
     try:
         return open_library(path, limit())
     except OSError as error:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.training.data.augmentation import MixedBatches, training_transform
 from efficient_densenet.training.data.images import TransformedImages
 from efficient_densenet.training.data.preprocessing import Preprocessing
 
@@ -31,7 +35,8 @@ NO_TEST_SET = "validation images (there is no test set)"
 
 
 class ImageDataModule(LightningDataModule):
-    """Images by class, in batches of ``(images (N, in_channels, input_size, input_size), labels (N,))``.
+    """Images by class, in batches of ``(images (N, in_channels, H, W), classes (N,))``. Where `multi_label` is true,
+    the targets are ``(N, labels)``: 1 has the label, 0 has it not, NaN is unknown.
 
     A subclass defines `load`. Nothing is read before `setup` (or `prepare_data`); the classes are known after it.
 
@@ -42,19 +47,45 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes that load images, for each training process; 0: the training process does it.
         seed: decides which images are held out, where no held-out set is given. Order and augmentation of the training
             images are drawn from PyTorch's random numbers (``lightning.seed_everything(seed, workers=True)``).
+        sampling: ``balanced`` draws training images so that every class comes equally often, with replacement.
+        augmentation: further transforms of torchvision or timm for training images, ``RandAugment`` for example; they
+            follow the data's own. A ``RandomErasing`` comes after normalisation, where zero is the mean colour.
+        mixup: draws the share of the other image from Beta(α, α) and mixes images and targets of a batch (Zhang et al.,
+            ICLR 2018); 0: none.
+        cutmix: likewise, by a rectangle of the other image (Yun et al., ICCV 2019). With both, each batch draws one.
 
     Raises:
-        UserError: `batch_size` or `num_workers` is out of range, or (from the loaders) `batch_size` is not a multiple
+        UserError: an argument is out of range, or (from the loaders) `batch_size` is not a multiple
             of the number of processes; from `setup`, the data is missing or damaged.
     """
 
-    def __init__(self, preprocessing: Preprocessing, batch_size: int = 64, num_workers: int = 2, seed: int = 0) -> None:
+    multi_label = False
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 0,
+        sampling: Literal["natural", "balanced"] = "natural",
+        augmentation: list[Callable] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, not {num_workers}")
+        if min(mixup, cutmix) < 0:
+            raise UserError(f"mixup and cutmix must be 0 or more, not {mixup} and {cutmix}")
+        if sampling == "balanced" and self.multi_label:
+            raise UserError("sampling balanced is for images of one class; with several labels use model.class_weights")
         self.preprocessing = preprocessing
+        self.sampling = sampling
+        self.augmentation = augmentation or []
+        self.mixup = mixup
+        self.cutmix = cutmix
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -88,7 +119,20 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def input_size(self) -> int:
-        return self.preprocessing.size
+        """The shorter side of the images in pixels."""
+        return min(self.preprocessing.height, self.preprocessing.width)
+
+    @property
+    def tested(self) -> str:
+        return self.splits.tested
+
+    def training_targets(self) -> Tensor:
+        """Of all training images: classes ``(N,)`` or labels ``(N, labels)``."""
+        return torch.tensor(self.splits.train.targets())
+
+    def training_transform(self, *geometry: v2.Transform, **further: Any) -> v2.Transform:
+        """What training does to one image: `geometry`, which makes it as large as evaluation does, and the rest."""
+        return training_transform(self.preprocessing, geometry, self.augmentation, **further)
 
     def train_dataloader(self) -> DataLoader:
         images = self.splits.train
@@ -97,7 +141,15 @@ class ImageDataModule(LightningDataModule):
         batch_size = self._batch_size_of_a_process()
         images_of_a_process = ceil(len(images) / self._num_processes())
         drop_last = images_of_a_process > batch_size and images_of_a_process % batch_size == 1
-        return self._loader(images, shuffle=True, drop_last=drop_last)
+        order: dict[str, Any] = {"shuffle": True}
+        if self.sampling == "balanced":
+            classes = self.training_targets()
+            weights = 1 / torch.bincount(classes)[classes]
+            order = {"sampler": WeightedRandomSampler(weights, len(images))}
+        if self.mixup or self.cutmix:
+            classes_to_mix = None if self.multi_label else self.num_classes
+            order["collate_fn"] = MixedBatches(self.mixup, self.cutmix, classes_to_mix)
+        return self._loader(images, drop_last=drop_last, **order)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.splits.val)
@@ -108,12 +160,11 @@ class ImageDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._loader(self.splits.test)
 
-    def _loader(self, images: Dataset, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
+    def _loader(self, images: Dataset, **order: Any) -> DataLoader:
         return DataLoader(
             images,
             batch_size=self._batch_size_of_a_process(),
-            shuffle=shuffle,
-            drop_last=drop_last,
+            **order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

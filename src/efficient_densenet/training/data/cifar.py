@@ -13,7 +13,7 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.augmentation import shifted_crop
 from efficient_densenet.training.data.base import ImageDataModule, Splits
 from efficient_densenet.training.data.images import TransformedImages, stratified_split
-from efficient_densenet.training.data.preprocessing import Preprocessing, to_tensor
+from efficient_densenet.training.data.preprocessing import Preprocessing
 
 _SIZE = 32
 
@@ -66,13 +66,8 @@ class CIFAR10(ImageDataModule):
         if not self._is_unpacked():
             raise UserError(self._missing())
         train, test = self.source(self.root, train=True), self.source(self.root, train=False)
-        training_transform = v2.Compose(
-            [
-                shifted_crop(self.preprocessing, padding=4),
-                v2.RandomHorizontalFlip(),
-                to_tensor(),
-                self.preprocessing.normalize(),
-            ]
+        training_transform = self.training_transform(
+            shifted_crop(self.preprocessing, padding=4), v2.RandomHorizontalFlip()
         )
         evaluation_transform = self.preprocessing.transform()
         tested = validated = TransformedImages(test, evaluation_transform)

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from efficient_densenet.errors import require
 from efficient_densenet.training.data.base import NO_TEST_SET, ImageDataModule, Splits
 from efficient_densenet.training.data.images import TransformedImages, stratified_split
-from efficient_densenet.training.data.preprocessing import Preprocessing, to_tensor
+from efficient_densenet.training.data.preprocessing import Preprocessing
 
 _BRIGHTEST = 16  # the scans have the intensities 0 to 16
 
@@ -31,9 +31,7 @@ class Digits(ImageDataModule):
         labels = digits.target.tolist()
         images = [(Image.fromarray(image), label) for image, label in zip(pixels, labels, strict=True)]
         kept, held_out = stratified_split(labels, fraction=1 / 3, seed=self.seed)
-        training_transform = v2.Compose(
-            [v2.RandomCrop(self.input_size, padding=1), to_tensor(), self.preprocessing.normalize()]
-        )
+        training_transform = self.training_transform(v2.RandomCrop(self.input_size, padding=1))
         evaluated = TransformedImages(images, self.preprocessing.transform(), held_out)
         return Splits(
             class_names=tuple(str(name) for name in digits.target_names),

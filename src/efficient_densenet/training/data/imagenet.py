@@ -11,9 +11,10 @@ from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.base import ImageDataModule, Splits
-from efficient_densenet.training.data.folder import IMAGENET_MEAN, IMAGENET_STD, load_split_folders
+from efficient_densenet.training.data.folder import load_split_folders
 from efficient_densenet.training.data.lighting import PCALighting
-from efficient_densenet.training.data.preprocessing import Preprocessing, convert_mode, to_tensor
+from efficient_densenet.training.data.photos import IMAGENET_MEAN, IMAGENET_STD
+from efficient_densenet.training.data.preprocessing import Preprocessing
 
 
 class ImageNet(ImageDataModule):
@@ -39,16 +40,11 @@ class ImageNet(ImageDataModule):
                 f"{self.root} should hold the folders train and val; make them from the ImageNet archives with "
                 f"`efficient-densenet prepare-imagenet --archives DIR --output {self.root}`"
             )
-        training_transform = v2.Compose(
-            [
-                convert_mode(self.in_channels),
-                v2.RandomResizedCrop(self.input_size),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-                to_tensor(),
-                PCALighting(),
-                self.preprocessing.normalize(),
-            ]
+        training_transform = self.training_transform(
+            v2.RandomResizedCrop(self.input_size),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+            intensities=[PCALighting()],
         )
         splits = load_split_folders(self.root, training_transform, self.preprocessing)
         names = self._names_of_folders()

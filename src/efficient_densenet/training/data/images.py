@@ -8,64 +8,73 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.training.data.dicom import DICOM_SUFFIXES, read_dicom
+from efficient_densenet.training.data.unreadable import UnreadableImageError, unreadable
+
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, *DICOM_SUFFIXES)
 
 
-class UnreadableImageError(UserError):
-    """An image file is corrupt, cut short or of a kind that cannot be used; the message names it.
+def read_image(path: str | os.PathLike[str], value_range: tuple[float, float] | None = None) -> Image.Image | Tensor:
+    """Decode an image file, turned as its EXIF data say.
 
-    When it comes out of a worker process, ``DataLoader`` builds it anew from the text of the whole traceback. That
-    text ends with the message, and only the message is kept.
-    """
+    Images of 8 bits become a PIL image, whatever their colour mode. Grey images with more, and those of DICOM files,
+    become a tensor ``(1, H, W)`` of intensities from 0 to 1, with all their bits: PIL would clip them to white.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rstrip().rpartition(f"{UnreadableImageError.__name__}: ")[2])
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file into an 8-bit PIL image, whatever its colour mode, turned as its EXIF data say.
-
-    Grey images of 16 bits are scaled to 8: left to itself, PIL would clip them to white.
+    Args:
+        path: the file; those that end in ``.dcm`` or ``.dicom`` are read by pydicom.
+        value_range: the values that become 0 and 1, for images with more than 8 bits; others are clipped. None: 0 and
+            65535, or the window and the values of a DICOM file (`dicom.read_dicom`).
 
     Raises:
         UnreadableImageError: the file is missing, corrupt, cut short, or has an unknown range of values.
+        MissingExtraError: the file needs pydicom, which is not installed.
     """
+    if Path(path).suffix.lower() in DICOM_SUFFIXES:
+        return _within(*read_dicom(path, value_range))
     try:
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     # These are what PIL raises for damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableImageError(
-            f"cannot read the image {os.fspath(path)!r} ({reason}); replace or remove it"
-        ) from error
+        raise unreadable(path, error) from error
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return _within(np.asarray(image), value_range or (0, 65535))
     if image.mode in ("I", "F"):
-        raise UnreadableImageError(
-            f"the image {os.fspath(path)!r} has 32 bits a channel, whose range is unknown; save it with 8 or 16 bits"
-        )
+        if value_range is None:
+            raise UnreadableImageError(
+                f"the image {os.fspath(path)!r} has 32 bits a channel, whose range is unknown: give it with value_range"
+            )
+        return _within(np.asarray(image), value_range)
     return image
+
+
+def _within(values: np.ndarray, value_range: tuple[float, float]) -> Tensor:
+    """``(H, W)`` values → intensities ``(1, H, W)``."""
+    low, high = value_range
+    intensities = (torch.from_numpy(values.astype(np.float32)) - low) / (high - low)
+    return intensities.clamp(0, 1)[None]
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
     """Whether the name of a file is that of an image; hidden files, such as ``._1.jpg`` of macOS, are none."""
     name = Path(path).name
-    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 class LabelledImages(Protocol):
-    """A dataset of PIL images and class numbers, such as torchvision's."""
+    """A dataset of images and targets, such as torchvision's. If it has `targets`, they are read without the images."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
 class TransformedImages(Dataset):
@@ -73,14 +82,14 @@ class TransformedImages(Dataset):
 
     Args:
         images: the dataset, without a transform of its own.
-        transform: PIL image → tensor ``(C, H, W)``.
+        transform: image → tensor ``(C, H, W)``.
         indices: which images; None: all.
     """
 
     def __init__(
         self,
         images: LabelledImages,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Any], Tensor],
         indices: Sequence[int] | None = None,
     ) -> None:
         self.images = images
@@ -90,9 +99,14 @@ class TransformedImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[self.indices[index]]
-        return self.transform(image), label
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, target = self.images[self.indices[index]]
+        return self.transform(image), target
+
+    def targets(self) -> list[Any]:
+        """Of all images, in order."""
+        found = getattr(self.images, "targets", None)
+        return [self.images[i][1] if found is None else found[i] for i in self.indices]
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

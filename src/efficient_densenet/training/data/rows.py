@@ -1,0 +1,92 @@
+"""The rows of a CSV file, and what their entries say about labels."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+
+from efficient_densenet.errors import UserError
+
+_MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a CSV file: its entries by column, and the file and line, for messages."""
+
+    entries: dict[str, str]
+    location: str
+
+    def entry(self, column: str) -> str:
+        """The text in a column.
+
+        Raises:
+            UserError: there is no such column, or the line is too short.
+        """
+        entry = self.entries.get(column)
+        if entry is None:
+            columns = ", ".join(name for name in self.entries if name)
+            raise UserError(f"{self.location} has no column {column!r}; there are {columns}")
+        return entry.strip()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV file with a header.
+
+    Raises:
+        UserError: there is no such file, or it is not text.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return [Row(entries, f"{path}, line {i}") for i, entries in enumerate(csv.DictReader(file), start=2)]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no table {path}; it should be a CSV file with a header") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """How the labels of an image are written in a row, see `ImageTable`."""
+
+    label_columns: Sequence[str] | None
+    findings_column: str | None
+    no_finding: str
+    missing: str
+    uncertain: str
+
+    def names(self, rows: Sequence[Row]) -> list[str]:
+        """The labels: the columns, or all that are found in the rows, sorted."""
+        if self.label_columns is not None:
+            return list(self.label_columns)
+        names = sorted({name for row in rows for name in self._findings(row)})
+        if not names:
+            raise UserError(f"no image has a label in the column {self.findings_column!r}")
+        return names
+
+    def targets(self, row: Row, names: Sequence[str]) -> list[float]:
+        """Of each label: 1, 0, or NaN for unknown."""
+        if self.label_columns is not None:
+            return [self._target(row, name) for name in names]
+        findings = self._findings(row)
+        if unknown := findings - set(names):
+            raise UserError(f"{row.location} has the label {min(unknown)!r}, which no training image has")
+        return [float(name in findings) for name in names]
+
+    def _findings(self, row: Row) -> set[str]:
+        names = {name.strip() for name in row.entry(str(self.findings_column)).split("|")}
+        return names - {self.no_finding, ""}
+
+    def _target(self, row: Row, column: str) -> float:
+        entry = row.entry(column)
+        if not entry:
+            return _MEANINGS[self.missing]
+        try:
+            return {1.0: 1.0, 0.0: 0.0, -1.0: _MEANINGS[self.uncertain]}[float(entry)]
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{row.location} has {entry!r} for {column!r}; an entry is 1, 0, -1 (uncertain) or nothing"
+            ) from error

@@ -1,0 +1,227 @@
+"""Images with labels in a CSV file: any number of labels an image, some of them unknown or uncertain."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, tensor
+
+from efficient_densenet.errors import UserError, require
+from efficient_densenet.training.data.base import NO_TEST_SET, Splits
+from efficient_densenet.training.data.images import TransformedImages
+from efficient_densenet.training.data.photos import PhotoDataModule
+from efficient_densenet.training.data.preprocessing import Preprocessing
+from efficient_densenet.training.data.rows import LabelReader, Row, read_rows
+
+_VAL_FRACTION = 0.1
+
+
+class LabelledFiles:
+    """A dataset of images and label vectors.
+
+    Args:
+        files: the images.
+        targets: of each, one number a label: 1 has it, 0 has it not, NaN unknown.
+        preprocessing: reads the files.
+    """
+
+    def __init__(self, files: Sequence[Path], targets: Sequence[list[float]], preprocessing: Preprocessing) -> None:
+        self.files = files
+        self.targets = targets
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self.preprocessing.read(self.files[index]), tensor(self.targets[index])
+
+
+class ImageTable(PhotoDataModule):
+    """Images with several labels each, listed in CSV files with a header, as chest X-rays are.
+
+    A label's entry is 1 (has it), 0 (has it not), -1 (uncertain) or nothing (missing). Where validation images are held
+    out from the table, no patient is on both sides.
+
+    Args:
+        root: the folder that paths in the table begin from. A name without a folder is searched in all folders below.
+        table: the CSV file, in that folder or anywhere.
+        path_column: where the path or name of an image stands.
+        label_columns: the columns of the labels, one each.
+        findings_column: in their place, one column with the names of all labels that an image has, separated by ``|``.
+        no_finding: what stands there where it has none; None: ``No Finding``.
+        missing: what a missing entry in `label_columns` means; None: that nothing is known, so that it takes no part in
+            loss and measures.
+        uncertain: what -1 means there, likewise.
+        patient_column: where the patient stands; None: see `patient_pattern`.
+        patient_pattern: a regular expression that finds the patient in the path.
+        where: only rows with these entries: ``{Frontal/Lateral: Frontal}``.
+        val_fraction: the share of the patients that is held out for validation; None: a tenth, where there is no
+            `val_table`.
+        val_table: a CSV file of the validation images, likewise.
+        test_table: of the test images; None: the validation images are tested.
+        test_list: a file with the paths or names of the images in `table` that are test images, one a line.
+        kwargs: those of `PhotoDataModule` and `ImageDataModule`.
+
+    Raises:
+        UserError: an argument is wrong; from `setup`, a file or column is missing, or an entry is none of these.
+    """
+
+    multi_label = True
+
+    def __init__(
+        self,
+        root: str,
+        table: str,
+        path_column: str = "path",
+        label_columns: list[str] | None = None,
+        findings_column: str | None = None,
+        no_finding: str | None = None,
+        missing: Literal["unknown", "negative"] | None = None,
+        uncertain: Literal["unknown", "positive", "negative"] | None = None,
+        patient_column: str | None = None,
+        patient_pattern: str | None = None,
+        where: dict[str, str] | None = None,
+        val_fraction: float | None = None,
+        val_table: str | None = None,
+        test_table: str | None = None,
+        test_list: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (label_columns is None) == (findings_column is None):
+            raise UserError("give label_columns, one a label, or findings_column, with the names of all labels in one")
+        if findings_column is not None and (missing or uncertain):
+            raise UserError("a findings_column has no missing and uncertain entries: leave missing and uncertain out")
+        if label_columns is not None and no_finding is not None:
+            raise UserError("no_finding is an entry of a findings_column: with label_columns leave it out")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise UserError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
+        if val_fraction is not None and val_table is not None:
+            raise UserError("val_table has the validation images: leave val_fraction out")
+        if test_table is not None and test_list is not None:
+            raise UserError("give test_table or test_list, not both")
+        if patient_column is not None and patient_pattern is not None:
+            raise UserError("give patient_column or patient_pattern, not both")
+        self.root = Path(root).expanduser()
+        self.table = table
+        self.reader = LabelReader(
+            label_columns, findings_column, no_finding or "No Finding", missing or "unknown", uncertain or "unknown"
+        )
+        self.path_column = path_column
+        self.patient_column = patient_column
+        self.patient_pattern = _compiled(patient_pattern)
+        self.where = where or {}
+        self.val_fraction = val_fraction or _VAL_FRACTION
+        self.val_table = val_table
+        self.test_table = test_table
+        self.test_list = test_list
+
+    def load(self) -> Splits:
+        rows = self._rows(self.table)
+        tested = self._tested(rows)
+        if tested is not None and self.test_list is not None:
+            listed = set(tested)
+            rows = [row for row in rows if row not in listed]
+        labels = self.reader.names(rows)
+        if self.val_table is not None:
+            validated = self._rows(self.val_table)
+        else:
+            rows, validated = self._held_out(rows)
+        for other, name in ((validated, "validation"), (tested or [], "test")):
+            self._refuse_shared_patients(rows, other, name)
+        evaluate = self.preprocessing.transform()
+        val = TransformedImages(self._files(validated, labels), evaluate)
+        return Splits(
+            class_names=tuple(labels),
+            train=TransformedImages(self._files(rows, labels), self.own_training_transform()),
+            val=val,
+            test=val if tested is None else TransformedImages(self._files(tested, labels), evaluate),
+            tested=NO_TEST_SET if tested is None else "test images",
+        )
+
+    def _rows(self, table: str) -> list[Row]:
+        path = self.root / table if (self.root / table).exists() else Path(table).expanduser()
+        rows = [
+            row for row in read_rows(path) if all(row.entry(column) == value for column, value in self.where.items())
+        ]
+        if not rows:
+            raise UserError(f"{path} lists no image" + (f" with {self.where}" if self.where else ""))
+        return rows
+
+    def _tested(self, rows: list[Row]) -> list[Row] | None:
+        if self.test_table is not None:
+            return self._rows(self.test_table)
+        if self.test_list is None:
+            return None
+        path = self.root / self.test_list if (self.root / self.test_list).exists() else Path(self.test_list)
+        if not path.is_file():
+            raise UserError(f"there is no file {path}; test_list names one with a path or name of an image a line")
+        names = {line.strip() for line in path.read_text().splitlines()}
+        tested = [row for row in rows if row.entry(self.path_column) in names]
+        if not tested:
+            raise UserError(f"no image of the table is in {path}")
+        return tested
+
+    def _files(self, rows: list[Row], labels: list[str]) -> LabelledFiles:
+        files = [self._file(row.entry(self.path_column)) for row in rows]
+        if absent := [file for file in files[:1] if not file.exists()]:
+            raise UserError(
+                f"there is no image {absent[0]}: data.root is the folder that paths in the table begin from"
+            )
+        return LabelledFiles(files, [self.reader.targets(row, labels) for row in rows], self.preprocessing)
+
+    def _file(self, name: str) -> Path:
+        path = self.root / name
+        return path if "/" in name or path.exists() else self._files_by_name.get(name, path)
+
+    @cached_property
+    def _files_by_name(self) -> dict[str, Path]:
+        return {path.name: path for path in self.root.rglob("*")}
+
+    def _patient(self, row: Row) -> str | None:
+        if self.patient_column is not None:
+            return row.entry(self.patient_column)
+        if self.patient_pattern is None:
+            return None
+        found = self.patient_pattern.search(row.entry(self.path_column))
+        if found is None:
+            raise UserError(f"patient_pattern finds no patient in {row.entry(self.path_column)}")
+        return found[0]
+
+    def _held_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        split: Any = require("sklearn.model_selection", "train").GroupShuffleSplit
+        patients: list[Any] = [self._patient(row) for row in rows]
+        if None in patients:
+            warnings.warn(
+                "nothing says whose images these are (data.patient_column, data.patient_pattern): images of one "
+                "patient may be trained on and validated on",
+                stacklevel=2,
+            )
+            patients = list(range(len(rows)))
+        if len(set(patients)) < 2:
+            raise UserError("all images are of one patient: give the validation images in a val_table")
+        splitter = split(n_splits=1, test_size=self.val_fraction, random_state=self.seed)
+        kept, held_out = next(splitter.split(rows, groups=patients))
+        return [rows[i] for i in kept], [rows[i] for i in held_out]
+
+    def _refuse_shared_patients(self, rows: list[Row], others: list[Row], name: str) -> None:
+        patients, other_patients = ({str(self._patient(row)) for row in some} for some in (rows, others))
+        shared = patients & other_patients - {str(None)}
+        if shared:
+            raise UserError(
+                f"{len(shared)} patients are in the training images and in the {name} images, {min(shared)} for "
+                "one: what is measured on them would say too much; split by patient"
+            )
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"patient_pattern is not a regular expression ({error}): {pattern}") from error

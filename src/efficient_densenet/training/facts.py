@@ -1,0 +1,68 @@
+"""What the data decide about a network and its training, read from a data module of anybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from efficient_densenet.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a data module says of its images. None: it says nothing, and the network's configuration decides.
+
+    Attributes:
+        class_names: in the order of the network's outputs.
+        in_channels: channels of the images.
+        input_size: the shorter side of the images in pixels.
+        multi_label: whether an image can have several classes or none; targets are then ``(N, classes)`` numbers from
+            0 to 1, and NaN where nothing is known.
+        preprocessing: what evaluation does to an image, as plain data.
+        tested: what the test set is, for people to read.
+    """
+
+    class_names: list[str] | None
+    in_channels: int | None
+    input_size: int | None
+    multi_label: bool
+    preprocessing: dict[str, Any] | None
+    tested: str
+
+    def __str__(self) -> str:
+        said = []
+        if self.in_channels is not None:
+            size = self.preprocessing["size"] if self.preprocessing else self.input_size
+            side = f" of {'×'.join(map(str, size)) if isinstance(size, list) else size} pixels" if size else ""
+            said.append(f"images{side} with {self.in_channels} channel{'s' if self.in_channels != 1 else ''}")
+        if self.class_names is not None:
+            kind = "labels" if self.multi_label else "classes"
+            names = ", ".join(self.class_names[:6]) + (", …" if len(self.class_names) > 6 else "")
+            said.append(f"{len(self.class_names)} {kind} ({names})")
+        return ", ".join(said)
+
+
+def facts_of(data: LightningDataModule) -> DataFacts:
+    """Read the attributes ``class_names`` (or ``num_classes``), ``in_channels``, ``input_size``, ``multi_label``,
+    ``preprocessing`` and ``tested`` of `data`, as far as it has them.
+
+    Raises:
+        UserError: there are fewer than two classes, or not even one label.
+    """
+    names, number = getattr(data, "class_names", None), getattr(data, "num_classes", None)
+    if names is None and number is not None:
+        names = [str(i) for i in range(number)]
+    multi_label = bool(getattr(data, "multi_label", False))
+    if names is not None and len(names) < 2 - multi_label:
+        raise UserError(f"the data have a single class ({', '.join(names)}); give images of at least two")
+    preprocessing = getattr(data, "preprocessing", None)
+    return DataFacts(
+        class_names=None if names is None else [str(name) for name in names],
+        in_channels=getattr(data, "in_channels", None),
+        input_size=getattr(data, "input_size", None),
+        multi_label=multi_label,
+        preprocessing=None if preprocessing is None else preprocessing.to_dict(),
+        tested=getattr(data, "tested", "test images"),
+    )

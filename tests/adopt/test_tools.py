@@ -1,0 +1,84 @@
+"""Whatever looks at a network from outside sees what it sees of the ordinary network: docs/tools.md, row by row."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tools import PROGRAMS, networks, quietly
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from efficient_densenet import make_efficient
+from efficient_densenet.adopt import decide
+from efficient_densenet.execution import KEEP, shared
+
+TABLE = Path(__file__).parents[2] / "docs" / "tools.md"
+WAYS = {keep: {"keep": keep} for keep in KEEP} | {"recompute": {"way": "recompute"}}
+
+
+def rows(section: str) -> dict[str, str]:
+    """The first two columns of the table in that section."""
+    text = TABLE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| (.+?) \| (.+?) \|", text, re.MULTILINE)[1:])
+
+
+def test_every_row_has_its_program():
+    assert list(rows("Called as it is")) == list(PROGRAMS)
+
+
+@functools.cache
+def made(kind: str, way: str) -> torch.nn.Module:
+    network = networks()[kind]
+    return network if way == "ordinary" else make_efficient(network, **WAYS[way])
+
+
+@functools.cache
+def expected(kind: str, name: str) -> object:
+    return quietly(PROGRAMS[name], lambda: copy.deepcopy(made(kind, "ordinary")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [*(("torchvision", way) for way in WAYS), ("ours", "bottleneck"), ("ours", "inputs")]
+)
+@pytest.mark.parametrize(("name", "how"), rows("Called as it is").items())
+def test_a_tool_sees_the_ordinary_network(name, how, kind, way, monkeypatch):
+    """Ours differs in its forward alone, which no `keep` sees."""
+    ways = set()
+
+    def note(function, which):
+        return lambda *arguments, **named: ways.add(which) or function(*arguments, **named)
+
+    make = functools.partial(copy.deepcopy, made(kind, way))
+    monkeypatch.setattr(shared, "run", note(shared.run, "shared buffer"))
+    monkeypatch.setattr(decide, "forgetting", note(decide.forgetting, "recompute"))
+    actual = quietly(PROGRAMS[name], make)
+    assert_same(actual, expected(kind, name))
+    if how != "as it can":
+        if way == "recompute" and how == "shared buffer":
+            assert "shared buffer" not in ways
+        else:
+            assert (how in ways) == (how != "ordinary") and (how == "shared buffer" or "shared buffer" not in ways)
+
+
+def assert_same(actual: object, expected: object) -> None:
+    found, wanted = tree_flatten(actual), tree_flatten(expected)
+    assert found[1] == wanted[1]
+    largest = max((t.abs().max().item() for t in wanted[0] if is_number(t)), default=0)
+    for a, e in zip(found[0], wanted[0], strict=True):
+        if isinstance(e, Tensor):
+            tolerance = 1e-9 if e.dtype == torch.float64 else 1e-3
+            assert a.shape == e.shape and a.dtype == e.dtype
+            torch.testing.assert_close(
+                a, e, rtol=tolerance, atol=tolerance * max(1e-3, min(1, largest)), equal_nan=True
+            )
+        else:
+            assert a == e
+
+
+def is_number(t: object) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and t.numel() > 0

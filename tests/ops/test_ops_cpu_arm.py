@@ -1,0 +1,40 @@
+"""The native kernels without Python, against plain loops: here, and for ARM in an emulator."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficient_densenet.ops import cpu
+
+HARNESS = Path(__file__).parent / "kernels_against_loops.cpp"
+SOURCES = Path(cpu.__file__).parent
+OPTIONS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", f"-I{SOURCES}", str(HARNESS)]
+NATIVE, ARM, EMULATOR = (shutil.which(name) for name in ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64"))
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the commands are those of Linux")
+
+
+def run(command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "gradient of the weight" in result.stdout
+    assert "FAIL" not in result.stdout
+
+
+@pytest.mark.skipif(NATIVE is None or cpu.library.load().path is None, reason="needs g++ and the kernels")
+def test_kernels_of_this_processor_against_plain_loops(tmp_path):
+    kernels = cpu.library.load().path
+    subprocess.run([NATIVE, *OPTIONS, kernels, f"-Wl,-rpath,{SOURCES}", "-o", tmp_path / "harness"], check=True)
+    run([tmp_path / "harness"])
+
+
+@pytest.mark.skipif(ARM is None or EMULATOR is None, reason="needs g++-aarch64-linux-gnu and qemu-user")
+def test_kernels_for_arm_against_plain_loops(tmp_path):
+    kernels = sorted(SOURCES.glob("*.cpp"))
+    subprocess.run([ARM, "-static", "-O1", *OPTIONS, *kernels, "-o", tmp_path / "harness"], check=True)
+    run([EMULATOR, tmp_path / "harness"])

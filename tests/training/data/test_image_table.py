@@ -1,0 +1,155 @@
+"""Images with several labels in a CSV file: what entries mean, and who is on which side."""
+
+from __future__ import annotations
+
+import csv
+from math import isnan, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efficient_densenet.errors import UserError
+from efficient_densenet.training.data import ImageTable
+
+
+def make_table(root: Path, rows: list[dict[str, str]], name: str = "table.csv") -> None:
+    for row in rows:
+        path = root / row["path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(path)
+    with (root / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def patients(count: int, images: int = 2) -> list[dict[str, str]]:
+    return [
+        {"path": f"p{i:02d}/{j}.png", "patient": str(i), "mass": str(i % 2), "edema": str(j % 2)}
+        for i in range(count)
+        for j in range(images)
+    ]
+
+
+def loaded(root: Path, **arguments: object) -> ImageTable:
+    usual = {"label_columns": ["mass", "edema"], "patient_column": "patient", "num_workers": 0, "size": 8}
+    data = ImageTable(root=str(root), table="table.csv", **{**usual, **arguments})
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("missing", "uncertain", "expected"),
+    [
+        (None, None, [1, 0, nan, nan]),
+        ("negative", "positive", [1, 0, 1, 0]),
+        ("unknown", "negative", [1, 0, 0, nan]),
+    ],
+)
+def test_what_entries_mean(tmp_path, missing, uncertain, expected):
+    entries = ["1.0", "0", "-1.0", ""]
+    make_table(tmp_path, [{"path": f"{i}.png", "patient": str(i), "mass": e} for i, e in enumerate(entries)])
+    data = loaded(tmp_path, label_columns=["mass"], missing=missing, uncertain=uncertain, val_fraction=0.25)
+    found = [*data.splits.train.targets(), *data.splits.val.targets()]
+    assert sorted(map(str, (value for (value,) in found))) == sorted(str(float(value)) for value in expected)
+
+
+def test_labels_by_name_in_one_column(tmp_path):
+    findings = ["Mass|Edema", "No Finding", "Edema", "Mass"]
+    make_table(tmp_path, [{"path": f"{i}.png", "patient": str(i), "found": f} for i, f in enumerate(findings)])
+    data = loaded(tmp_path, label_columns=None, findings_column="found", val_table="table.csv", patient_column=None)
+    assert data.class_names == ("Edema", "Mass")
+    assert data.splits.val.targets() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+    image, target = data.splits.val[0]
+    assert image.shape == (3, 8, 8)
+    assert target.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("by", [{"patient_column": "patient"}, {"patient_column": None, "patient_pattern": r"p\d+"}])
+def test_no_patient_is_on_both_sides(tmp_path, by):
+    make_table(tmp_path, patients(10))
+    splits = loaded(tmp_path, val_fraction=0.3, **by).splits
+    sides = [{files.images.files[i].parent.name for i in range(len(files))} for files in (splits.train, splits.val)]
+    assert [len(side) for side in sides] == [7, 3]
+    assert not sides[0] & sides[1]
+
+
+def test_rows_are_chosen_and_test_images_listed(tmp_path):
+    make_table(tmp_path, patients(10))
+    (tmp_path / "tested.txt").write_text("p00/0.png\np00/1.png\n")
+    data = loaded(tmp_path, where={"edema": "1"}, test_list="tested.txt")
+    assert [path.parts[-2:] for path in data.splits.test.images.files] == [("p00", "1.png")]
+    assert len(data.splits.train) + len(data.splits.val) == 9
+    assert data.splits.tested == "test images"
+
+
+def test_names_without_folders_are_searched(tmp_path):
+    make_table(tmp_path, [{"path": f"images_{i}/{i}.png", "patient": str(i), "mass": "1"} for i in range(4)])
+    text = (tmp_path / "table.csv").read_text()
+    (tmp_path / "table.csv").write_text(text.replace("images_0/", "").replace("images_1/", "").replace("images_2/", ""))
+    data = loaded(tmp_path, label_columns=["mass"], val_fraction=0.25)
+    files = {*data.splits.train.images.files, *data.splits.val.images.files}
+    assert files == {tmp_path / f"images_{i}" / f"{i}.png" for i in range(4)}
+
+
+def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
+    make_table(tmp_path, patients(5))
+    with pytest.warns(UserWarning, match="nothing says whose images these are"):
+        splits = loaded(tmp_path, patient_column=None, val_fraction=0.2).splits
+    assert (len(splits.train), len(splits.val)) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_columns": None}, "give label_columns, one a label, or findings_column"),
+        ({"findings_column": "mass"}, "give label_columns, one a label, or findings_column"),
+        ({"label_columns": None, "findings_column": "mass", "missing": "negative"}, "leave missing and uncertain out"),
+        ({"no_finding": "none"}, "with label_columns leave it out"),
+        ({"val_fraction": 1.5}, "val_fraction must be above 0 and below 1"),
+        ({"val_table": "table.csv", "val_fraction": 0.1}, "leave val_fraction out"),
+        ({"test_table": "a", "test_list": "b"}, "give test_table or test_list"),
+        ({"patient_pattern": "x"}, "give patient_column or patient_pattern"),
+        ({"patient_column": None, "patient_pattern": "("}, "patient_pattern is not a regular expression"),
+        ({"patient_column": None, "patient_pattern": "x"}, "patient_pattern finds no patient in p00/0.png"),
+        (
+            {"label_columns": ["mass", "fracture"]},
+            r"table.csv, line \d has no column 'fracture'; there are path, patient",
+        ),
+        ({"label_columns": ["patient"]}, r"line 6 has '2' for 'patient'; an entry is 1, 0, -1"),
+        ({"path_column": "file"}, "has no column 'file'"),
+        ({"where": {"mass": "7"}}, "lists no image with {'mass': '7'}"),
+        ({"val_table": "table.csv"}, "4 patients are in the training images and in the validation images, 0 for one"),
+        ({"test_list": "no.txt"}, r"there is no file no.txt; test_list names one"),
+        ({"sampling": "balanced"}, "with several labels use model.class_weights"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, message):
+    make_table(tmp_path, patients(4))
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        loaded(tmp_path, **arguments)
+
+
+def test_a_table_or_images_that_are_missing(tmp_path):
+    with pytest.raises(UserError, match=r"there is no table .*; it should be a CSV file with a header"):
+        loaded(tmp_path)
+    make_table(tmp_path, patients(4))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "table.csv").rename(tmp_path / "elsewhere" / "table.csv")
+    with pytest.raises(UserError, match=r"there is no image .*p0\d/\d\.png: data\.root is the folder"):
+        loaded(tmp_path / "elsewhere")
+
+
+def test_mixing_leaves_unknown_labels_unknown(tmp_path):
+    rows = [row | {"mass": "" if row["path"] == "p00/0.png" else row["mass"]} for row in patients(4)]
+    make_table(tmp_path, rows)
+    data = loaded(tmp_path, mixup=0.5, batch_size=8, val_fraction=0.1)
+    images, targets = next(iter(data.train_dataloader()))
+    assert images.shape[1:] == (3, 8, 8)
+    assert targets.shape == (len(images), 2)
+    assert targets[~targets.isnan()].min() >= 0
+    assert any(isnan(value) for (value, _) in data.splits.train.targets()) == bool(targets.isnan().any())
+    assert torch.isfinite(targets[:, 1]).all()

@@ -1,0 +1,90 @@
+"""Predictions in files, features, and images that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from efficient_densenet import DenseNet
+from efficient_densenet.cli import main
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A network in evaluation mode; its weights are in ``weights.pth``, and three images in ``images``."""
+    torch.manual_seed(0)
+    network = DenseNet(num_init_features=8, growth_rate=4, block_config=(1, 1), num_classes=3).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    return network
+
+
+def predict(folder, *options):
+    options = [str(folder / option) if option.endswith((".csv", ".json", ".txt")) else option for option in options]
+    return main(["predict", "--checkpoint", str(folder / "weights.pth"), str(folder / "images"), *options])
+
+
+def images():
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    reds = torch.zeros(3, 3, 32, 32)
+    reds[:, 0] = torch.arange(3)[:, None, None] * 80 / 255
+    return (reds - mean) / std
+
+
+@torch.no_grad()
+def test_a_table_and_json_hold_all_classes(tmp_path, network):
+    expected = network(images()).softmax(1)
+    (tmp_path / "names.txt").write_text("cat\ndog\nfox\n")
+    assert predict(tmp_path, "--output", "a.csv", "--class-names", "names.txt", "--batch-size", "2") == 0
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row.pop("path") for row in rows] == [str(tmp_path / "images" / f"{i}.png") for i in range(3)]
+    assert rows[0].keys() == {"cat", "dog", "fox"}
+    found = torch.tensor([[float(value) for value in row.values()] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    assert predict(tmp_path, "--output", "a.json") == 0
+    found = torch.tensor([list(row["values"].values()) for row in json.loads((tmp_path / "a.json").read_text())])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_are_what_the_classifier_gets(tmp_path, network):
+    assert predict(tmp_path, "--output", "a.csv", "--features") == 0
+    rows = list(csv.reader((tmp_path / "a.csv").open()))
+    assert rows[0] == ["path", *(f"feature{i}" for i in range(network.num_features))]
+    expected = network.forward_head(network.forward_features(images()), pre_logits=True)
+    found = torch.tensor([[float(value) for value in row[1:]] for row in rows[1:]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_cannot_be_read_are_named_counted_and_left_out(tmp_path, network, capsys):
+    for name in ("0", "2"):
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"\x89PNG cut short")
+    assert predict(tmp_path, "--output", "a.csv", "--batch-size", "1") == 1
+    error = capsys.readouterr().err
+    assert "0.png" in error
+    assert error.endswith("2 images could not be read and were skipped\n")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere.png"], "there is no file or folder nowhere.png"),
+        (["--output", "a.xlsx"], "the output must end in .csv or .json, not 'a.xlsx'"),
+        (["--features"], "give a file for them with --output"),
+        (["--class-names", "names.txt"], "names.txt has 2 names, one a line, and the network 3 classes"),
+        (["--top", "0"], "must be 1 or more"),
+    ],
+)
+def test_mistakes(tmp_path, network, capsys, options, message):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    assert predict(tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.pth", "images", "names.txt"}
