@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from efficient_densenet import ops
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
@@ -270,8 +271,13 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 
 def _watched() -> bool:
-    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them.
+
+    The modes that plan a step want what is inside the operators.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
 
 
 def _refuse_batches(gradient: Tensor | None) -> None:
