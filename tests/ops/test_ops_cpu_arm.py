@@ -35,6 +35,6 @@ def test_kernels_of_this_processor_against_plain_loops(tmp_path):
 
 @pytest.mark.skipif(ARM is None or EMULATOR is None, reason="needs g++-aarch64-linux-gnu and qemu-user")
 def test_kernels_for_arm_against_plain_loops(tmp_path):
-    kernels = sorted(SOURCES.glob("*.cpp"))
+    kernels = sorted(set(SOURCES.glob("*.cpp")) - {SOURCES / "older_libstdcxx.cpp"})  # what links it all has that
     subprocess.run([ARM, "-static", "-O1", *OPTIONS, *kernels, "-o", tmp_path / "harness"], check=True)
     run([EMULATOR, tmp_path / "harness"])

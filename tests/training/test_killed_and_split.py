@@ -26,7 +26,7 @@ model:
     init_args: {num_init_features: 8, growth_rate: 4, block_config: [1, 1], drop_rate: 0.2}
   scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 6}}
 data: {class_path: Digits, init_args: {num_workers: 0}}
-trainer: {accelerator: cpu, devices: 1, max_epochs: 6, limit_train_batches: 8, limit_val_batches: 1}
+trainer: {accelerator: cpu, devices: 1, max_epochs: 6, limit_train_batches: 8}
 """
 
 
