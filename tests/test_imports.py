@@ -71,7 +71,7 @@ INSIDE = {
         "deadline",
         "gpu_sections",
         "gradients",
-        "benchmark check_gpu check_gradients env",
+        "benchmark check_gpu check_gradients env plan",
     ],
 }
 
