@@ -21,7 +21,7 @@ from pathlib import Path
 
 from efficient_densenet.measure import contest, profile, tables
 from efficient_densenet.measure.contenders import COMPILED, ORDINARY, contender_list
-from efficient_densenet.measure.networks import Network, cifar, imagenet, positive_int
+from efficient_densenet.measure.networks import Network, cifar, imagenet
 from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
@@ -104,16 +104,14 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure the native CPU backend against the ordinary network", FOLDER)
-    parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {FULL.rounds})")
+    parser = SCRIPT.parser("measure the native CPU backend against the ordinary network", FOLDER, FULL.rounds)
     parser.add_argument("--contenders", type=contender_list, help="who takes part (None: all)")
     parser.add_argument("--rows", type=int, nargs="*", help=f"which of the {len(ROWS)} networks, from 1 (None: all)")
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else FULL
+    plan = SCRIPT.plan(arguments, FULL, QUICK)
     plan = replace(
         plan,
         rows=tuple(plan.rows[i - 1] for i in arguments.rows or range(1, len(plan.rows) + 1)),
-        rounds=arguments.rounds or plan.rounds,
         contenders=tuple(arguments.contenders or plan.contenders),
     )
     return SCRIPT.run(arguments, plan)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
 
@@ -24,7 +24,7 @@ from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import ORDINARY
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.memory import bytes_per_image, peak_bytes
-from efficient_densenet.measure.networks import Network, cifar, imagenet, positive_int
+from efficient_densenet.measure.networks import Network, cifar, imagenet
 from efficient_densenet.measure.processes import Team, progress
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
@@ -194,11 +194,9 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure the shared buffer against the ordinary network, on the CPU", FOLDER)
-    parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {FULL.rounds})")
+    parser = SCRIPT.parser("measure the shared buffer against the ordinary network, on the CPU", FOLDER, FULL.rounds)
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else FULL
-    return SCRIPT.run(arguments, replace(plan, rounds=arguments.rounds or plan.rounds))
+    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from efficient_densenet.measure import contest, max_batch, tables
 from efficient_densenet.measure.contenders import FORMS, PEERS, PEERS_IN_EVALUATION
-from efficient_densenet.measure.networks import TINY, Network, cifar, imagenet, positive_int
+from efficient_densenet.measure.networks import TINY, Network, cifar, imagenet
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
 
@@ -81,11 +81,9 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure this library beside others, on the CPU", FOLDER)
-    parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {FULL.rounds})")
+    parser = SCRIPT.parser("measure this library beside others, on the CPU", FOLDER, FULL.rounds)
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else FULL
-    return SCRIPT.run(arguments, replace(plan, rounds=arguments.rounds or plan.rounds))
+    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
 
 
 if __name__ == "__main__":

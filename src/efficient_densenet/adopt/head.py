@@ -81,9 +81,8 @@ def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape
             features.__dict__["forward"] = _Empty(_width(features))
             for module in modules:
                 if any(p is not None and is_lazy(p) for p in module._parameters.values()):
-                    module.__dict__["forward"] = _Empty(
-                        1
-                    )  # a classifier that learns from its first input what it reads
+                    # A classifier that learns from its first input what it reads.
+                    module.__dict__["forward"] = _Empty(1)
             record.set(x := tensors.activation(*shape), "input")
             output = record.watch(network, x)
     except Exception:  # whatever it is: its parts run one by one

@@ -10,6 +10,7 @@ has forward-mode derivatives, and all refuse tangents, which PyTorch would drop 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
@@ -38,7 +39,7 @@ class Given(NamedTuple):
     packed: list[Tensor]
 
 
-class Passes:
+class Passes(ABC):
     """What a node does with its input and a named tuple of arguments, in which lists of tensors come first.
 
     The first four of these are the weights and biases of norms, then of convolutions; they have gradients.
@@ -77,40 +78,40 @@ class Passes:
         self.backward_operator.register_autograd(_refuse)
         self.backward_operator.register_vmap(_one_by_one(self.backward_operator))
 
+    @abstractmethod
     def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
         """The output, and all else that backward may need."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saves(self, x: Tensor, made: Sequence[Tensor], arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
         """What backward needs of the input (it or nothing), and of all that `forward` made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> list[Tensor]:
         """The gradients of the input (anything, if not wanted), of weights and biases of norms, and of convolutions'
         wanted weights and biases.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_fake(self, x: Tensor, arguments: Any) -> list[Tensor]:
         """Tensors like those that `forward` makes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grad_x_fake(self, given: Given, need_x: bool, arguments: Any) -> Tensor:
         """A tensor like the first that `backward` returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_flops(self, x: Tensor, arguments: Any) -> int:
         """Two for each multiplication of a convolution. The shapes count, as everywhere in PyTorch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> int:
         """Likewise, for the gradients that are wanted, and for what runs again."""
-        raise NotImplementedError
 
     def __call__(self, x: Tensor, arguments: Any) -> list[Tensor]:
-        """`forward`, with a gradient if one can be wanted."""
+        """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`."""
         self.count()
-        if torch.compiler.is_compiling() or _watched():
+        if _watched():
             return self.forward_operator(x, *arguments)
         _refuse_tangents(x, *arguments)
         if not torch.is_grad_enabled():
@@ -149,7 +150,7 @@ class Passes:
     def count(self) -> None:
         """Have PyTorch's counter of operations count ours, if somebody has imported it, which takes a while."""
         counter = sys.modules.get("torch.utils.flop_counter")
-        if counter is None or torch.compiler.is_compiling():
+        if counter is None:
             return
         namespace = torch.ops.efficient_densenet
         forward, backward = (getattr(namespace, f"{self.name}_{way}") for way in ("forward", "backward"))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from efficient_densenet.files import replacing
 from efficient_densenet.measure import machine, results, tables
+from efficient_densenet.measure.networks import positive_int
 from efficient_densenet.measure.results import Record
 
 
@@ -41,8 +42,14 @@ class Script:
     title: str
     sections: Mapping[str, Section]
 
-    def parser(self, description: str, folder: Path) -> argparse.ArgumentParser:
-        """With the options that every script has; `folder` is where results are kept."""
+    def parser(self, description: str, folder: Path, rounds: int | None = None) -> argparse.ArgumentParser:
+        """With the options that every script has.
+
+        Args:
+            description: of the script.
+            folder: where results are kept.
+            rounds: turns of each contender, where they take turns: see `plan`.
+        """
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument(
             "--sections",
@@ -53,7 +60,14 @@ class Script:
         )
         parser.add_argument("--quick", action="store_true", help="tiny networks, to try this program")
         parser.add_argument("--output", type=Path, default=folder, help="folder of the results")
+        if rounds is not None:
+            parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {rounds})")
         return parser
+
+    def plan(self, arguments: argparse.Namespace, full: Any, quick: Any) -> Any:
+        """The plan that these ask for: dataclasses of one kind, with `rounds` where `parser` has the option."""
+        plan = quick if arguments.quick else full
+        return replace(plan, rounds=arguments.rounds) if getattr(arguments, "rounds", None) else plan
 
     def run(self, arguments: argparse.Namespace, plan: Any) -> int:
         """Measure the sections that were asked for, each kept at once, and write the document again."""
