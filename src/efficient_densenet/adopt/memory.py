@@ -40,10 +40,11 @@ def of_part(chain: Chain, module: nn.Module, way: str, keep: str) -> Values:
         after = {"bottleneck": made + kept, "features": made, "inputs": chain.width}[keep]
         after = {SHARED: after, RECOMPUTE: made + bottlenecks}.get(way, before)
     if chain.tail:
-        # What the block made is counted with the block, once it is kept there; an average pool keeps its input.
-        of_tail = 2 * made + chain.tail
-        before += of_tail
-        after += {SHARED: 0, RECOMPUTE: chain.tail}.get(way, of_tail)
+        # Of the concatenation that it reads and its activation; an average pool keeps its input. Recomputing, a block
+        # keeps what its layers made, and hands out a concatenation that it does not know to be kept behind it.
+        before += 2 * made + chain.tail
+        recomputed = chain.tail + (0 if chain.made else made)
+        after += {SHARED: 0, RECOMPUTE: recomputed}.get(way, 2 * made + chain.tail)
     return Values(before, after)
 
 

@@ -16,7 +16,7 @@ from efficient_densenet.adopt.conversion import make_efficient
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
 from efficient_densenet.adopt.memory import Values, of_part, of_stem
-from efficient_densenet.adopt.step import peak_of_step
+from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.adopt.survey import survey
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
@@ -24,6 +24,7 @@ from efficient_densenet.execution import Keep, check_keep
 from efficient_densenet.execution.plan import parts
 
 _JOINS = "joins stem and transitions"
+_BATCHES = (32, 64)  # each more than fits into the workspaces that do not grow
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,16 @@ def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[f
     try:
         if not adopted_modules(twin):
             make_efficient(twin, keep or "bottleneck")
-        after = peak_of_step(twin, image).per_image
-        return peak_of_step(restore(twin), image).per_image, after
+        after = _peak_of_one(twin, image)
+        return _peak_of_one(restore(twin), image), after
     except UserError:
         return None
+
+
+def _peak_of_one(model: nn.Module, image: Sequence[int]) -> float:
+    """Of a larger batch, without what does not grow with it."""
+    few, many = (step_memory(model, image, n) for n in _BATCHES)
+    return (many.peak - few.peak) / (many.batch_size - few.batch_size)
 
 
 class _Part(NamedTuple):

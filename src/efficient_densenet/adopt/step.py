@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from typing import Any
@@ -27,8 +27,7 @@ from efficient_densenet import ops
 from efficient_densenet.adopt.adopted import adoptions
 from efficient_densenet.errors import UserError
 
-_BLOCK = 16
-_BATCHES = (32, 64)  # large enough that workspaces, cut to pieces of a few megabytes, no longer grow
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,18 @@ class StepMemory:
     Attributes:
         batch_size: images.
         kept: alive between forward and backward.
-        peak: the most that is alive at one time.
+        peak: the most that is alive at one time, with the workspaces of PyTorch's convolutions.
         where: when that is.
+        trace: alive after each operation of the step, in their order.
+        forward: how many of these operations are those of forward.
     """
 
     batch_size: int
     kept: int
     peak: int
     where: str
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most bytes that a training step adds, by its batch: ``per_image·N + constant``; and where that is."""
-
-    per_image: float
-    constant: float
-    where: str
-
-
-def peak_of_step(model: nn.Module, image: Sequence[int], autocast: torch.dtype | None = None) -> Peak:
-    """For batches of any size, from two of them. Arguments and errors are those of `step_memory`."""
-    small, large = (step_memory(model, image, n, autocast) for n in _BATCHES)
-    slope = (large.peak - small.peak) / (large.batch_size - small.batch_size)
-    return Peak(slope, large.peak - slope * large.batch_size, large.where)
+    trace: tuple[int, ...] = field(repr=False)
+    forward: int
 
 
 def step_memory(
@@ -96,14 +83,14 @@ def step_memory(
                     output = twin(x)
                     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
                     loss = sum(t.float().square().sum() for t in tensors)
-                kept = live.now
+                kept, forward = live.now, len(live.trace)
                 live.phase = "backward"
                 loss.backward()  # type: ignore[union-attr]
             except Exception as error:
                 shape = "×".join(map(str, image))
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"a step on images of {shape} cannot be planned: {reason}") from error
-    return StepMemory(batch_size, kept, live.peak, live.where)
+    return StepMemory(batch_size, kept, live.peak, live.where, tuple(live.trace), forward)
 
 
 @contextmanager
@@ -128,12 +115,14 @@ class _Live(TorchDispatchMode):
         phase: of the step.
         now, peak: bytes.
         where: the peak is.
+        trace: `now` after each operation.
     """
 
     def __init__(self, besides: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.phase = self.where = "forward"
         self.now = self.peak = 0
+        self.trace: list[int] = []
         self.storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in besides if t is not None}
 
     @classmethod
@@ -145,7 +134,8 @@ class _Live(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        inside = self.now + _workspace(function, args)
+        self.trace.append(self.now)
+        inside = self.now + _workspace(function, args, output)
         if inside > self.peak:
             self.peak, self.where = inside, self.phase
         return output
@@ -166,13 +156,46 @@ class _Live(TorchDispatchMode):
             self.where = f"backward of {module or 'the model'}"
 
 
-def _workspace(function: Any, args: Sequence[Any]) -> int:
-    """Bytes that PyTorch's own operations need inside.
+def _workspace(function: Any, args: Sequence[Any], output: Any) -> int:
+    """Bytes that a convolution of PyTorch's needs inside, besides its results; on a CPU, where oneDNN runs it.
 
-    On a CPU, oneDNN copies gradient and input of a convolution to blocks of 16 channels for the weight's gradient,
-    unless they are channels-last, or an image of three channels.
+    Unless images are channels-last, oneDNN works on copies whose channels lie in blocks (`reorder_if_differ_in` in
+    ideep's `convolution_forward` and `convolution_backward_*`, from PyTorch's allocator): forward on one of the input,
+    into one of the output, which then becomes the output; backward on one of the input or its gradient, and, for the
+    weight, one of the output's gradient. Copies of weights, and what backward transposes in half precision, are left
+    out.
     """
-    if function is not torch.ops.aten.convolution_backward.default or not args[-1][1]:
-        return 0
-    tensors = [t for t in args[:2] if t.device.type == "cpu" and t.is_contiguous() and t.shape[1] > 3]
-    return sum(t.nbytes // t.shape[1] * _BLOCK * ceil(t.shape[1] / _BLOCK) for t in tensors)
+    if function is _aten.convolution.default:
+        x, weight = args[:2]
+        if not _reorders(x, weight):
+            return 0
+        copy_of_output = _in_blocks(output)
+        return max(_copied(x) + copy_of_output - output.nbytes, copy_of_output)
+    if function is _aten.convolution_backward.default:
+        grad, x, weight = args[:3]
+        if not _reorders(x, weight):
+            return 0
+        return _copied(x) + (_in_blocks(grad) if args[-1][1] else 0)
+    return 0
+
+
+def _reorders(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN runs a convolution of `x`, and not on channels-last images.
+
+    One thread multiplies 1×1 windows of few images elsewhere: `ConvParams::use_mkldnn` in aten's Convolution.cpp.
+    """
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return False
+    products = x.dtype == torch.float32 and set(weight.shape[2:]) == {1} and len(x) < 16
+    return not (products and torch.get_num_threads() == 1)
+
+
+def _copied(x: Tensor) -> int:
+    """Of a convolution's input: that of a network's first, an image of up to three channels, is read as it is."""
+    return _in_blocks(x) if x.shape[1] > 3 else 0
+
+
+def _in_blocks(x: Tensor) -> int:
+    """Bytes of a copy whose channels are filled up to whole blocks: a vector of floats each."""
+    block = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    return x.nbytes // x.shape[1] * block * ceil(x.shape[1] / block)

@@ -17,7 +17,7 @@ _TYPES = {"float32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--batch-size", type=positive_int, help="images of a step, which have to fit")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images of a step")
     parser.add_argument("--memory", type=parse_bytes, help="that there is for tensors, such as 11GB")
     parser.add_argument(
         "--dtype", choices=tuple(_TYPES), default="float32", help="amp-bf16: float32 under autocast to bfloat16"

@@ -1,7 +1,7 @@
-"""The operations of `Backend` for tensors without values: they allocate what they return, and compute nothing.
+"""The operations of `Backend` for tensors without values: they allocate what the backends do, and compute nothing.
 
-Where a convolution is PyTorch's, they also allocate the workspace that it has on a CPU: a piece of the rectified prefix
-and its gradient.
+What is allocated, and when, is that of `cpu`: nothing where one of its kernels is the whole operation; elsewhere a
+piece of the rectified prefix, and PyTorch's convolution of it. The first piece stands for all, for none is larger.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops import cpu
-from efficient_densenet.ops.convolution import pieces
+from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
+from efficient_densenet.ops.cpu import own_convolution
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
@@ -21,16 +21,26 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    pass
+    if pool == 1 and own_convolution(x, weight) is not None:
+        return
+    for _, scratch in pieces(x):
+        s = _pooled(scratch, pool)
+        if pool == 1 or own_convolution(s, weight) is None:
+            convolve(s, weight)
+        break
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    if operands.pool > 1 or cpu.own_convolution(operands.x, operands.weight) is None:
-        for _, scratch in pieces(operands.x):
-            torch.empty_like(scratch)
-            break  # the others are not larger
-    grad_weight = torch.empty_like(operands.weight) if operands.need_weight else None
-    return grad_weight, *_of_norm(operands.norm)
+    _, x, norm, weight, _, _, _, pool, need_weight = operands
+    if pool > 1 or own_convolution(x, weight) is None:
+        for images, scratch in pieces(x):
+            s = _pooled(scratch, pool)
+            if pool > 1 and own_convolution(s, weight) is not None:
+                torch.empty_like(s)
+            else:
+                convolve_backward(operands.grad_out[images], s, weight, need_weight)
+            break
+    return torch.empty_like(weight) if need_weight else None, *_of_norm(norm)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -40,6 +50,7 @@ def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    grad_out.new_empty(grad_out.shape, dtype=torch.uint8)  # the argmax of each window
     return _of_norm(norm)
 
 
@@ -59,6 +70,12 @@ def statistics(x: Tensor, into: Statistics) -> None:
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     pass
+
+
+def _pooled(scratch: Tensor, pool: int) -> Tensor:
+    """The prologue of a piece: in the scratch tensor, or, behind a pool, in one of its own."""
+    n, *spatial, channels = scratch.shape
+    return scratch if pool == 1 else scratch.new_empty((n, *(size // pool for size in spatial), channels))
 
 
 def _of_norm(norm: Affine) -> tuple[Tensor, Tensor]:
