@@ -16,6 +16,7 @@ SOURCE = Path(efficient_densenet.__file__).parent
 RANK = {
     "errors": 0,
     "files": 0.5,
+    "units": 0.5,
     "ops": 1,
     "execution": 2,
     "adopt": 3,
@@ -49,6 +50,7 @@ INSIDE = {
         "conversion",
         "report",
         "planner inspect",
+        "choice",
         "__init__",
     ],
     "training": [

@@ -1,4 +1,4 @@
-"""`make_efficient`: what recognised parts of a model become."""
+"""What the recognised parts of a model become: `convert`."""
 
 from __future__ import annotations
 
@@ -13,48 +13,18 @@ from efficient_densenet.adopt.adopted import (
     adopted_modules,
     adoptions,
 )
-from efficient_densenet.adopt.decide import WAYS, Adoption, Segment, Way
+from efficient_densenet.adopt.decide import Adoption, Segment, Way
 from efficient_densenet.adopt.survey import Finding, networks, survey
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Keep, check_keep
+from efficient_densenet.execution import Keep
 from efficient_densenet.execution.library import run_stage
 from efficient_densenet.execution.stem_library import run_stem
 
 
-def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shared") -> nn.Module:
-    """Make the dense blocks of any model run on the shared buffer, in place, and return the model.
-
-    Dense blocks, transitions and the sequences that run them are recognised by what they compute: their forward is
-    recorded on a few random pixels, and compared with what would run instead. Their objects get another class;
-    parameters, buffers, keys, hooks and modes stay the very same. Blocks of other norms, activations or convolutions
-    recompute instead, which needs more memory and is exact. See `report` for what became of each part, and `restore`
-    to undo it.
-
-    Gradients agree with the ordinary model's up to rounding; running statistics move once per step.
-
-    Args:
-        model: from torchvision, timm, MONAI, this library, or any other source; calling this again changes `keep` and
-            `way`.
-        keep: what stays in memory for backward: ``"bottleneck"`` features and bottleneck outputs (fastest),
-            ``"features"`` the features alone, ``"inputs"`` the inputs of the blocks alone (smallest).
-        way: ``"shared"``, or ``"recompute"``: the ordinary operations, which forget concatenations, norms and
-            activations and compute them again in backward. It needs more memory (`keep` does not matter), is equal
-            to the ordinary model in every bit, and has gradients of gradients, which ``"shared"`` refuses.
-
-    Raises:
-        UserError: `keep` or `way` is no such word, the model is no module, or nothing in it is a dense block.
-    """
+def convert(model: nn.Module, keep: Keep, way: Way = "shared", tried: bool = True) -> None:
+    """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
     if not isinstance(model, nn.Module):
         raise UserError(f"make_efficient takes a torch.nn.Module, not {type(model).__name__}{_graph_advice(model)}")
-    check_keep(keep)
-    if way not in WAYS:
-        raise UserError(f"way must be one of {', '.join(map(repr, WAYS))}, not {way!r}")
-    convert(model, keep, way)
-    return model
-
-
-def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
-    """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
     for passes in (run_stage, run_stem):
         passes.count()
     if adopted_modules(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from efficient_densenet.adopt.adopted import restore
-from efficient_densenet.adopt.conversion import make_efficient
+from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.report import entries_of
 from efficient_densenet.adopt.step import StepMemory, step_memory
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import KEEP
+from efficient_densenet.execution import KEEP, Keep
 
 Optimizer = Literal["none", "sgd", "adam"]
 _STATES: dict[Optimizer, int] = {"none": 0, "sgd": 1, "adam": 2}  # values for each of a parameter; sgd with momentum
@@ -116,52 +116,107 @@ def plan(
     Raises:
         UserError: the model has no dense blocks or cannot run on such an image, or an argument is not supported.
     """
-    if optimizer not in _STATES:
-        raise UserError(f"optimizer must be one of {', '.join(map(repr, get_args(Optimizer)))}, not {optimizer!r}")
     for name, value in (("batch_size", batch_size), ("memory", memory)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
-    parameters, state = _bytes([*model.parameters(), *model.buffers()]), _STATES[optimizer] * gradients
-    like = next(model.parameters())
-    per_image = torch.Size(image).numel() * like.element_size()
-    shorter = (autocast or like.dtype).itemsize / 4  # parts are told in float32
+    shorter = (autocast or next(model.parameters()).dtype).itemsize / 4  # parts are told in float32
     ways = []
     for name, twin in _as_every_way(model):
-        step = cache(lambda n, twin=twin: step_memory(twin, image, n, autocast))
-
-        def needed(n: int, step: Callable[[int], StepMemory] = step) -> int:
-            return parameters + gradients + state + n * per_image + step(n).peak
-
+        steps = _Steps(twin, image, optimizer, autocast)
         told = entries_of(twin, image=image)
         of_one = {e.name: (e.bytes_before if name == ORDINARY else e.bytes_after) or 0.0 for e in told}
         parts = {part: nbytes * shorter * batch_size for part, nbytes in of_one.items() if nbytes}
-        largest = None if memory is None else _largest_batch(needed, batch_size, memory)
-        ways.append(PlannedWay(name, parts, step(batch_size), needed(batch_size), largest))
+        largest = None if memory is None else steps.largest_batch(memory, batch_size)
+        ways.append(PlannedWay(name, parts, steps.step(batch_size), steps.needed(batch_size), largest))
+    images = batch_size * steps.per_image
     chosen = _recommended(ways, batch_size, memory)
-    return Plan(batch_size, parameters, gradients, state, batch_size * per_image, tuple(ways), *chosen)
+    return Plan(batch_size, steps.parameters, steps.gradients, steps.state, images, tuple(ways), *chosen)
+
+
+def fastest_that_fits(
+    model: nn.Module,
+    batch: Sequence[int],
+    memory: int,
+    optimizer: Optimizer = "sgd",
+    autocast: torch.dtype | None = None,
+) -> tuple[Keep, str]:
+    """The fastest `keep` whose training step fits, and why, in words. Errors and other arguments: as of `plan`.
+
+    Args:
+        batch: the shape ``(N, C, *spatial)`` of the images of a step.
+        memory: bytes that there are.
+
+    Raises:
+        DoesNotFitError: nothing fits.
+    """
+    batch_size, *image = batch
+    twin = copy.deepcopy(model)
+    before = ""
+    for keep in KEEP:
+        convert(twin, keep)
+        steps = _Steps(twin, image, optimizer, autocast)
+        needed = steps.needed(batch_size)
+        if needed <= memory:
+            why = f"a step of {batch_size} images needs {_mb(needed)} of {_mb(memory)} MB{before}"
+            return keep, f'keep="{keep}": {why}'
+        before = f", and {_mb(needed)} MB with {keep!r}"
+    largest = steps.largest_batch(memory, batch_size)
+    raise DoesNotFitError(batch_size, needed, memory, largest)
+
+
+class DoesNotFitError(UserError):
+    """A training step fits with no `keep`; `largest_batch` images would with the smallest, or 0."""
+
+    def __init__(self, batch_size: int, needed: int, memory: int, largest_batch: int) -> None:
+        self.largest_batch = largest_batch
+        way_out = f"use a batch of at most {largest_batch}" if largest_batch else "use smaller images, or more memory"
+        super().__init__(
+            f"a training step of {batch_size} images needs {_mb(needed)} MB of memory with keep={KEEP[-1]!r}, the "
+            f"least, and {_mb(memory)} MB are allowed: {way_out}"
+        )
+
+
+class _Steps:
+    """What training steps of a model need, by their batches; each is counted once."""
+
+    def __init__(
+        self, model: nn.Module, image: Sequence[int], optimizer: Optimizer, autocast: torch.dtype | None
+    ) -> None:
+        if optimizer not in _STATES:
+            raise UserError(f"optimizer must be one of {', '.join(map(repr, get_args(Optimizer)))}, not {optimizer!r}")
+        self.step = cache(lambda batch_size: step_memory(model, image, batch_size, autocast))
+        self.gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.parameters = _bytes([*model.parameters(), *model.buffers()])
+        self.state = _STATES[optimizer] * self.gradients
+        self.per_image = torch.Size(image).numel() * next(model.parameters()).element_size()
+
+    def needed(self, batch_size: int) -> int:
+        """Bytes of everything."""
+        constant = self.parameters + self.gradients + self.state
+        return constant + batch_size * self.per_image + self.step(batch_size).peak
+
+    def largest_batch(self, memory: int, first: int) -> int:
+        """The largest that fits. Where the line through two that are counted meets the limit is the next to count."""
+        before, batch_size = first, first + 1
+        for _ in range(_MOST_TRIALS):
+            per_image = (self.needed(batch_size) - self.needed(before)) / (batch_size - before)
+            following = max(1, batch_size + int((memory - self.needed(batch_size)) // max(per_image, 1)))
+            if following in (before, batch_size):
+                break
+            before, batch_size = batch_size, following
+        while batch_size and self.needed(batch_size) > memory:
+            batch_size -= max(1, batch_size // 100)
+        return batch_size
 
 
 def _as_every_way(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     twin = copy.deepcopy(model)
     for keep in KEEP:
-        yield keep, make_efficient(twin, keep)
-    yield RECOMPUTE, make_efficient(twin, way="recompute")
+        convert(twin, keep)
+        yield keep, twin
+    convert(twin, KEEP[0], "recompute")
+    yield RECOMPUTE, twin
     yield ORDINARY, restore(twin)
-
-
-def _largest_batch(needed: Callable[[int], int], first: int, memory: int) -> int:
-    """The largest batch that fits. Each is counted; where the line through two of them meets the limit is the next."""
-    before, batch_size = first, first + 1
-    for _ in range(_MOST_TRIALS):
-        per_image = (needed(batch_size) - needed(before)) / (batch_size - before)
-        following = max(1, batch_size + int((memory - needed(batch_size)) // max(per_image, 1)))
-        if following in (before, batch_size):
-            break
-        before, batch_size = batch_size, following
-    while batch_size and needed(batch_size) > memory:
-        batch_size -= max(1, batch_size // 100)
-    return batch_size
 
 
 def _recommended(ways: Sequence[PlannedWay], batch_size: int, memory: int | None) -> tuple[str | None, str]:

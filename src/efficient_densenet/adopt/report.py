@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efficient_densenet.adopt.adopted import AdoptedPart, AdoptedSequence, adopted_modules, restore
 from efficient_densenet.adopt.chain import Chain
-from efficient_densenet.adopt.conversion import make_efficient
+from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
 from efficient_densenet.adopt.memory import Values, of_part, of_stem
@@ -144,7 +144,7 @@ def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[f
     twin = copy.deepcopy(model).float()
     try:
         if not adopted_modules(twin):
-            make_efficient(twin, keep or "bottleneck")
+            convert(twin, keep or "bottleneck")
         after = _peak_of_one(twin, image)
         return _peak_of_one(restore(twin), image), after
     except UserError:

@@ -9,8 +9,8 @@ import torch
 
 from efficient_densenet.adopt.inspect import add_model, model_and_image
 from efficient_densenet.adopt.planner import Optimizer, plan
-from efficient_densenet.measure.memory import parse_bytes
 from efficient_densenet.measure.networks import positive_int
+from efficient_densenet.units import parse_bytes
 
 _TYPES = {"float32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp-bf16": (torch.float32, torch.bfloat16)}
 

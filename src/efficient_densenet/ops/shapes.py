@@ -1,10 +1,13 @@
 """The operations of `Backend` for tensors without values: they allocate what the backends do, and compute nothing.
 
 What is allocated, and when, is that of `cpu`: nothing where one of its kernels is the whole operation; elsewhere a
-piece of the rectified prefix, and PyTorch's convolution of it. The first piece stands for all, for none is larger.
+piece of the rectified prefix, and PyTorch's convolution of it. Two pieces stand for all: none is larger, and what one
+has made is there until the next one has made its own.
 """
 
 from __future__ import annotations
+
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,23 +26,21 @@ def norm_relu_conv(
 ) -> None:
     if pool == 1 and own_convolution(x, weight) is not None:
         return
-    for _, scratch in pieces(x):
+    for _, scratch in islice(pieces(x), 2):
         s = _pooled(scratch, pool)
         if pool == 1 or own_convolution(s, weight) is None:
-            convolve(s, weight)
-        break
+            y = convolve(s, weight)  # noqa: F841
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     _, x, norm, weight, _, _, _, pool, need_weight = operands
     if pool > 1 or own_convolution(x, weight) is None:
-        for images, scratch in pieces(x):
+        for images, scratch in islice(pieces(x), 2):
             s = _pooled(scratch, pool)
             if pool > 1 and own_convolution(s, weight) is not None:
-                torch.empty_like(s)
+                g = torch.empty_like(s)
             else:
-                convolve_backward(operands.grad_out[images], s, weight, need_weight)
-            break
+                g, gw = convolve_backward(operands.grad_out[images], s, weight, need_weight)
     return torch.empty_like(weight) if need_weight else None, *_of_norm(norm)
 
 
