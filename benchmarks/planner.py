@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ FULL = (
     Subject("MONAI DenseNet121, 3D", _volumes, (1, 64, 64, 64), 2),
     Subject("U-Net of densenet121", _unet, (3, 224, 224), 2),
 )
+TRACED = (Subject("DenseNet-121", densenet121, (3, 224, 224), 16),)
+"""Whose memory over a step is drawn, and at which batch; the longest trace is thinned to so many points."""
+_POINTS = 600
 QUICK = (Subject("tiny", partial(densenet_cifar, 10, 12), (3, 32, 32), 64),)
 
 
@@ -76,6 +80,32 @@ def peaks(plan: Sequence[Subject]) -> list[Record]:
                 about = {"network": subject.name, "image": subject.image, "batch_size": subject.batch_size}
                 records.append({**about, "way": way, "dtype": name, **found})
     return records
+
+
+def traces(plan: Sequence[Subject]) -> list[Record]:
+    """Bytes alive over a step, forward and backward, as planned; of DenseNet-121, unless the plan is a quick one."""
+    records = []
+    for subject in plan if plan is QUICK else TRACED:
+        model = subject.build()
+        for way in WAYS:
+            _run_as(model, way)
+            step = step_memory(model, subject.image, subject.batch_size)
+            halves = {"forward": step.trace[: step.forward], "backward": step.trace[step.forward :]}
+            about = {"network": subject.name, "batch_size": subject.batch_size, "way": way}
+            records.append({**about, "peak": step.peak, **{name: _thinned(half) for name, half in halves.items()}})
+    return records
+
+
+def _thinned(values: Sequence[int]) -> list[int]:
+    """The largest of each run of them, and no more than `_POINTS`."""
+    run = ceil(len(values) / _POINTS)
+    return [max(values[i : i + run]) for i in range(0, len(values), run)]
+
+
+def peaks_over_steps(records: list[Record]) -> str:
+    """Where the traces are drawn, and their peaks."""
+    rows = [[f"{r['network']}, batch {r['batch_size']}", r["way"], f"{r['peak'] / 1e6:.1f}"] for r in records]
+    return tables.markdown(["network", "way", "peak, MB"], rows, names=2)
 
 
 def _run_as(model: nn.Module, way: Any) -> None:
@@ -124,7 +154,10 @@ def table(records: list[Record]) -> str:
 SCRIPT = Script(
     "planner",
     "What is planned, and what it takes",
-    {"peaks": Section("Peak of a training step in MB, and the planner's error", peaks, table)},
+    {
+        "peaks": Section("Peak of a training step in MB, and the planner's error", peaks, table),
+        "traces": Section("Memory over a training step", traces, peaks_over_steps),
+    },
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import adoption
 import cpu
+import curves
 import engine
 import peers
 import planner
@@ -151,9 +152,11 @@ TABLES = (
 PICTURES = (
     Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
+    Picture("memory_over_a_step", plots.memory_over_a_step, "planner", "traces"),
+    Picture("training_curves", plots.training_curves, "curves", "digits"),
     Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
 )
-SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT)
 
 
 def texts(root: Path) -> dict[Path, str]:

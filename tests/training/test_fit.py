@@ -196,9 +196,12 @@ def test_two_processes_train_together(tmp_path):
 
 
 def test_a_memory_limit_decides_what_is_kept_and_the_pieces_of_a_batch(tmp_path, capsys):
-    assert tiny_run.run("fit", tmp_path, "--memory", "1GB", "--model.network.keep", "inputs") == 0
+    efficient = ["--model.network.efficient", "true", "--model.network.keep", "inputs"]
+    assert tiny_run.run("fit", tmp_path, "--memory", "1GB", *efficient) == 0
     assert 'memory decides: keep="bottleneck": a step of 64 images needs' in capsys.readouterr().out
-    assert tiny_run.run("fit", tmp_path, "--memory", "1MB", "--trainer.limit_train_batches", "4", "--name", "less") == 0
+    assert (
+        tiny_run.run("fit", tmp_path, "--memory", "200kB", "--trainer.limit_train_batches", "4", "--name", "less") == 0
+    )
     told = capsys.readouterr().out
     assert "each batch of 64 in" in told and "pieces, whose gradients are added up" in told
     assert tiny_run.run("fit", tmp_path, "--memory", "10kB") == 2

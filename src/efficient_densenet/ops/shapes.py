@@ -29,18 +29,16 @@ def norm_relu_conv(
     for _, scratch in islice(pieces(x), 2):
         s = _pooled(scratch, pool)
         if pool == 1 or own_convolution(s, weight) is None:
-            y = convolve(s, weight)  # noqa: F841
+            made = convolve(s, weight)  # noqa: F841
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     _, x, norm, weight, _, _, _, pool, need_weight = operands
     if pool > 1 or own_convolution(x, weight) is None:
         for images, scratch in islice(pieces(x), 2):
-            s = _pooled(scratch, pool)
-            if pool > 1 and own_convolution(s, weight) is not None:
-                g = torch.empty_like(s)
-            else:
-                g, gw = convolve_backward(operands.grad_out[images], s, weight, need_weight)
+            s, grad = _pooled(scratch, pool), operands.grad_out[images]
+            own = pool > 1 and own_convolution(s, weight) is not None
+            made = torch.empty_like(s) if own else convolve_backward(grad, s, weight, need_weight)  # noqa: F841
     return torch.empty_like(weight) if need_weight else None, *_of_norm(norm)
 
 
