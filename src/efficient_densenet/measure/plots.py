@@ -70,17 +70,12 @@ def memory_over_a_step(figure: Any, records: Records) -> None:
             # Ways differ in how many operations they have: each half of the step gets half of the axis.
             halves = [record["forward"], record["backward"]]
             x = [half + (i + 1) / len(values) for half, values in enumerate(halves) for i in range(len(values))]
-            colour = f"C{records.index(record)}"
-            axes.plot(
-                x,
-                [nbytes / 1e6 for nbytes in (*halves[0], *halves[1])],
-                color=colour,
-                label=record["way"],
-                linewidth=1.2,
-            )
+            megabytes = [nbytes / 1e6 for half in halves for nbytes in half]
+            axes.plot(x, megabytes, color=f"C{records.index(record)}", label=record["way"], linewidth=1.2)
         axes.axvline(1, color="0.7", linewidth=0.8)
         axes.set(xticks=[0.5, 1.5], xticklabels=["forward", "backward"], ylabel="MB", xlim=(0, 2), ylim=(0, None))
-        axes.set_title(f"{shown[0]['network']}, batch {shown[0]['batch_size']}: {len(shown)} ways to run it")
+        ways = "every way" if shown is records else "the efficient ways"
+        axes.set_title(f"{shown[0]['network']}, batch {shown[0]['batch_size']}: {ways} to run it")
         axes.legend()
 
 
