@@ -16,8 +16,10 @@ statistics). Extra time: one concatenation, norm and activation per convolution,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +108,7 @@ class _Result:
             with torch.no_grad():
                 made = self.function(*arguments, **self.named)
             made = made[0] if isinstance(made, tuple | list) else made
-            if self.uses == 1 or not _when_backward_ends(self._forget):
+            if self.uses == 1 or not _when_backward_ends(partial(_forget, weakref.ref(self))):
                 return made
             self.again, self.left = made, self.uses
         made, self.left = self.again, self.left - 1
@@ -114,8 +116,12 @@ class _Result:
             self.again = None
         return made
 
-    def _forget(self) -> None:
-        self.again = None
+
+def _forget(reference: weakref.ref[_Result]) -> None:
+    """What was computed again. Weakly referred to: what it was computed from is free once its promises are kept."""
+    result = reference()
+    if result is not None:
+        result.again = None
 
 
 class _Promise(NamedTuple):
