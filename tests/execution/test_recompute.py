@@ -285,7 +285,9 @@ def test_backward_frees_what_it_has_used():
     x = torch.randn(16, 3, 32, 32)
     kept = []
     forward = peak_bytes(lambda: kept.append(network(x)))
-    assert peak_bytes(lambda: network(x).sum().backward()) < 1.1 * forward
+    assert (
+        peak_bytes(lambda: network(x).sum().backward()) < 1.25 * forward
+    )  # with gradients, and one layer computed again
 
 
 def test_nothing_is_kept_without_gradients():
