@@ -62,7 +62,7 @@ FULL = (
 )
 TRACED = (Subject("DenseNet-121", densenet121, (3, 224, 224), 16),)
 """Whose memory over a step is drawn, and at which batch; the longest trace is thinned to so many points."""
-_POINTS = 600
+_POINTS = 200
 QUICK = (Subject("tiny", partial(densenet_cifar, 10, 12), (3, 32, 32), 64),)
 
 

@@ -204,5 +204,7 @@ def test_a_memory_limit_decides_what_is_kept_and_the_pieces_of_a_batch(tmp_path,
     )
     told = capsys.readouterr().out
     assert "each batch of 64 in" in told and "pieces, whose gradients are added up" in told
+    assert tiny_run.run("fit", tmp_path, "--memory", "1GB", "--model.network.efficient", "recompute") == 2
+    assert "set model.network.efficient to true" in capsys.readouterr().err
     assert tiny_run.run("fit", tmp_path, "--memory", "10kB") == 2
     assert "use smaller images, or more memory" in capsys.readouterr().err

@@ -25,7 +25,8 @@ class WithinMemory(Callback):
     few as possible: an optimiser step has as many images as before, and batch statistics are those of a piece.
 
     Raises:
-        UserError: nothing fits, the network has no dense blocks, or the data do not say their ``batch_size``.
+        UserError: nothing fits, the network has no dense blocks or recomputes, or the data do not say their
+            ``batch_size``.
     """
 
     def __init__(self, memory: int) -> None:
@@ -37,6 +38,8 @@ class WithinMemory(Callback):
             return
         if not isinstance(getattr(data, "batch_size", None), int):
             raise UserError("--memory needs data that say their batch_size: give model.network.keep instead")
+        if pl_module.network_factory.arguments.get("efficient") == "recompute":
+            raise UserError("--memory chooses what the shared buffer keeps: set model.network.efficient to true")
         step = partial(
             fastest_that_fits,
             pl_module.network,
