@@ -90,7 +90,7 @@ def test_the_fastest_that_fits_is_recommended():
         found = plan(model, image, batch_size=30, memory=way.needed)
         assert found.recommended == way.name
         assert {w.name: w.largest_batch for w in found.ways}[way.name] == batch_size
-    nothing = plan(model, image, memory=10**5)
+    nothing = plan(model, image, memory="100kB")
     assert nothing.recommended is None and "32 images do not fit into 0.1 MB; 0 do" in str(nothing)
 
 

@@ -12,7 +12,6 @@ from efficient_densenet.adopt.decide import WAYS, Way
 from efficient_densenet.adopt.planner import fastest_that_fits
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import AUTO, Auto, Keep, check_keep
-from efficient_densenet.units import parse_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +71,6 @@ def chosen_keep(
             'keep="auto" is for the shared buffer, and needs memory, such as "11GB", and batch, the shape (N, C, H, W) '
             "of the images of a training step"
         )
-    found, reason = fastest_that_fits(model, batch, parse_bytes(memory) if isinstance(memory, str) else memory)
+    found, reason = fastest_that_fits(model, batch, memory)
     _log.info(reason)
     return found

@@ -17,6 +17,7 @@ from efficient_densenet.adopt.report import entries_of
 from efficient_densenet.adopt.step import StepMemory, step_memory
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP, Keep
+from efficient_densenet.units import parse_bytes
 
 Optimizer = Literal["none", "sgd", "adam"]
 _STATES: dict[Optimizer, int] = {"none": 0, "sgd": 1, "adam": 2}  # values for each of a parameter; sgd with momentum
@@ -96,7 +97,7 @@ def plan(
     image: Sequence[int],
     *,
     batch_size: int = 32,
-    memory: int | None = None,
+    memory: int | str | None = None,
     optimizer: Optimizer = "sgd",
     autocast: torch.dtype | None = None,
 ) -> Plan:
@@ -109,13 +110,14 @@ def plan(
         model: ordinary or already efficient; is not changed. Its parameters' types are those of the step.
         image: the shape ``(C, *spatial)`` of one image.
         batch_size: images of the step.
-        memory: bytes that there are; a largest batch is told for each way.
+        memory: that there is: bytes, or text such as ``"11GB"``; a largest batch is told for each way.
         optimizer: what keeps state for each parameter: ``"none"``, ``"sgd"`` (with momentum) or ``"adam"``.
         autocast: the type of `torch.autocast`, if the step runs in it.
 
     Raises:
         UserError: the model has no dense blocks or cannot run on such an image, or an argument is not supported.
     """
+    memory = parse_bytes(memory) if isinstance(memory, str) else memory
     for name, value in (("batch_size", batch_size), ("memory", memory)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
@@ -136,7 +138,7 @@ def plan(
 def fastest_that_fits(
     model: nn.Module,
     batch: Sequence[int],
-    memory: int,
+    memory: int | str,
     optimizer: Optimizer = "sgd",
     autocast: torch.dtype | None = None,
 ) -> tuple[Keep, str]:
@@ -144,11 +146,12 @@ def fastest_that_fits(
 
     Args:
         batch: the shape ``(N, C, *spatial)`` of the images of a step.
-        memory: bytes that there are.
+        memory: that there is.
 
     Raises:
         DoesNotFitError: nothing fits.
     """
+    memory = parse_bytes(memory) if isinstance(memory, str) else memory
     batch_size, *image = batch
     twin = copy.deepcopy(model)
     before = ""
