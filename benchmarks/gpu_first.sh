@@ -5,6 +5,8 @@
 #   benchmarks/gpu_first.sh 2 FOLDER    # how fast? kernels, and L = 40, k = 12
 #   benchmarks/gpu_first.sh 3 FOLDER    # DenseNet-121 at 224 in bfloat16
 #
+# Each looks at the kernels as they are, and at the candidates of ops/triton/tiles.py beside them.
+#
 # Nothing needs to be installed but PyTorch, Triton and pytest; torchvision and timm for the contenders of that name.
 # Results go to FOLDER, beside those that exist there. The code is 0 if every step was.
 # QUICK=1 makes everything tiny, to try this program. Tests run on real kernels, never in Triton's interpreter, which in
@@ -38,13 +40,13 @@ step() { # name, seconds, command
 tests=(python -m pytest -q -m gpu -p no:cacheprovider tests/ops/test_ops_triton_gpu.py)
 case "$call" in
 1)
-    step race 100 python benchmarks/gpu_race.py "${quick[@]}" --output "$folder"
+    step race 190 python benchmarks/gpu_race.py "${quick[@]}" --output "$folder"
     side_by_side=()
     if python -c "import xdist" 2>/dev/null; then side_by_side=(-n "${TEST_WORKERS:-8}"); fi
-    step tests 270 "${tests[@]}" "${side_by_side[@]}" -k "$chosen"
+    step tests 200 "${tests[@]}" "${side_by_side[@]}" -k "$chosen"
     if command -v compute-sanitizer >/dev/null; then
         # Its memcheck is known to complain about products of warp groups without reason.
-        step memcheck 120 compute-sanitizer --tool memcheck "${tests[@]}" -k "${chosen:-reference and 13 and bfloat16}"
+        step memcheck 100 compute-sanitizer --tool memcheck "${tests[@]}" -k "${chosen:-reference and 13 and bfloat16}"
     else
         echo "compute-sanitizer is not there: not run" | tee "$folder/memcheck.log"
     fi

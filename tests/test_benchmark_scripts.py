@@ -86,7 +86,8 @@ def test_the_memory_and_the_conversion_of_other_libraries_models(script, tmp_pat
     found = sections(tmp_path, "adoption")
     assert set(found) == {"memory", "conversion"} and found["memory"]["hardware"]["cpu"]
     ordinary, *adopted = (record["bytes_per_image"] for record in found["memory"]["records"])
-    assert len(adopted) == 3 and ordinary > 2 * max(adopted)
+    *kept, recomputing = adopted
+    assert len(kept) == 3 and ordinary > 2 * max(kept) and recomputing <= kept[-1]
     text = (tmp_path / "adoption.md").read_text()
     assert capsys.readouterr().out == text and "TINY NETWORKS" in text
 

@@ -29,7 +29,7 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
+    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
         "__init__ buffers pieces synchronise plan profiling recompute",
         "norms",

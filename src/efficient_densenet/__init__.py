@@ -2,6 +2,7 @@
 
 from efficient_densenet.adopt import Entry, Plan, Report, dense_block, make_efficient, plan, report, restore
 from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
+from efficient_densenet.execution.recompute import recomputing
 from efficient_densenet.models import (
     DenseNet,
     densenet121,
@@ -34,6 +35,7 @@ __all__ = [
     "densenet_cifar",
     "make_efficient",
     "plan",
+    "recomputing",
     "report",
     "restore",
 ]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in _COMMANDS and _COMMANDS[name].own_parser:
             return _module(name).main(name, argv[1:])
-        arguments = _parser(name).parse_args(argv)
+        arguments = parser(name).parse_args(argv)
         return _module(arguments.command).run(arguments)
     except (UserError, OSError) as error:
         # An OSError (no such file, disk full, no permission) already says what and where.
@@ -58,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(wanted: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(wanted: str) -> argparse.ArgumentParser:
+    """The command line's, with the options of the command that is wanted; others are not imported."""
+    everything = argparse.ArgumentParser(
         prog="efficient-densenet", description="DenseNets that train in a fraction of the memory."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    everything.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
@@ -73,7 +74,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
         )
         if name == wanted and not command.own_parser:
             _module(name).add_arguments(subparser)
-    return parser
+    return everything
 
 
 def _module(name: str) -> ModuleType:

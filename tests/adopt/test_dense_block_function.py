@@ -11,7 +11,7 @@ from comparison import assert_close, training_step
 from look_alikes import bottleneck_parts
 from torch import nn
 
-from efficient_densenet import dense_block
+from efficient_densenet import dense_block, make_efficient, report
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
@@ -95,6 +95,14 @@ def test_errors_say_what_does_not_fit():
         dense_block(x, [layers[0], plain_layer(9, 3)])
     with pytest.raises(UserError, match="the first layer reads 5 channels, and the input has 4"):
         dense_block(x[:, :4], layers)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_network_with_such_blocks_can_be_converted_too():
+    """Its blocks are recorded as what they are, though they call the function."""
+    network = nn.Sequential(Block(bottleneck, "features"), nn.Conv2d(17, 4, 1).double())
+    assert [entry.now for entry in report(make_efficient(copy.deepcopy(network))).entries] == ["shared buffer"]
+    assert_close(step(make_efficient(copy.deepcopy(network))), step(network))
 
 
 def test_exported_as_ordinary_operations():

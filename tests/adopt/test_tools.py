@@ -55,7 +55,7 @@ def test_a_tool_sees_the_ordinary_network(name, how, kind, way, monkeypatch):
 
     make = functools.partial(copy.deepcopy, made(kind, way))
     monkeypatch.setattr(shared, "run", note(shared.run, "shared buffer"))
-    monkeypatch.setattr(decide, "forgetting", note(decide.forgetting, "recompute"))
+    monkeypatch.setattr(decide, "recomputing", note(decide.recomputing, "recompute"))
     actual = quietly(PROGRAMS[name], make)
     assert_same(actual, expected(kind, name))
     if how != "as it can":

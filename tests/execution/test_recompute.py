@@ -218,7 +218,7 @@ def test_a_dense_layer_keeps_its_inputs_alone(bn_size):
     layer = DenseLayer(24, 8, bn_size)
     features = [torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(3)]
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, recompute.forgetting():
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, recompute.recomputing():
         output = layer(features)
     events = profile.profiler.kineto_results.events()
     alive = sum(event.nbytes() for event in events if event.name() == "[memory]")

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from twins import BOTTLENECK, IMAGENET, images, pair
 
 from efficient_densenet import DenseNet
-from efficient_densenet.execution import KEEP, library, stem_library
+from efficient_densenet.execution import KEEP, library, operators, stem_library
 from efficient_densenet.execution.plan import sources
 
 EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -26,7 +26,7 @@ def tensor(*shape):
     return torch.rand(shape, dtype=torch.float64) + 0.5
 
 
-def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, biased=False):
+def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, biased=False, contiguous=True):
     """Two layers on four channels that make three each, and perhaps a transition; the second norm is frozen."""
     torch.manual_seed(0)
     shapes = []
@@ -46,7 +46,7 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
     masks = [torch.randn(2, 3, 6, 5) > 0 for _ in range(2)] if masked else []
     read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
     eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
-    plain = (uses_batch, eps, read, scales, per_layer, pool, keep, "")
+    plain = (uses_batch, eps, read, contiguous, scales, per_layer, pool, keep, "")
     return x, *library.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
 
 
@@ -61,11 +61,11 @@ def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biase
 
 
 @pytest.mark.parametrize("per_layer", [1, 2])
-@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize(("pool", "contiguous"), [(0, False), (0, True), (2, True)])
 @pytest.mark.parametrize("keep", KEEP)
-def test_fakes_are_like_the_real_thing(per_layer, pool, keep):
+def test_fakes_are_like_the_real_thing(per_layer, pool, contiguous, keep):
     """Shapes, types and memory layouts of all that the operators return."""
-    arguments = stage_arguments(per_layer, pool, keep, requires_grad=False)
+    arguments = stage_arguments(per_layer, pool, keep, requires_grad=False, contiguous=contiguous)
     packed = library.stage_forward(*arguments)
     x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
     need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
@@ -210,3 +210,41 @@ def test_operators_are_counted_with_what_they_compute_again(keep):
     # The first bottleneck output is cheap to make again: it is never kept.
     again = {"bottleneck": 6 * 4, "features": pointwise, "inputs": pointwise + windowed}[keep]
     assert counter.get_total_flops() == 2 * pixels * (3 * every + again)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "counted"),
+    [((True, True, True), [3, 2]), ((True, False, True), [3, 1]), ((False, False, False), [3])],
+)
+def test_weights_are_cast_together_as_one_by_one(wanted, counted, monkeypatch):
+    """One operation forward and one backward, the same bits, each gradient in its tensor's own type and layout."""
+    counts = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (counts.append(len(of)), copy(to, of))[1])
+    tensors = [torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last), torch.randn(4, 3), torch.randn(5)]
+    results = []
+    for cast in (operators.cast_together, lambda given, dtype: [t.to(dtype) for t in given]):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
+        made = cast(leaves, torch.bfloat16)
+        if any(wanted):
+            sum((t * t).sum().float() for t in made[:2]).backward()  # the third has no gradient
+        results.append([*made, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+    assert counts == counted
+
+
+def test_what_watches_single_operations_sees_single_casts():
+    tensors = [torch.randn(3, requires_grad=True) for _ in range(2)]
+    found = torch.func.grad(lambda a, b: sum(t.float().sum() for t in operators.cast_together([a, b], torch.bfloat16)))
+    assert torch.equal(found(*tensors), torch.ones(3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        made, _ = operators.cast_together([dual, tensors[0]], torch.bfloat16)
+        assert torch.autograd.forward_ad.unpack_dual(made).tangent is not None
+    made = operators.cast_together(tensors, torch.bfloat16)
+    batch = torch.eye(3, dtype=torch.bfloat16)
+    (rows,) = torch.autograd.grad(made[0], tensors[0], batch, is_grads_batched=True)
+    assert torch.equal(rows, torch.eye(3))

@@ -38,7 +38,7 @@ class Spoil(torch.autograd.Function):
 
 def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=lambda norm: None):
     """In networks that run this way, break the second layer: its convolution's weight, or its norm after use."""
-    run_block, run_layer, forgetting = decide.shared.run, DenseLayer.forward, decide.forgetting
+    run_block, run_layer, recomputing = decide.shared.run, DenseLayer.forward, decide.recomputing
     recomputing = []
 
     def broken_block(x, plan, modules, *rest):
@@ -55,7 +55,7 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
     @contextmanager
     def noted():
         recomputing.append(True)
-        with forgetting():
+        with recomputing():
             yield
         recomputing.pop()
 
@@ -72,7 +72,7 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
     if way == "true":
         monkeypatch.setattr(decide.shared, "run", broken_block)
     else:
-        monkeypatch.setattr(decide, "forgetting", noted)
+        monkeypatch.setattr(decide, "recomputing", noted)
         monkeypatch.setattr(DenseLayer, "forward", broken_layer)
 
 

@@ -168,7 +168,7 @@ template <class E> struct Case {
     compare("its moments", moments, moments_expected, 1e-5);
     done = kernels.convolve_backward(grad_rows, x_rows, &convolution, weight.data(), norm, {grad_x.data(), ld}, 1,
                                      grad_weight.data(), sums.data(), 1);
-    failures += done != kDone;
+    failures += !done;
     compare("gradient of the prefix", grad_x, grad_expected, tolerance);
     compare("gradient of the weight", grad_weight, weight_expected, tolerance);
     compare("sums", sums, sums_expected, tolerance);

@@ -18,14 +18,14 @@ from triton_interpreter import correct_bfloat16
 
 from efficient_densenet.ops import reference
 from efficient_densenet.ops import triton as ops
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from efficient_densenet.ops.triton import check, launch
+from efficient_densenet.ops.triton import check, launch, tiles
 
 ERRORS = [
     OutOfResources(81920, 65536, "shared memory"),
@@ -39,10 +39,14 @@ KERNELS = {
         *("backward.grad_x_kernel", "norms.norm_gradients_kernel"),
         *("backward.grad_weight_kernel", "backward.sum_parts_kernel"),
     ],
+    "finish_norm_relu_conv_backward": [
+        *("backward.finishing_grad_x_kernel", "norms.norm_gradients_kernel"),
+        *("backward.grad_weight_kernel", "backward.sum_parts_kernel"),
+    ],
     "norm_relu_max_pool": ["max_pool.max_pool_kernel"],
     "norm_relu_max_pool_backward": ["max_pool.max_pool_backward_kernel", "norms.norm_gradients_kernel"],
     "norm_relu_mean": ["mean.mean_kernel"],
-    "norm_relu_mean_backward": ["mean.mean_backward_kernel", "norms.norm_gradients_kernel"],
+    "norm_relu_mean_backward": ["rectifier.rectify_backward_kernel", "norms.norm_gradients_kernel"],
     "statistics": ["moments.moments_kernel", "moments.merge_kernel"],
     "finish": ["moments.finish_kernel"],
     "fold_norm": ["norms.fold_kernel"],
@@ -52,6 +56,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch):
     monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
+    monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(finishes=True))
     correct_bfloat16(monkeypatch.setattr)
 
 
@@ -65,11 +70,15 @@ def results(run, operation, dtype=torch.float32):
     )
     out, of_out, weight = torch.zeros(2, 6, 8, 4, dtype=dtype), torch.zeros(2, 4), weight_for(x, 4, 3)
     halved, pooled = torch.randn(2, 3, 4, 8).to(dtype), torch.randn(2, 8).to(dtype)
-    into = Affine(*torch.zeros(4, 8))
+    into, grad_made = Affine(*torch.zeros(4, 8)), torch.ones_like(out)
     returned = {
         "norm_relu_conv": lambda: run.norm_relu_conv(x, norm, weight, out, 1, Statistics(*of_out)),
         "norm_relu_conv_backward": lambda: run.norm_relu_conv_backward(
             BackwardOperands(torch.ones_like(out), x, norm, weight, grad_x, True, through)
+        ),
+        "finish_norm_relu_conv_backward": lambda: run.finish_norm_relu_conv_backward(
+            BackwardOperands(grad_made, x, norm, weight_for(x, 4, 1), grad_x, True, through),
+            Unfinished(out + 1, torch.ones(4), torch.ones(2, 4), torch.tensor(3.0)),
         ),
         "norm_relu_max_pool": lambda: run.norm_relu_max_pool(x, norm, halved),
         "norm_relu_max_pool_backward": lambda: run.norm_relu_max_pool_backward(halved, x, norm, grad_x, through),
@@ -79,7 +88,7 @@ def results(run, operation, dtype=torch.float32):
         "finish": lambda: run.finish(grad_x, x, norm.mean, through, torch.tensor(3.0), grad_x),
         "fold_norm": lambda: run.fold_norm(Statistics(*norm[:2]), norm.scale, norm.shift, 1e-5, into),
     }[operation]()
-    return [out, of_out, grad_x, through, halved, pooled, *found, *into, *(returned or ())]
+    return [out, of_out, grad_made, grad_x, through, halved, pooled, *found, *into, *(returned or ())]
 
 
 def assert_right(found, operation):

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from documents import blocks
 from PIL import Image
 
 from efficient_densenet.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "own_images.md").read_text()
-COMMANDS = re.findall(r"^efficient-densenet (.*)$", PAGE.split("## ")[0], re.MULTILINE)
+COMMANDS = [
+    command
+    for block in blocks(ROOT / "docs" / "own_images.md")
+    if block.test == "tests/training/test_own_images.py"
+    for command in block.commands
+]
 SMALL = ["--data.size=64", "--data.batch_size=4", "--data.num_workers=0", "--trainer.accelerator=cpu"]
 BRIEF = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
 
@@ -50,23 +55,13 @@ def published(tmp_path, monkeypatch):
     return state
 
 
-@pytest.mark.parametrize("options", re.findall(r"`(--[^`]+)`", PAGE))
-def test_the_options_of_the_page_are_understood(options, capsys):
-    fit = ["fit", "--config", str(ROOT / "configs" / "finetune.yaml"), "--data.root", "my_images"]
-    with pytest.raises(SystemExit) as end:
-        main([*fit, *shlex.split(options), "--print_config"])
-    assert end.value.code in (0, None)
-    name = options.split()[0].rpartition(".")[2]
-    assert f"{name}:" in capsys.readouterr().out
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys, published):
     make_images(tmp_path / "my_images", ["cat", "dog"], 6)
     make_images(tmp_path / "new_images", ["unknown"], 3)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    fit, test, predict = map(shlex.split, COMMANDS)
+    fit, test, predict = (shlex.split(command)[1:] for command in COMMANDS)
 
     assert main([*fit, *SMALL, *BRIEF]) == 0
     said = capsys.readouterr().out

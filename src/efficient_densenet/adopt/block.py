@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_densenet.adopt.decide import Adoption, decide, look_now, run_as
+from efficient_densenet.adopt.tools import needs_ordinary
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep, check_keep
 
@@ -28,7 +29,7 @@ _adoptions: WeakKeyDictionary[nn.Module, Adoption] = WeakKeyDictionary()  # by t
 def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck") -> Tensor:
     """Run dense layers on one shared buffer, in a network of one's own.
 
-    It computes ``for layer in layers: x = torch.cat([x, layer(x)], 1)``. Compiled, it runs as that.
+    It computes ``for layer in layers: x = torch.cat([x, layer(x)], 1)``. Compiled or traced, it runs as that.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the input's channels first, laid out as `x` is.
 
@@ -43,7 +44,7 @@ def dense_block(x: Tensor, layers: Iterable[nn.Module], keep: Keep = "bottleneck
     """
     check_keep(keep)
     block = _Block(layers)
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or needs_ordinary(x) is not None:
         return block(x)
     if not len(block):
         raise UserError("these modules are no dense block: there are none")

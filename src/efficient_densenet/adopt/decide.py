@@ -35,7 +35,7 @@ from efficient_densenet.execution import Keep, shared
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.profiling import labelled
-from efficient_densenet.execution.recompute import forgetting, obstacle
+from efficient_densenet.execution.recompute import obstacle, recomputing
 
 Way = Literal["shared", "recompute"]
 """What can be asked for: the shared buffer, or recomputation, which is exact and has gradients of gradients."""
@@ -226,9 +226,7 @@ def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last:
     # Made by convolutions alone, without the input.
     if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
-    # What is handed out may be changed in place; the features that are kept for backward may not.
-    features = not (plan.pool or plan.entry or plan.head or plan.output)
-    if (features and made.requires_grad) or len(plan.output) == 1:
+    if len(plan.output) == 1:  # or all features would stay
         made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
     return made, channels_last
 
@@ -263,7 +261,7 @@ def run_as(
     if cannot is not None:
         decision, forget = Decision(ORDINARY, cannot), False
     _say(decision, roots[0], adoption)
-    with labelled(f"{adoption.where}: {decision.way}"), forgetting() if forget else nullcontext():
+    with labelled(f"{adoption.where}: {decision.way}"), recomputing() if forget else nullcontext():
         return ordinary()
 
 

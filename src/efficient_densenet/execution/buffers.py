@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
+
+from efficient_densenet.ops.convolution import pieces
 
 
 def empty_activation(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
@@ -18,6 +21,40 @@ def empty_activation(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """An empty tensor like ``x: (N, *spatial, C)``, contiguous, perhaps of other channels."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] if channels is None else channels))
+
+
+def copied_when_written(x: Tensor) -> Tensor:
+    """A copy of `x` that shares its memory until somebody writes into one of the two, and the other is still there."""
+    if _can_share(x):
+        try:
+            return torch._lazy_clone(x)
+        except RuntimeError:  # memory that another library allocated
+            pass
+    return x.clone()
+
+
+def take_rows(given: list[Tensor], to_write: bool = False) -> Tensor:
+    """``(N, *spatial, C)``, contiguous, of the ``(N, C, *spatial)`` that is taken out of a list of one.
+
+    In the same memory, where that is possible: a contiguous tensor is reordered there, a few images at a time. But
+    nobody who still has the tensor sees a change, nor, with `to_write`, a later one.
+    """
+    x = given.pop()
+    rows = x.movedim(1, -1)
+    if rows.is_contiguous():
+        return copied_when_written(rows) if to_write else rows
+    if len(x) == 1 or not (x.is_contiguous() and _can_share(x)):
+        return rows.contiguous()
+    x = copied_when_written(x)
+    rows = x.view(rows.shape)  # the same memory, in the other order
+    for images, scratch in pieces(rows):
+        rows[images].copy_(scratch.copy_(x[images].movedim(1, -1)))
+    return rows
+
+
+def _can_share(x: Tensor) -> bool:
+    """Whether PyTorch can copy it on write, and it is all of its memory. On a GPU this was never tried."""
+    return x.device.type == "cpu" and x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def is_channels_last(x: Tensor) -> bool:

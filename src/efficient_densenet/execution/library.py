@@ -7,10 +7,11 @@ from itertools import chain
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stage as engine
-from efficient_densenet.execution.buffers import empty_activation
+from efficient_densenet.execution.buffers import copied_when_written, empty_activation, take_rows
 from efficient_densenet.execution.norms import Folded
 from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
 from efficient_densenet.execution.stage import Kept, Stage
@@ -26,6 +27,7 @@ class StageArguments(NamedTuple):
         uses_batch: for each norm whether it uses the batch's statistics instead.
         eps: of each norm.
         sources: first and last channel (exclusive) that each norm reads, in sequence.
+        contiguous: whether features that are handed out are so, and not channels-last.
         mask_scales, per_layer, pool, keep, group: as in `Stage`.
     """
 
@@ -38,6 +40,7 @@ class StageArguments(NamedTuple):
     uses_batch: Sequence[bool]
     eps: Sequence[float]
     sources: Sequence[int]
+    contiguous: bool
     mask_scales: Sequence[float]
     per_layer: int
     pool: int
@@ -50,25 +53,16 @@ class StageArguments(NamedTuple):
         return Stage(norms, self.weights, self.biases, self.masks, self.mask_scales, sources, *self[-4:])
 
 
-def _pack(output: Tensor, kept: Kept) -> list[Tensor]:
-    """Output first (the features themselves, where nothing follows them), then what is kept."""
-    folded, bottlenecks, features = kept
-    extra = [] if features is None or _same(features, output) else [features]
-    return [output, *folded, *bottlenecks, *extra]
+def _pack(output: Tensor, folded: Folded, bottlenecks: list[Tensor], features: Tensor | None) -> list[Tensor]:
+    """Output first, then what is kept, the features ``(N, C, *spatial)`` at the end."""
+    return [output, *folded, *bottlenecks, *([] if features is None else [features])]
 
 
 def _unpack(packed: list[Tensor], stage: Stage) -> Kept:
-    """What is kept, taken out of `packed`: all but the output, or, where that are the features, with it at the end."""
+    """What is kept, taken out of `packed`: all but the output."""
     folded = Folded(*(packed.pop(0) for _ in Folded._fields))
     bottlenecks = [packed.pop(0) for _ in stage.kept_bottlenecks]
-    features = packed.pop() if packed else None
-    if features is not None and not (stage.pool or stage.head):
-        features = features.movedim(1, -1)
-    return Kept(folded, bottlenecks, features)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return Kept(folded, bottlenecks, take_rows(packed) if packed else None)
 
 
 class _StagePasses(Passes):
@@ -76,12 +70,18 @@ class _StagePasses(Passes):
     arguments = StageArguments
 
     def forward(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
-        return _pack(*engine.forward(x, arguments.stage()))
+        stage = arguments.stage()
+        output, (folded, bottlenecks, features) = engine.forward(x, stage)
+        if stage.pool or stage.head:
+            return _pack(output, folded, bottlenecks, None if features is None else features.movedim(-1, 1))
+        # The features are handed out, and whoever has them may write into them.
+        if arguments.contiguous:
+            output = output.clone(memory_format=torch.contiguous_format)
+        return _pack(output, folded, bottlenecks, copied_when_written(output))
 
     def saves(self, x: Tensor, made: Sequence[Tensor], arguments: StageArguments) -> tuple[list[Tensor], list[Tensor]]:
-        stage = arguments.stage()
-        # The features begin with a copy of x. The output of a transition or a head is not needed.
-        return [] if stage.keeps_features else [x], [*made[1:]] if stage.pool or stage.head else [*made[1:], made[0]]
+        # The features begin with a copy of x. The output is not needed.
+        return [] if arguments.stage().keeps_features else [x], [*made[1:]]
 
     def backward(
         self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StageArguments
@@ -98,23 +98,24 @@ class _StagePasses(Passes):
         def activation(channels: int, pool: int = 1) -> Tensor:
             return empty_activation(x, channels, [n // pool for n in x.shape[2:]])
 
-        features = activation(width)
-        output = x.new_empty(x.shape[0], width) if stage.head else features
-        if stage.pool:
+        output = features = activation(width)
+        if stage.head:
+            output = x.new_empty(x.shape[0], width)
+        elif stage.pool:
             output = activation(stage.weights[-1].shape[0], stage.pool)
+        elif arguments.contiguous:
+            output = features = x.new_empty(features.shape)
         read = sum(norm.weight.shape[0] for norm in stage.norms)
         folded = folded_fake(x, width + stage.bottlenecks, read)
         bottlenecks = [activation(stage.weights[i].shape[0]).movedim(1, -1) for i in stage.kept_bottlenecks]
-        return _pack(output, Kept(folded, bottlenecks, features.movedim(1, -1) if stage.keeps_features else None))
+        return _pack(output, folded, bottlenecks, torch.empty_like(features) if stage.keeps_features else None)
 
     def grad_x_fake(self, given: Given, need_x: bool, arguments: StageArguments) -> Tensor:
-        stage = arguments.stage()
         if given.x:
-            x = given.x[0]
+            (x,) = given.x
             return empty_activation(x, x.shape[1], x.shape[2:])
-        features = _unpack([*given.packed], stage).features
-        assert features is not None
-        return empty_activation(features, features.shape[-1] - stage.growth, features.shape[1:-1])
+        features = given.packed[-1]
+        return empty_activation(features, features.shape[1] - arguments.stage().growth, features.shape[2:])
 
     def forward_flops(self, x: Tensor, arguments: StageArguments) -> int:
         weights = sum(weight.numel() for weight in arguments.weights)
@@ -127,9 +128,7 @@ class _StagePasses(Passes):
         counts = [weight.numel() for weight in stage.weights]
         needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
         if stage.keeps_features:
-            features = _unpack([*given.packed], stage).features
-            assert features is not None
-            images, *pixels = features.shape[:-1]
+            images, _, *pixels = given.packed[-1].shape
             made = stage.layers if stage.per_layer == 2 else ()
             again = sum(counts[i] for i in made if i not in stage.kept_bottlenecks)
         else:

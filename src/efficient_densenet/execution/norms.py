@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from efficient_densenet import ops
 from efficient_densenet.execution.synchronise import all_sums, share_statistics
-from efficient_densenet.ops.protocol import Affine, Statistics, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, Statistics, Unfinished, statistics_dtype
 
 
 class Norm(NamedTuple):
@@ -45,19 +46,27 @@ class Norms:
         self.run = ops.backend(x)
         self.rows = x.numel() // x.shape[-1]
         self.norms, self.sources, self.group, self.total = norms, sources, group, folded.total
+        self.folded = folded
+        self.read = [0, *accumulate(stop - start for start, stop in sources)]  # channels, by the norms before each
         self.means, self.variances = folded.statistics.unbind()
-        self.affines: list[Affine] = []
         self.through: Tensor | None = None
+        self.affines: dict[int, Affine] = {}
         # By their first channel, where those channels end whose statistics a norm uses.
         self.used: dict[int, int] = {}
-        vectors = folded.vectors.split([stop - start for start, stop in sources], 1)
-        for norm, (start, stop), vector in zip(norms, sources, vectors, strict=True):
+        for norm, (start, stop) in zip(norms, sources, strict=True):
             if norm.constants is None:
-                mean = self.means.narrow(0, start, stop - start)
                 self.used[start] = max(stop, self.used.get(start, 0))
-            else:
-                mean = norm.constants.mean.to(self.means.dtype)
-            self.affines.append(Affine(mean, *vector.unbind()))
+
+    def affine(self, i: int) -> Affine:
+        """Norm `i` as it was folded, or to be folded."""
+        if i not in self.affines:
+            i = range(len(self.norms))[i]
+            first, end = self.read[i : i + 2]
+            inverse, scale, shift = self.folded.vectors[:, first:end].unbind()
+            constants = self.norms[i].constants
+            mean = self.statistics(*self.sources[i]).mean if constants is None else constants.mean
+            self.affines[i] = Affine(mean.to(self.means.dtype), inverse, scale, shift)
+        return self.affines[i]
 
     def statistics(self, start: int, stop: int) -> Statistics:
         """Those of these channels: to be read, or to be overwritten."""
@@ -70,7 +79,7 @@ class Norms:
 
     def fold(self, i: int) -> Affine:
         """Norm `i` for the statistics that there are by now."""
-        norm, affine = self.norms[i], self.affines[i]
+        norm, affine = self.norms[i], self.affine(i)
         statistics = norm.constants
         if statistics is None:
             start, stop = self.sources[i]
@@ -90,17 +99,29 @@ class Norms:
         start, stop = self.sources[i]
         return self.through.narrow(1, start, stop - start)
 
+    @property
+    def used_features(self) -> int:
+        """Features before this one have statistics that norms use."""
+        return self.used.get(0, 0)
+
     def finish(self, grad: Tensor, x: Tensor, start: int, stop: int, out: Tensor) -> None:
         """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
-        through = self.all_through(start, stop)
-        if through is None:
+        unfinished = self.unfinished(x, start, stop)
+        if unfinished is None:
             out.copy_(grad)
         else:
-            self.run.finish(grad, x, self.means.narrow(0, start, stop - start), through, self.total, out)
+            self.run.finish(grad, *unfinished, out)
+
+    def unfinished(self, x: Tensor, start: int, stop: int) -> Unfinished | None:
+        """What `finish` would subtract from a gradient of `x`, if anything flows through its statistics."""
+        through = self.all_through(start, stop)
+        if through is None:
+            return None
+        return Unfinished(x, self.means.narrow(0, start, stop - start), through, self.total)
 
     def all_through(self, start: int, stop: int) -> Tensor | None:
         """What flows through the statistics of these channels in all processes, if anything does."""
-        used = max(self.used.get(0, 0), self.used.get(start, 0))
+        used = max(self.used_features, self.used.get(start, 0))
         if self.through is None or used < stop:
             return None
         return all_sums(self.through.narrow(1, start, stop - start), self.group)

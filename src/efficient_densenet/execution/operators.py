@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from efficient_densenet import ops
 from efficient_densenet.execution.norms import Folded, Norm
+from efficient_densenet.execution.profiling import labelled_backward
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
 
 
@@ -137,11 +138,12 @@ class Passes(ABC):
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
         given = Given(grad_output, x, packed)
-        if as_operator:
-            found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
-        else:
-            del x, packed
-            found = iter(self.backward(given, need_x, need_weights, arguments))
+        del x, packed
+        with labelled_backward(ctx):
+            if as_operator:
+                found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
+            else:
+                found = iter(self.backward(given, need_x, need_weights, arguments))
         of_x = next(found)
         of_norms = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]
@@ -233,6 +235,49 @@ class _Node(torch.autograd.Function):
         found = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
         of_x, parameters = found
         return None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
+
+
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in this type: one operation for all of them forward, and one backward.
+
+    On a GPU each operation costs a start of a kernel and the time of the host. Where somebody watches or transforms
+    single operations, they are cast one by one, as everywhere in PyTorch.
+    """
+    single = torch.compiler.is_compiling() or _watched() or forward_ad._current_level >= 0
+    if single or len(tensors) < 2 or any(tensor.dtype == dtype for tensor in tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+    return list(_Cast.apply(dtype, *tensors))
+
+
+class _Cast(torch.autograd.Function):
+    """See `cast_together`. Nothing is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Any:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(_copies(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        needed = {i: g for i, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[1 + i]}
+        given, dtypes = [*needed.values()], [ctx.dtypes[i] for i in needed]
+        batched = any(map(torch._C._functorch.is_legacy_batchedtensor, given))
+        if torch.is_grad_enabled() or batched or _watched():
+            cast = [g.to(dtype) for g, dtype in zip(given, dtypes, strict=True)]
+        else:
+            cast = _copies(given, dtypes)
+        found: list[Tensor | None] = [None] * (1 + len(gradients))
+        for i, gradient in zip(needed, cast, strict=True):
+            found[1 + i] = gradient
+        return tuple(found)
+
+
+def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
 
 
 def norms_of(

@@ -17,20 +17,15 @@ def labelled(label: str) -> AbstractContextManager[Any]:
 
 def label_backward(made: Tensor, label: str) -> None:
     """What the node of the graph that made this tensor does in backward stands under `label` too."""
-    node = made.grad_fn if _profiled() else None
-    if node is None:
-        return
-    open_labels: list[Any] = []
+    if _profiled() and made.grad_fn is not None:
+        node: Any = made.grad_fn
+        node.metadata["label"] = label
 
-    def begin(_gradients: Any) -> None:
-        open_labels.append(record_function(label))
-        open_labels[-1].__enter__()
 
-    def end(*_gradients: Any) -> None:
-        open_labels.pop().__exit__(None, None, None)
-
-    node.register_prehook(begin)
-    node.register_hook(end)
+def labelled_backward(node: Any) -> AbstractContextManager[Any]:
+    """The context for that. No hooks on the node: for these PyTorch would hold the gradient that it is given."""
+    label = node.metadata.get("label")
+    return nullcontext() if label is None else labelled(label)
 
 
 def _profiled() -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 
 _aten = torch.ops.aten
 # Arguments 3, 4 and 5 are the running statistics and whether the batch's own are used instead.
@@ -40,6 +40,7 @@ _BATCH_NORMS = {
 _NAMES = """
     cat batch_norm_elemt native_group_norm native_layer_norm _fused_rms_norm relu threshold leaky_relu elu celu hardtanh
     hardswish hardsigmoid silu mish gelu softplus sigmoid tanh _prelu_kernel clamp clamp_min mul add sub div _to_copy
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_trilinear3d
 """
 _CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
 _AUTOCAST = [
@@ -50,14 +51,34 @@ _AUTOCAST = [
 
 
 @contextmanager
-def forgetting() -> Iterator[None]:
-    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again."""
+def recomputing() -> Iterator[None]:
+    """Whatever code runs in this context, autograd keeps no result of an operation that is cheap to compute again.
+
+    For what stands around converted dense blocks, such as the decoder of a segmentation network:
+    ``with recomputing(): scores = model(images)``. Backward computes concatenations, norms, activations and upsampled
+    activations again, never a convolution and nothing random. Results are the same in every bit; running statistics
+    move once. Dense blocks on the shared buffer keep what they keep, and code that `torch.compile` made is not
+    reached.
+
+    Raises:
+        RuntimeError: hooks on saved tensors are switched off here (by PyTorch).
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
     recorder = Recorder(_CHEAP)
     with saved_tensors_hooks(recorder.pack, _unpack), recorder:
         try:
             yield
         finally:
             recorder.results.clear()  # the graph, which they belong to, keeps the recorder
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """What runs in this context is not looked at by `recomputing`: its operations are others'."""
+    if torch.compiler.is_compiling() or not isinstance(_get_current_dispatch_mode(), Recorder):
+        return nullcontext()
+    return _pop_mode_temporarily()
 
 
 def obstacle() -> str | None:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
+from efficient_densenet.execution.operators import cast_together
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
 from efficient_densenet.execution.profiling import label_backward, labelled
+from efficient_densenet.execution.recompute import unrecorded
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
 
 # Found here, for PyTorch 2.11 cannot compile the question.
@@ -48,7 +50,7 @@ def run(
         name: what a profiler's trace calls it.
     """
     label = f"{name}: shared buffer, keep={keep}"
-    with labelled(label):
+    with labelled(label), unrecorded():
         return _run(x, plan, modules, keep, channels_last, label)
 
 
@@ -86,6 +88,7 @@ def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channel
         norms.uses_batch,
         norms.eps,
         [channel for norm in plan.norms for channel in norm.source],
+        not (channels_last or plan.output),
         scales,
         plan.per_layer,
         plan.pool,
@@ -117,7 +120,8 @@ def _convolutions(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> tuple[
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     if casts_automatically(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights, given = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in given]
+        x, cast = x.to(dtype), cast_together([*weights, *given], dtype)
+        weights, given = cast[: len(weights)], cast[len(weights) :]
     return x, weights, given
 
 

@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from efficient_densenet.execution.buffers import empty_activation, empty_like
+from efficient_densenet import ops
+from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
 from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
 from efficient_densenet.execution.plan import is_cheap_again
-from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
+from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
+from efficient_densenet.ops.protocol import BackwardOperands, Statistics, Unfinished, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class Stage:
     def uses_batch(self) -> bool:
         return None in [norm.constants for norm in self.norms]
 
+    def runs_layers(self, features: Tensor) -> bool:
+        """Whether several layers run in one call: there is nothing else in them, and no other process to ask."""
+        weights = self.weights[: len(self.layers) * self.per_layer]
+        return bool(weights) and not (self.biases or self.masks or self.group) and ops.runs_layers(features, weights)
+
 
 class Kept(NamedTuple):
     """What the backward pass needs. The folded norms are small; `Stage.keep` decides on the rest."""
@@ -157,39 +164,65 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
         norms.run.statistics(features.narrow(-1, 0, width), norms.statistics(0, width))
         if norms.group:
             norms.share(0, width)
-    kept: list[Tensor] = []
-    bottleneck: Tensor | None = None
+    kept = {i: empty_like(features, stage.weights[i].shape[0]) for i in stage.kept_bottlenecks if first}
+    bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers)
+    done = 0
+    if stage.runs_layers(features):
+        done = ops.run_layers(_layers(features, stage, norms, bottlenecks), first, measure)
     for layer, i in enumerate(stage.layers):
-        source = features.narrow(-1, 0, width)
-        if stage.per_layer == 2:
-            # Where nobody keeps it, the next layer's overwrites this one's.
-            channels = stage.weights[i].shape[0]
-            if bottleneck is None or kept or bottleneck.shape[-1] != channels:
-                bottleneck = empty_like(source, channels)
-            _convolve(norms, i, stage, source, bottleneck, norms.sources[i + 1] if measure else None, first)
-            if i in stage.kept_bottlenecks:
-                kept.append(bottleneck)
-            source, i = bottleneck, i + 1
-        stop = width + stage.weights[i].shape[0]
-        new = features.narrow(-1, width, stop - width)
-        if stage.masks:
-            _convolve(norms, i, stage, source, new, None, first)
-            _drop(new, stage, layer)
-            if measure:  # of the values after dropout
-                norms.run.statistics(new, norms.statistics(width, stop))
-                if norms.group:
-                    norms.share(width, stop)
-        else:
-            _convolve(norms, i, stage, source, new, (width, stop) if measure else None, first)
+        last = i + stage.per_layer - 1
+        stop = width + stage.weights[last].shape[0]
+        if layer >= done:
+            source, new = features.narrow(-1, 0, width), features.narrow(-1, width, stop - width)
+            if stage.per_layer == 2:
+                _convolve(norms, i, stage, source, bottlenecks[layer], norms.sources[last] if measure else None, first)
+                source = bottlenecks[layer]
+            if stage.masks:
+                _convolve(norms, last, stage, source, new, None, first)
+                _drop(new, stage, layer)
+                if measure:  # of the values after dropout
+                    norms.run.statistics(new, norms.statistics(width, stop))
+                    if norms.group:
+                        norms.share(width, stop)
+            else:
+                _convolve(norms, last, stage, source, new, (width, stop) if measure else None, first)
         width = stop
-    return kept
+    return list(kept.values())
+
+
+def _bottleneck_outputs(features: Tensor, stage: Stage, kept: dict[int, Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """That of each of these layers, if it has any: those kept, by the index of their convolution, or an empty tensor.
+
+    Layers whose bottleneck outputs are not kept write to the same tensor, one after the other.
+    """
+    if stage.per_layer == 1:
+        return []
+    shared: dict[int, Tensor] = {}
+    for i in layers:
+        channels = stage.weights[i].shape[0]
+        if i not in kept and channels not in shared:
+            shared[channels] = empty_like(features, channels)
+    return [kept[i] if i in kept else shared[stage.weights[i].shape[0]] for i in layers]
+
+
+def _layers(
+    features: Tensor, stage: Stage, norms: Norms, bottlenecks: Sequence[Tensor | None], stop: int | None = None
+) -> Layers:
+    """The layers before number `stop`, for a backend that runs several in one call."""
+    count = len(stage.layers[:stop]) * stage.per_layer
+    readers = [
+        Reader(weight, *norm, start)
+        for weight, norm, (start, _) in zip(stage.weights[:count], stage.norms, norms.sources, strict=False)
+    ]
+    width = features.shape[-1] - stage.growth
+    return Layers(features, width, readers, stage.per_layer, bottlenecks, norms.folded.statistics, norms.folded.vectors)
 
 
 def _convolve(
     norms: Norms, i: int, stage: Stage, source: Tensor, out: Tensor, measured: tuple[int, int] | None, first: bool
 ) -> None:
     """Norm, relu and convolution `i` of `source`; and the statistics of the channels `measured`, which it makes."""
-    affine = norms.fold(i) if first else norms.affines[i]
+    affine = norms.fold(i) if first else norms.affine(i)
     into = None if measured is None else norms.statistics(*measured)
     norms.run.norm_relu_conv(source, affine, stage.weights[i], out, into=into)
     if stage.biases:
@@ -235,7 +268,7 @@ def backward(
         bottlenecks = _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
     readers = _Readers(stage, norms, need_weights)
-    grad = empty_like(features)
+    grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
     if stage.pool:
         # Rows of channels, as all activations here are.
         grad_made = grad_out.pop().movedim(1, -1).contiguous()
@@ -243,55 +276,125 @@ def backward(
         del grad_made
     elif stage.head:
         of_norm = norms.run.norm_relu_mean_backward(
-            grad_out.pop(), features, norms.affines[-1], grad, norms.through_of(-1)
+            grad_out.pop(), features, norms.affine(-1), grad, norms.through_of(-1)
         )
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
-    else:
-        grad.copy_(grad_out.pop().movedim(1, -1))
+    remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=False))
+    bottlenecks.clear()
     width = features.shape[-1]
+    _finish_made(norms, stage, features, grad, width, len(stage.layers) - 1)
+    left = len(stage.layers)
+    if stage.runs_layers(features):
+        left = readers.run_layers_backward(features, grad, remaining)
     for layer, i in reversed(list(enumerate(stage.layers))):
         last, stop = i + stage.per_layer - 1, width
         width -= stage.weights[last].shape[0]
+        if layer >= left:
+            continue
         source, grad_made = features.narrow(-1, 0, width), grad.narrow(-1, width, stop - width)
-        norms.finish(grad_made, features[..., width:stop], width, stop, grad_made)  # nobody needs it afterwards
         if stage.masks:
             _drop(grad_made, stage, layer)
+        unfinished = None
         if stage.per_layer == 2:
-            bottleneck = bottlenecks.pop() if bottlenecks else _bottleneck_again(norms, i, stage, source)
+            bottleneck = remaining.pop(i) if i in remaining else _bottleneck_again(norms, i, stage, source)
             grad_bottleneck = empty_like(bottleneck)
             readers.backward(last, grad_made, bottleneck, grad_bottleneck, False)
-            norms.finish(grad_bottleneck, bottleneck, *norms.sources[last], grad_bottleneck)
-            grad_made = grad_bottleneck
+            grad_made, unfinished = grad_bottleneck, norms.unfinished(bottleneck, *norms.sources[last])
             del bottleneck, grad_bottleneck  # or they would still be there when the next layer makes its own
-        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True)
-        del grad_made
+        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True, unfinished=unfinished)
+        del grad_made, unfinished
+        _finish_made(norms, stage, features, grad, width, layer - 1)
     grad_x = empty_like(grad, width)
     norms.finish(grad.narrow(-1, 0, width), features.narrow(-1, 0, width), 0, width, grad_x)
     return Gradients(grad_x.movedim(-1, 1), readers.norms, readers.weights, readers.biases)
+
+
+def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, stop: int, layer: int) -> None:
+    """Finish the gradient of what a layer has made, the features before `stop`, in place: nobody needs it as it was."""
+    if layer >= 0:
+        count = stage.weights[stage.layers[layer] + stage.per_layer - 1].shape[0]
+        grad_made, made = (x.narrow(-1, stop - count, count) for x in (grad, features))
+        norms.finish(grad_made, made, stop - count, stop, grad_made)
 
 
 class _Readers:
     """Every norm–relu–convolution that reads features, and the parameter gradients gathered from them."""
 
     def __init__(self, stage: Stage, norms_of_stage: Norms, need_weights: Sequence[bool]) -> None:
-        self.stage, self.folded, self.need_weights = stage, norms_of_stage, need_weights
+        self.stage, self.norms_of_stage, self.need_weights = stage, norms_of_stage, need_weights
         self.norms: list[Any] = [None] * len(stage.norms)
         self.weights: list[Tensor | None] = [None] * len(stage.weights)
         self.biases: list[Any] = [None] * len(stage.biases)
 
     def backward(
-        self, i: int, grad_out: Tensor, source: Tensor, grad_source: Tensor, accumulate: bool, pool: int = 1
+        self,
+        i: int,
+        grad_out: Tensor,
+        source: Tensor,
+        grad_source: Tensor,
+        accumulate: bool,
+        pool: int = 1,
+        unfinished: Unfinished | None = None,
     ) -> None:
-        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`."""
+        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`.
+
+        What is `unfinished` of `grad_out` is subtracted before.
+        """
+        run = self.norms_of_stage.run
         if self.stage.biases:
+            if unfinished is not None:
+                run.finish(grad_out, *unfinished, grad_out)
+                unfinished = None
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
-        norm, through = self.folded.affines[i], self.folded.through_of(i)
+        norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
         weight, need_weight = self.stage.weights[i], self.need_weights[i]
-        self.weights[i], *of_norm = self.folded.run.norm_relu_conv_backward(
-            BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
-        )
-        self.norms[i] = self.folded.parameter_gradients(i, *of_norm)
+        operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
+        if unfinished is None:
+            self.weights[i], *of_norm = run.norm_relu_conv_backward(operands)
+        else:
+            self.weights[i], *of_norm = run.finish_norm_relu_conv_backward(operands, unfinished)
+        self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
+
+    def run_layers_backward(self, features: Tensor, grad: Tensor, kept: dict[int, Tensor]) -> int:
+        """Backward through layers in as few calls as can be, from the last on; returns how many layers are left.
+
+        Of `kept`, the bottleneck outputs by the index of their convolution, remain those of the layers that are left.
+        """
+        layers, left, done = self.stage.layers, len(self.stage.layers), 1
+        while left and done:
+            # All at once whose bottleneck outputs are kept; they are freed before others are made again.
+            start = next((layer + 1 for layer in reversed(range(left)) if layers[layer] not in kept), 0)
+            done = self._run_layers_backward(features, grad, kept, start if start < left else 0, left)
+            left -= done
+        return left
+
+    def _run_layers_backward(
+        self, features: Tensor, grad: Tensor, kept: dict[int, Tensor], start: int, stop: int
+    ) -> int:
+        """Layers from `start` to `stop` in one call: how many of them, from the last on, are done."""
+        stage, norms = self.stage, self.norms_of_stage
+        bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers[start:stop])
+        layers = _layers(features, stage, norms, [*[None] * start, *bottlenecks], stop)
+        sizes = [len(reader.norm_weight) for reader in layers.readers]
+        grad_norms = norms.folded.vectors.new_empty((2, sum(sizes)))
+        first = start * stage.per_layer
+        grad_weights = [
+            torch.empty_like(reader.weight) if i >= first and self.need_weights[i] else None
+            for i, reader in enumerate(layers.readers)
+        ]
+        largest = max([bottleneck.shape[-1] for bottleneck in bottlenecks], default=0)
+        operands = LayersBackward(
+            grad, start, bool(stage.layers[start] not in kept), empty_like(features, largest), norms.used_features,
+            norms.total, norms.through, grad_weights, grad_norms,
+        )  # fmt: skip
+        done = ops.run_layers_backward(layers, operands)
+        of_norms = grad_norms.split(sizes, 1)
+        for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
+            self.weights[i] = grad_weights[i]
+            self.norms[i] = norms.parameter_gradients(i, *[vector.clone() for vector in of_norms[i]])
+            kept.pop(i, None)
+        return done
 
 
 def _bottleneck_again(norms: Norms, i: int, stage: Stage, source: Tensor) -> Tensor:

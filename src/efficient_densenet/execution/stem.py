@@ -175,7 +175,7 @@ def _backward_of_pool(
         The gradients of the norm's weight and bias.
     """
     last = len(norms.norms) - 1
-    affine, sums = norms.affines[last], NormSums(norms, last)
+    affine, sums = norms.affine(last), NormSums(norms, last)
 
     def backward_of_piece(piece: Piece, activations: Tensor) -> Tensor:
         """``scale·g``; and the sums, which matter at the first time."""

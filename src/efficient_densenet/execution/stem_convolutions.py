@@ -91,7 +91,7 @@ class Inner:
         read, before = self._read(lines)
         source = self.x[images, read]
         made = empty_like(source, len(self.weight))
-        self.norms.run.norm_relu_conv(source, self.norms.affines[self.i], self.weight, made)
+        self.norms.run.norm_relu_conv(source, self.norms.affine(self.i), self.weight, made)
         made = made[:, before : before + lines.stop - lines.start]
         return made if self.bias is None else made.add_(self.bias)
 
@@ -101,7 +101,7 @@ class Inner:
         source, grad_source = self.x[images, read], self.grad_x[images, read]
         whole = empty_like(source, len(self.weight)).zero_()
         whole[:, before : before + grad.shape[1]] = grad
-        norm, through = self.norms.affines[self.i], self.sums.through
+        norm, through = self.norms.affine(self.i), self.sums.through
         operands = BackwardOperands(
             whole, source, norm, self.weight, grad_source, True, through, need_weight=self.wanted.weight
         )

@@ -6,7 +6,7 @@ plain PyTorch, on any device, `cpu`, compiled for processors, and `triton`, for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
-from efficient_densenet.ops.profiled import Profiled
+from efficient_densenet.ops.cpu import layers as cpu_layers
+from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
 _alone: Backend | None = None  # runs whatever the activations are
@@ -32,6 +34,36 @@ def _choose(x: Tensor) -> Backend:
     if triton.supports(x):
         return triton
     return cpu if cpu.supports(x) else eager
+
+
+def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
+    return _choose(x) is cpu and cpu_layers.supports(x, weights)
+
+
+def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
+    """Run layers from the first on, up to one that must be left to the operations of `Backend`.
+
+    Args:
+        layers: see `Layers`.
+        fold: whether the norms have to be folded.
+        measure: whether the statistics of what the layers make have to be found.
+
+    Returns:
+        How many layers are done.
+    """
+    with label_layers("cpu.run_layers", layers, layers.readers):
+        return cpu_layers.run(layers, fold, measure)
+
+
+def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
+    """The backward pass of layers, likewise, from the last to the first; returns how many are done.
+
+    When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
+    """
+    again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
+    with label_layers("cpu.run_layers_backward", layers, again):
+        return cpu_layers.run_backward(layers, operands)
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

@@ -7,11 +7,16 @@ how a convolution is computed (by Winograd's transform, behind its pool) does no
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
 from torch.profiler import record_function
+
+from efficient_densenet.ops.layers import Layers, Reader
 
 
 class Profiled:
@@ -30,6 +35,18 @@ class Profiled:
                 return operation(*arguments, **named)
 
         return labelled
+
+
+@contextmanager
+def label_layers(label: str, layers: Layers, run: Sequence[Reader]) -> Iterator[None]:
+    """Around a call that runs layers, for a profiler: a label, and an event for each convolution in `run`."""
+    if not torch.autograd._profiler_enabled():
+        yield
+        return
+    with record_function(label):
+        for reader in run:
+            _count(layers.features, reader.weight)
+        yield
 
 
 def _count(x: Tensor, weight: Tensor) -> None:

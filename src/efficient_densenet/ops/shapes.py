@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
-from efficient_densenet.ops.cpu import own_convolution
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
+from efficient_densenet.ops.cpu.tensors import own_convolution
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
@@ -69,6 +69,12 @@ def statistics(x: Tensor, into: Statistics) -> None:
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     pass
+
+
+def finish_norm_relu_conv_backward(
+    operands: BackwardOperands, unfinished: Unfinished
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    return norm_relu_conv_backward(operands)
 
 
 def _pooled(scratch: Tensor, pool: int) -> Tensor:

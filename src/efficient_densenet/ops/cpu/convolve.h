@@ -45,25 +45,59 @@ bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
 #endif
 }
 
+// The gradient of the weight for a window of 3 where values of the prefix are not finite: by its definition, value by value.
+template <class E>
+void weight_gradient_of_any(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
+                            const float *shift, E *grad_weight, int threads) {
+  int chunks = chunks_for(weight.out, grid.rows() * weight.in * weight.out, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(weight.out, chunk, chunks);
+    std::vector<double> sums(range.size() * 9 * weight.in);
+    std::vector<float> s(weight.in);
+    for (Index row = 0; row < grid.rows(); ++row) {
+      for (Index c = 0; c < weight.in; ++c)
+        s[c] = rectify(vector<float, 1>{value(x.data[row * x.ld + c]) * scale[c] + shift[c]})[0];
+      Index pixel = row % grid.width, line = row / grid.width % grid.height;
+      for (Index tap = 0; tap < 9; ++tap) {
+        Index up = tap / 3 - 1, left = tap % 3 - 1; // from the row that reads to the one that is read
+        if (line < up || line - up >= grid.height || pixel < left || pixel - left >= grid.width)
+          continue;
+        const E *here = grad.data + (row - up * grid.width - left) * grad.ld + range.begin;
+        for (Index o = 0; o < range.size(); ++o)
+          for (Index c = 0; c < weight.in; ++c)
+            sums[(o * 9 + tap) * weight.in + c] += static_cast<double>(value(here[o])) * s[c];
+      }
+    }
+    for (Index o = 0; o < range.size(); ++o)
+      for (Index tap = 0; tap < 9; ++tap)
+        for (Index c = 0; c < weight.in; ++c)
+          set(grad_weight[(range.begin + o) * weight.out_stride + c * weight.in_stride + tap * weight.tap_stride],
+              static_cast<float>(sums[(o * 9 + tap) * weight.in + c]));
+  });
+}
+
+// False, and nothing of use is done, where a result may not be right.
 template <bool kAdd, class E>
-Backward convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
-                           const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
-                           int threads) {
+bool convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
+                       const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
+                       int threads) {
   if (grid.window == 1) {
     pointwise_backward<Operand<E>, kAdd>(grad, x, grid.rows(), weight, scale, shift, mean, grad_x, grad_weight, sums,
                                          threads);
-    return kDone;
+    return true;
   }
   if (!is_finite(weight, weight.data, threads))
-    return kNothingDone;
+    return false;
 #if PAIRS
   windowed_backward<kAdd>(grad, x, grid, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
 #else
   if (!is_finite(grad, grid.rows(), weight.out, threads))
-    return kNothingDone;
+    return false;
   winograd_backward<kAdd>(grad, x, grid, weight, scale, shift, mean, grad_x, grad_weight, sums, threads);
 #endif
-  return !grad_weight || is_finite(weight, static_cast<const E *>(grad_weight), threads) ? kDone : kNoWeight;
+  if (grad_weight && !is_finite(weight, static_cast<const E *>(grad_weight), threads))
+    weight_gradient_of_any(grad, x, grid, weight, scale, shift, grad_weight, threads);
+  return true;
 }
 
 END_LEVEL

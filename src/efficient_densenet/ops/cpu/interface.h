@@ -34,8 +34,38 @@ struct Convolution {
   Index outputs, inputs, output_stride, input_stride, tap_stride;
 };
 
-// What a backward pass has done: infinite or undefined values are not for every kernel.
-enum Backward { kNothingDone = 0, kNoWeight = 1, kDone = 2 }; // kNoWeight: all but the gradient of the weight
+// One norm–relu–convolution of the layers of a dense block.
+struct Reader {
+  Convolution convolution;
+  const void *weight, *norm_weight, *norm_bias;
+  const void *mean, *variance; // constants to use in place of the batch's statistics, or null
+  double eps;
+  Index first;      // the first channel that it reads, among those of `Layers::means`
+  void *bottleneck; // its output, without gaps, or null: it makes features
+  void *grad_weight; // in the backward pass; null: not wanted
+};
+
+// Consecutive layers of a dense block on one buffer.
+struct Layers {
+  Rows features;
+  Index width; // channels before the first layer
+  const Reader *readers;
+  Index count, per_layer; // of readers: `per_layer` is 2 where each layer has a bottleneck
+  void *means, *variances; // of the features, and behind them of the bottleneck outputs
+  void *inverse, *scale, *shift; // of the folded norms, one after the other
+};
+
+// What the backward pass of layers reads and writes besides.
+struct LayersBackward {
+  Rows grad;            // of the features
+  Index start;          // layers before this one are left out
+  int made_again;       // whether bottleneck outputs have to be made first
+  void *grad_bottleneck; // scratch for the gradient of one bottleneck output
+  Index used;           // features before this one have statistics that norms use
+  const void *values;   // how many values per channel those are of
+  void *constant, *slope;          // what flows through the statistics of each channel so far, or null: nothing does
+  void *grad_norm_weight, *grad_norm_bias; // one after the other, as the folded norms
+};
 
 struct Kernels {
   // Whether the kernel for a 3×3 window is faster than PyTorch's for images of this size.
@@ -44,9 +74,15 @@ struct Kernels {
   // and nothing of use is done, where with a window of 3 a result is not finite.
   int (*convolve)(Rows x, const Convolution *, const void *weight, Affine, Rows out, double *moments, int threads);
   // Its backward pass: grad_x (+)= scale·g, the sums, and the gradient of the weight, in its memory format, unless that
-  // is null. Returns a `Backward`.
+  // is null. Returns 0, and nothing of use is done, where with a window of 3 a gradient or a weight is not finite.
   int (*convolve_backward)(Rows grad, Rows x, const Convolution *, const void *weight, Affine, Rows grad_x, int add,
                            void *grad_weight, double *sums, int threads);
+  // The layers in their order: with `fold` norms are folded, with `measure` the statistics of what the layers make are
+  // written. Returns how many layers were done before one that `convolve` leaves to PyTorch.
+  int (*run_layers)(const Layers *, int fold, int measure, int threads);
+  // Their backward pass, from the last to the first. When a layer's turn comes, what flows through the statistics of its
+  // features is subtracted from their gradient already. Returns how many layers were done.
+  int (*run_layers_backward)(const Layers *, const LayersBackward *, int threads);
   // inverse = 1/sqrt(variance + eps), scale = weight·inverse, shift = bias − mean·scale.
   void (*fold_norm)(const void *mean, const void *variance, const void *weight, const void *bias, double eps,
                     Index channels, void *inverse, void *scale, void *shift);

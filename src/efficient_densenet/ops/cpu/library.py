@@ -44,7 +44,40 @@ class Convolution(ctypes.Structure):
     )
 
 
+class Reader(ctypes.Structure):
+    _fields_ = [
+        ("convolution", Convolution),
+        *[(name, _pointer) for name in ("weight", "norm_weight", "norm_bias", "mean", "variance")],
+        ("eps", ctypes.c_double),
+        ("first", _index),
+        ("bottleneck", _pointer),
+        ("grad_weight", _pointer),
+    ]
+
+
+class Layers(ctypes.Structure):
+    _fields_ = [
+        ("features", Rows),
+        ("width", _index),
+        ("readers", ctypes.POINTER(Reader)),
+        *_indices("count", "per_layer"),
+        *[(name, _pointer) for name in ("means", "variances", "inverse", "scale", "shift")],
+    ]
+
+
+class LayersBackward(ctypes.Structure):
+    _fields_ = [
+        ("grad", Rows),
+        ("start", _index),
+        ("made_again", _int),
+        ("grad_bottleneck", _pointer),
+        ("used", _index),
+        *[(name, _pointer) for name in ("values", "constant", "slope", "grad_norm_weight", "grad_norm_bias")],
+    ]
+
+
 _volume, _convolution = ctypes.POINTER(Volume), ctypes.POINTER(Convolution)
+_layers, _layers_backward = ctypes.POINTER(Layers), ctypes.POINTER(LayersBackward)
 
 
 def _function(*arguments: Any, tells: bool = False) -> Any:
@@ -59,6 +92,8 @@ class Kernels(ctypes.Structure):
             "convolve_backward",
             _function(*(Rows, Rows, _convolution, _pointer, Affine, Rows, _int, _pointer, _pointer, _int), tells=True),
         ),
+        ("run_layers", _function(_layers, _int, _int, _int, tells=True)),
+        ("run_layers_backward", _function(_layers, _layers_backward, _int, tells=True)),
         ("fold_norm", _function(*[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3)),
         ("prologue", _function(Rows, _index, _index, Affine, _pointer, _int)),
         ("prologue_pool", _function(Rows, _volume, _index, Affine, _pointer, _int)),

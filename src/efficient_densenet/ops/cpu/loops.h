@@ -323,6 +323,19 @@ void finish(Matrix<E> grad, Matrix<E> x, Index rows, Index channels, const Compu
   });
 }
 
+// From Σg and Σg·(x − mean), in `sums`: the gradients of a norm's weight and bias; and unless they are null, what flows
+// through the statistics is added to `constant` and `slope`, scale·Σg and scale·inverse²·Σg·(x − mean).
+template <class S>
+void norm_gradients(const S *inverse, const S *scale, const double *sums, Index channels, S *grad_weight, S *grad_bias,
+                    S *constant, S *slope) {
+  for (Index c = 0; c < channels; ++c) {
+    S g = static_cast<S>(sums[c]), centred = static_cast<S>(sums[channels + c]);
+    grad_weight[c] = inverse[c] * centred, grad_bias[c] = g;
+    if (constant)
+      constant[c] += scale[c] * g, slope[c] += scale[c] * (inverse[c] * inverse[c]) * centred;
+  }
+}
+
 // ---- folding a norm ---------------------------------------------------------------------------------------------
 
 // In double precision, for an error in these is one of a whole channel, which no sum makes smaller. The shift belongs to

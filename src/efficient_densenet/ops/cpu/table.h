@@ -5,7 +5,7 @@
 #include "max_pool.h"
 #include "mean.h"
 #if CONVOLUTIONS
-#include "convolve.h"
+#include "layers.h"
 #endif
 
 BEGIN_LEVEL
@@ -64,22 +64,23 @@ template <class E> struct Functions {
   }
 
 #if CONVOLUTIONS
-  static Grid grid(const Convolution &c) { return {c.images, c.height, c.width, c.window}; }
-  static Weight<E> weight_of(const Convolution &c, const void *data) {
-    const E *values = static_cast<const E *>(data);
-    return {values, c.outputs, c.inputs, c.window * c.window, c.output_stride, c.input_stride, c.tap_stride};
-  }
   static int suits(Index height, Index width) { return LEVEL::suits<E>(height, width); }
   static int convolve(Rows x, const Convolution *c, const void *weight, Affine norm, Rows out, double *moments,
                       int threads) {
-    return LEVEL::convolve(matrix(x), grid(*c), weight_of(*c, weight), vector(norm.scale), vector(norm.shift),
+    return LEVEL::convolve(matrix(x), grid_of(*c), weight_of<E>(*c, weight), vector(norm.scale), vector(norm.shift),
                            matrix(out), moments, threads);
   }
   static int convolve_backward(Rows grad, Rows x, const Convolution *c, const void *weight, Affine norm, Rows grad_x,
                                int add, void *grad_weight, double *sums, int threads) {
     auto run = add ? LEVEL::convolve_backward<true, E> : LEVEL::convolve_backward<false, E>;
-    return run(matrix(grad), matrix(x), grid(*c), weight_of(*c, weight), vector(norm.scale), vector(norm.shift),
+    return run(matrix(grad), matrix(x), grid_of(*c), weight_of<E>(*c, weight), vector(norm.scale), vector(norm.shift),
                vector(norm.mean), matrix(grad_x), static_cast<E *>(grad_weight), sums, threads);
+  }
+  static int run_layers(const Layers *layers, int fold, int measure, int threads) {
+    return Block<E>(*layers, threads).forward(fold != 0, measure != 0);
+  }
+  static int run_layers_backward(const Layers *layers, const LayersBackward *operands, int threads) {
+    return Block<E>(*layers, threads).backward(*operands);
   }
 #endif
 };
@@ -96,8 +97,10 @@ template <class E> constexpr Kernels table() {
   kernels.mean = F::mean, kernels.mean_backward = F::mean_backward;
   kernels.finish = F::finish;
 #if CONVOLUTIONS
-  if constexpr (!std::is_same<E, double>::value)
+  if constexpr (!std::is_same<E, double>::value) {
     kernels.suits = F::suits, kernels.convolve = F::convolve, kernels.convolve_backward = F::convolve_backward;
+    kernels.run_layers = F::run_layers, kernels.run_layers_backward = F::run_layers_backward;
+  }
 #endif
   return kernels;
 }

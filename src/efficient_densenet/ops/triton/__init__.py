@@ -4,7 +4,7 @@ What each kernel computes and moves is in its docstring: `forward`, `backward`, 
 `norms`. Products and sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged
 in a fixed order, so that results repeat bit for bit. Triton is imported at the first use.
 
-No part is handed to cuDNN so far; `tiles.BY_PYTORCH` would say so, and says why not yet.
+Nothing is handed to cuDNN so far; `cudnn` says how, and `tiles.Device` where.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
-from efficient_densenet.ops.triton import check, launch, trust
-from efficient_densenet.ops.triton.tiles import BY_PYTORCH
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.triton import check, launch, tiles, trust
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1  # rows and columns are counted in 32 bits
@@ -68,13 +67,15 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    covered = _covered(x, out, "forward", weight, pool)
-    _run("forward.norm_relu_conv", covered, x, x, norm, weight, out, pool, into)
+    module = "cudnn" if _is_window(weight) and tiles.device_of(x.device).windows == "cudnn" else "forward"
+    _run(f"{module}.norm_relu_conv", _covered(x, out, weight, pool), x, x, norm, weight, out, pool, into)
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    covered = _covered(operands.x, operands.grad_x, "backward", operands.weight, operands.pool)
-    return _run("backward.norm_relu_conv_backward", covered, operands.x, operands)
+    x, weight = operands.x, operands.weight
+    module = "cudnn" if _is_window(weight) and tiles.device_of(x.device).windows_backward == "cudnn" else "backward"
+    covered = _covered(x, operands.grad_x, weight, operands.pool)
+    return _run(f"{module}.norm_relu_conv_backward", covered, x, operands)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -107,6 +108,17 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     _run("moments.finish", _covered(x, out), x, grad, x, mean, through, count, out)
 
 
+def finish_norm_relu_conv_backward(
+    operands: BackwardOperands, unfinished: Unfinished
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    x, weight = operands.x, operands.weight
+    if _is_window(weight) or not tiles.device_of(x.device).finishes:
+        finish(operands.grad_out, *unfinished, operands.grad_out)
+        return norm_relu_conv_backward(operands)
+    covered = _covered(x, operands.grad_x, weight, operands.pool)
+    return _run("backward.finish_norm_relu_conv_backward", covered, x, operands, unfinished)
+
+
 def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:
     """An operation, named with its module, by its kernels; or by plain PyTorch, where they do not cover it.
 
@@ -129,13 +141,15 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _covered(x: Tensor, out: Tensor, what: str = "", weight: Tensor | None = None, pool: int = 1) -> bool:
+def _is_window(weight: Tensor) -> bool:
+    return prod(weight.shape[2:]) > 1
+
+
+def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:
     """Whether the kernels have this shape; plain PyTorch takes the others, with a warning where that may be slow."""
     if not x.numel() or not out.numel():
         return False
     kernel = None if weight is None else weight.shape[2:]
-    if kernel is not None and (what, prod(kernel)) in BY_PYTORCH:
-        return False
     reason = _uncovered(x.shape, out.shape, out.stride(), kernel, pool)
     if reason:
         _warn(reason)

@@ -7,6 +7,7 @@ and flags that a network of these shapes uses.
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,8 +21,19 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
-from efficient_densenet.ops.triton import backward, forward, launch, machine_code, max_pool, mean, moments, norms, tiles
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.triton import (
+    backward,
+    forward,
+    launch,
+    machine_code,
+    max_pool,
+    mean,
+    moments,
+    norms,
+    rectifier,
+    tiles,
+)
 
 TARGETS = {
     **{f"sm_{sm}": GPUTarget("cuda", sm, 32) for sm in (80, 89, 90, 100, 120)},
@@ -79,7 +91,7 @@ SHAPES = (
 )
 
 
-PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_weight_kernel")
+PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "finishing_grad_x_kernel", "grad_weight_kernel")
 KERNELS = (
     *(
         *PRODUCTS,
@@ -90,7 +102,7 @@ KERNELS = (
         "merge_kernel",
         "finish_kernel",
     ),
-    *("max_pool_kernel", "max_pool_backward_kernel", "mean_kernel", "mean_backward_kernel"),
+    *("max_pool_kernel", "max_pool_backward_kernel", "mean_kernel", "rectify_kernel", "rectify_backward_kernel"),
 )
 
 
@@ -100,21 +112,27 @@ KINDS = ("bf16", "fp16", "fp32", "tf32")
 
 @dataclass(frozen=True)
 class Launched:
-    """A kernel that a shape would launch, with its arguments and tile."""
+    """A kernel that a shape would launch, with its arguments, tile and number of programs."""
 
     shape: Shape
     kernel: Any
     arguments: tuple
     tile: tiles.Tile
+    programs: int
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
 
     @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """The arguments by their names."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.tile.sizes
+
+    @functools.cached_property
     def source(self) -> ASTSource:
         """What the compiler gets."""
-        values = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.tile.sizes
+        values = self.values
         signature: dict[str, str] = {}
         aligned = {}
         for i, parameter in enumerate(self.kernel.params):
@@ -132,8 +150,7 @@ class Launched:
     @functools.cached_property
     def flags(self) -> dict[str, Any]:
         """Everything that is known at compilation."""
-        values = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.tile.sizes
-        return {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
+        return {p.name: self.values[p.name] for p in self.kernel.params if p.is_constexpr}
 
     @functools.cached_property
     def key(self) -> str:
@@ -145,14 +162,18 @@ class Launched:
 
 
 def distinct(
-    target: str, shapes: Sequence[Shape] = SHAPES, kinds: Sequence[str] = KINDS
+    target: str, shapes: Sequence[Shape] = SHAPES, kinds: Sequence[str] = KINDS, candidates: Sequence[str] = ("",)
 ) -> Iterator[tuple[str, Launched]]:
-    """Every distinct kernel that these shapes use on a device, each with its kind."""
+    """Every distinct kernel that these shapes use on a device, each with its kind.
+
+    Args:
+        candidates: of `tiles.CANDIDATES`; "" is the device's own line.
+    """
     seen: set[str] = set()
-    for kind in kinds:
+    for kind, candidate, shape in itertools.product(kinds, candidates, shapes):
         if kind == "tf32" and TARGETS[target].backend == "hip":
             continue
-        for launched in (one for shape in shapes for one in _launched(shape, kind, _device(target))):
+        for launched in launched_by(shape, kind, device_of(target, *filter(None, [candidate]))):
             if launched.key not in seen:
                 seen.add(launched.key)
                 yield kind, launched
@@ -188,7 +209,7 @@ def faults(record: dict[str, Any]) -> list[str]:
 
 def kernels_of(shape: Shape, kind: str) -> set[str]:
     """The keys of what a shape uses, on a device of compute capability 9.0."""
-    return {launched.key for launched in _launched(shape, kind, _device("sm_90"))}
+    return {launched.key for launched in launched_by(shape, kind, device_of("sm_90"))}
 
 
 def shapes_of(network: nn.Module) -> list[Shape]:
@@ -200,13 +221,13 @@ def shapes_of(network: nn.Module) -> list[Shape]:
     ]
 
 
-def compile_here(shape: Shape, kind: str) -> int:
+def compile_here(shape: Shape, kind: str, candidates: Sequence[str] = ()) -> int:
     """Compile what a shape uses for the GPU that there is, so that later processes find it in Triton's cache.
 
     Returns:
         The number of kernels.
     """
-    launched = _launched(shape, kind, tiles.device_of(torch.device("cuda")))
+    launched = launched_by(shape, kind, tiles.device_of(torch.device("cuda")).changed(*candidates))
     for one in launched:
         plain = [a.dtype if isinstance(a, Tensor) else a for a in one.arguments]
         one.kernel.warmup(*plain, grid=(1,), **one.tile.sizes, **launch.options(one.tile))
@@ -215,23 +236,28 @@ def compile_here(shape: Shape, kind: str) -> int:
 
 def compile_everything_here() -> None:
     """As many at a time as there are processors; a kernel that does not compile is for those that want it to tell."""
-    work = [(shape, kind) for kind in ("bf16", "tf32") for shape in SHAPES]
+    work = [
+        (shape, kind, candidates) for candidates in ((), tiles.OURS) for kind in ("bf16", "tf32") for shape in SHAPES
+    ]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for attempt in [pool.submit(compile_here, *item) for item in work]:
             attempt.exception()
 
 
-def _device(target: str) -> tiles.Device:
-    if TARGETS[target].backend == "hip":
-        return tiles.ROCM
-    return tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
+def device_of(target: str, *candidates: str) -> tiles.Device:
+    """The line of a device in the table, with the changes of some candidates."""
+    line = tiles.ROCM
+    if TARGETS[target].backend != "hip":
+        line = tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
+    return line.changed(*candidates)
 
 
-def _launched(shape: Shape, kind: str, device: tiles.Device) -> list[Launched]:
+def launched_by(shape: Shape, kind: str, device: tiles.Device) -> list[Launched]:
+    """The kernels that a shape would launch, in their order."""
     launched: list[Launched] = []
 
     def note(kernel: Any, programs: int, tile: tiles.Tile, *arguments: Any) -> None:
-        launched.append(Launched(shape, kernel, arguments, tile))
+        launched.append(Launched(shape, kernel, arguments, tile, programs))
 
     with (
         mock.patch.object(launch, "run", note),
@@ -259,10 +285,17 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     plain = shape.pool == 1
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
+    if plain and shape.kernel == 1:
+        backward.finish_norm_relu_conv_backward(
+            BackwardOperands(out, x, norm, weight, grad_x, True, through),
+            Unfinished(out, found, torch.empty(2, shape.outputs, device="meta"), count),
+        )
     for accumulate in {plain, False}:
+        rectifier.rectify_backward(x, x, norm, grad_x, accumulate, through)
         backward.norm_relu_conv_backward(
             BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
         )
+    rectifier.rectify(x, norm)
     norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
     moments.statistics(x, Statistics(vector, vector))
     moments.finish(grad_x, x, vector, through, count, grad_x)

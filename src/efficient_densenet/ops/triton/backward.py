@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.protocol import BackwardOperands
+from efficient_densenet.ops.protocol import BackwardOperands, Unfinished
 from efficient_densenet.ops.triton import launch, tiles, tuning
-from efficient_densenet.ops.triton.moments import moments_of
+from efficient_densenet.ops.triton.moments import finish, finished, moments_of
 from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
     coordinates,
@@ -97,6 +97,57 @@ def grad_x_kernel(
         g_centred += tl.sum(g * (value.to(tl.float32) - mu), 0)
     tl.store(sums + channel.to(tl.int64) * blocks + block, g_sum, mask=channel_mask)
     tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
+
+
+@triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
+def finishing_grad_x_kernel(
+    grad_out, grad_out_stride, y, y_stride, y_mean, through, through_stride, count,
+    x, x_stride, scale, shift, mean, weight, grad_x, grad_x_stride, sums,
+    rows, blocks, channels, outputs,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`finish_kernel` of `grad_out`, in place, and `grad_x_kernel` of a 1×1 window, with all channels of some rows.
+
+    A program's rows are finished once, for all `COLUMNS` channels after each other, and its dy stays where it is.
+
+    Shapes: grad_out and y ``(rows, outputs)``, `outputs` at most `DEPTH`; y_mean ``(outputs,)``, through
+    ``(2, outputs)``, count ``()``; the others as there.
+    Bytes: grad_out twice, y once, x once, grad_x once or (`ACCUMULATE`) twice.
+    """
+    grad_out_stride, y_stride, x_stride = grad_out_stride * VEC, y_stride * VEC, x_stride * VEC
+    grad_x_stride, channels, outputs = grad_x_stride * VEC, channels * VEC, outputs * VEC
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    block = tl.program_id(0)
+    row, output = block * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    row_mask, output_mask = (row < rows)[:, None], output < outputs
+    at = row.to(tl.int64)[:, None]
+    dy = finished(
+        grad_out + at * grad_out_stride, y + at * y_stride, y_mean, through, through_stride, count,
+        output[None, :], row_mask, output_mask[None, :],
+    ).to(DTYPE)  # fmt: skip
+    tl.store(grad_out + at * grad_out_stride + output[None, :], dy, mask=row_mask & output_mask[None, :])
+    for start in range(0, channels, COLUMNS):
+        channel = start + tl.arange(0, COLUMNS)
+        channel_mask = channel < channels
+        w_tile = tl.load(
+            weight + output[:, None] * channels + channel[None, :],
+            mask=output_mask[:, None] & channel_mask[None, :],
+            other=0.0,
+        )
+        total = tl.dot(dy, w_tile, input_precision=PRECISION)
+        mask = row_mask & channel_mask[None, :]
+        target = grad_x + at * grad_x_stride + channel[None, :]
+        value = tl.load(x + at * x_stride + channel[None, :], mask=mask, other=0.0)
+        a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
+        b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
+        mu = tl.load(mean + channel, mask=channel_mask, other=0.0)[None, :]
+        g = tl.where(mask & (rectified(value, a, b, DTYPE).to(tl.float32) > 0), total, 0.0)
+        new = tl.load(target, mask=mask, other=0.0).to(tl.float32) + a * g if ACCUMULATE else a * g
+        tl.store(target, new.to(DTYPE), mask=mask)
+        g_centred = tl.sum(g * (value.to(tl.float32) - mu), 0)
+        tl.store(sums + channel.to(tl.int64) * blocks + block, tl.sum(g, 0), mask=channel_mask)
+        tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
@@ -199,10 +250,20 @@ def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, 
         *("grad_x", x, product.of),
     )
     of_norm = product.grad_x(grad_x, operands.accumulate, operands.through, tile)
-    if not operands.need_weight:
-        return None, *of_norm
-    tile = tuning.tuned(tiles.grad_weight(product.of), product.grad_weight, "grad_weight", x, product.of)
-    return product.grad_weight(tile), *of_norm
+    return product.tuned_grad_weight() if operands.need_weight else None, *of_norm
+
+
+def finish_norm_relu_conv_backward(
+    operands: BackwardOperands, unfinished: Unfinished
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As `norm_relu_conv_backward` of a 1×1 window without a pool, whose first kernel finishes `grad_out` too."""
+    product = Product(operands)
+    tile = tiles.finishing_grad_x(product.of)
+    if tile is None:
+        finish(operands.grad_out, *unfinished, operands.grad_out)
+        return norm_relu_conv_backward(operands)
+    of_norm = product.finishing_grad_x(operands.grad_x, operands.accumulate, operands.through, unfinished, tile)
+    return product.tuned_grad_weight() if operands.need_weight else None, *of_norm
 
 
 class Product:
@@ -239,6 +300,29 @@ class Product:
             self.rows, blocks, *self.volume, channels, outputs, *self.windows, accumulate, self.of.precision, vec,
         )  # fmt: skip
         return norm_gradients(sums, self.norm, through)
+
+    def finishing_grad_x(
+        self, grad_x: Tensor, accumulate: bool, through: Tensor | None, unfinished: Unfinished, tile: tiles.Tile
+    ) -> tuple[Tensor, Tensor]:
+        """As `grad_x`, once `grad_out` has been finished in place."""
+        (grad_x, grad_x_stride), (y, y_stride) = launch.matrix(grad_x), launch.matrix(unfinished.x)
+        blocks = launch.ceil_div(self.rows, tile.rows)
+        sums = moments_of(self.x, blocks)
+        vec, (grad_out_stride, x_stride, channels, outputs, *strides) = self._divided(grad_x_stride, y_stride)
+        launch.run(
+            finishing_grad_x_kernel, blocks, tile,
+            self.grad_out, grad_out_stride, y, strides[1], unfinished.mean, unfinished.through,
+            unfinished.through.stride(0), unfinished.total,
+            self.x, x_stride, self.norm.scale, self.norm.shift, self.norm.mean,
+            launch.packed(self.weight, self.x.dtype), grad_x, strides[0], sums,
+            self.rows, blocks, channels, outputs, accumulate, self.of.precision, vec,
+        )  # fmt: skip
+        return norm_gradients(sums, self.norm, through)
+
+    def tuned_grad_weight(self) -> Tensor:
+        return self.grad_weight(
+            tuning.tuned(tiles.grad_weight(self.of), self.grad_weight, "grad_weight", self.x, self.of)
+        )
 
     def grad_weight(self, tile: tiles.Tile) -> Tensor:
         """In the weight's own type, and in its layout if that is contiguous or channels-last."""

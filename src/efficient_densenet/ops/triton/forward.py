@@ -14,6 +14,7 @@ from torch import Tensor
 from efficient_densenet.ops.protocol import Affine, Statistics
 from efficient_densenet.ops.triton import launch, tiles, tuning
 from efficient_densenet.ops.triton.moments import block_moments, merge, moments_of
+from efficient_densenet.ops.triton.rectifier import rectify
 from efficient_densenet.ops.triton.rows import coordinates, first_of_pool, inside, next_tap, rectified_rows, window
 
 _MUST_WAIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
@@ -26,13 +27,15 @@ def norm_relu_conv_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, moments,
     rows, blocks, depth, height, width, channels, outputs,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr,
+    RECTIFIED: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    ALIGNED: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``out[r, o] = Σ_tap Σ_c pool(relu(scale·x + shift))[r + tap, c] · weight[o, tap, c]``, zero outside the image.
 
     An implicit matrix product of ``(rows, taps·channels)`` and ``(taps·channels, outputs)``, a tile of ``ROWS ×
     COLUMNS`` per program. `moments` gets mean and centred sum of squares of each block of `ROWS` rows.
+    With `RECTIFIED`, x is what came out of the rectifier, there is no pool, and scale and shift are not looked at.
 
     Shapes: x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``, out ``(rows, outputs)``, moments
     ``(2, outputs, blocks)``.
@@ -50,6 +53,7 @@ def norm_relu_conv_kernel(
     first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
     if TAPS > 1:
         _, d, h, w = coordinates(row, depth, height, width)
+    x_rows = x + first.to(tl.int64)[:, None] * x_stride
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     tap, start = 0, 0
     for _ in range(TAPS * tl.cdiv(channels, DEPTH)):
@@ -57,12 +61,17 @@ def norm_relu_conv_kernel(
         if TAPS > 1:
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)
-            at = first + (dd * height + dh) * width + dw
+            offset = (dd * height + dh) * width + dw
         else:
-            valid, at = row_mask, first
-        s = rectified_rows(
-            x, x_stride, at, valid, scale, shift, channel, channels, height, width, PD, PH, PW, TAPS > 1, ALIGNED, DTYPE
-        )  # fmt: skip
+            valid, offset = row_mask, 0
+        if RECTIFIED:  # it goes to shared memory and from there to the tensor cores
+            at = x_rows + (channel + offset.to(tl.int64) * x_stride)[None, :]
+            s = tl.load(at, mask=valid[:, None] & (channel < channels)[None, :], other=0.0)
+        else:
+            s = rectified_rows(
+                x, x_stride, first + offset, valid, scale, shift, channel, channels, height, width,
+                PD, PH, PW, TAPS > 1, ALIGNED, DTYPE,
+            )  # fmt: skip
         w_tile = tl.load(
             weight + output[None, :] * (TAPS * channels) + tap * channels + channel[:, None],
             mask=(channel < channels)[:, None] & output_mask[None, :],
@@ -85,12 +94,19 @@ def norm_relu_conv_kernel(
 
 
 def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int, into: Statistics | None) -> None:
-    """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks."""
+    """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks.
+
+    Where the device's line in `tiles` wants it, a window's x is rectified before, by a kernel of its own: else all its
+    taps would do that again.
+    """
     outputs, kernel, channels = weight.shape[0], weight.shape[2:], x.shape[-1]
+    of = tiles.product(x, outputs, prod(kernel), pool)
+    if of.rectified:
+        x = rectify(x, norm)
     (x, x_stride), (out, out_stride) = launch.matrix(x), launch.matrix(out)
     weight, windows = launch.packed(weight, x.dtype), launch.windows(kernel, pool)
     rows, vec = out.numel() // outputs, launch.common_divisor(x, x_stride, channels, out_stride, outputs)
-    of = tiles.product(x, outputs, prod(kernel), pool)
+    wait = _MUST_WAIT and of.device.warp_groups and not of.exact and not of.rectified
 
     def attempt(tile: tiles.Tile) -> None:
         blocks = launch.ceil_div(rows, tile.rows)
@@ -99,8 +115,7 @@ def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: i
             norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
             x, x_stride // vec, norm.scale, norm.shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
-            *windows, into is not None, of.precision, _MUST_WAIT and of.device.warp_groups and not of.exact,
-            launch.aligned(norm.scale, norm.shift), vec,
+            *windows, of.rectified, into is not None, of.precision, wait, launch.aligned(norm.scale, norm.shift), vec,
         )  # fmt: skip
         if into:
             merge(moments, rows, tile.rows, into)

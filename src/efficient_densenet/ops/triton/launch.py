@@ -18,7 +18,7 @@ from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.triton.tiles import Tile
 
 RUN_TIME = (
-    *("x_stride", "out_stride", "grad_stride", "grad_out_stride", "grad_x_stride", "through_stride"),
+    *("x_stride", "y_stride", "out_stride", "grad_stride", "grad_out_stride", "grad_x_stride", "through_stride"),
     *("rows", "blocks", "rows_per_block", "rows_per_part", "rows_per_image"),
     *("depth", "height", "width", "channels", "outputs", "eps"),
     *("stride_output", "stride_channel", "stride_tap", "number", "taps"),
@@ -26,7 +26,7 @@ RUN_TIME = (
 """Arguments whose values the compiler must not look at, or it would compile again for some of them."""
 
 VECTORS = (
-    *("mean", "variance", "inverse", "scale", "shift", "bias", "mean_out", "variance_out"),
+    *("mean", "y_mean", "variance", "inverse", "scale", "shift", "bias", "mean_out", "variance_out"),
     *("through", "count", "grad_bias"),
 )
 """Numbers per channel, which begin anywhere in a longer vector: the compiler must not look at where."""
@@ -47,8 +47,8 @@ def operation(device: torch.device) -> Iterator[None]:
     """
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        outer, ready = getattr(_of_this_thread, "ready", None), list[Callable[[], None]]()
-        _of_this_thread.ready = ready
+        ready: list[Callable[[], None]] = []
+        outer, _of_this_thread.ready = getattr(_of_this_thread, "ready", None), ready
         try:
             yield
         finally:

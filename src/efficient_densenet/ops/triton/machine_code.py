@@ -83,6 +83,19 @@ def overtaken(listing: str) -> list[str]:
     return [f"{code[at].address}: {code[at].name} {', '.join(code[at].operands)}" for at in sorted(found)]
 
 
+def product_loop(compiled: Any) -> tuple[list[Instruction], list[Instruction]]:
+    """All instructions of a kernel for NVIDIA's, and those of the loop that holds its product, if there is one."""
+    code, labels = _parsed(_tool("nvdisasm", "--print-code", compiled.asm["cubin"]))
+    loops = []
+    for end, instruction in enumerate(code):
+        if instruction.name.startswith("BRA"):
+            begin = labels[_search(r"\((\.L_\w+)\)", instruction.operands[-1])]
+            loop = code[begin : end + 1]
+            if any(i.name.startswith(("HGMMA", "HMMA")) for i in loop):
+                loops.append(loop)
+    return code, min(loops, key=len, default=[])
+
+
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_\w+):")
 

@@ -25,7 +25,7 @@ def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, o
     if not AUTOTUNE:
         return default
     size = x.numel().bit_length(), of.channels.bit_length()
-    key = name, x.device, x.dtype, size, of._replace(channels=0)
+    key = name, x.device, x.dtype, size, of._replace(rows=0, channels=0)
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():
             return default

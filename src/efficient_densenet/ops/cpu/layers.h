@@ -1,0 +1,148 @@
+// The layers of a dense block, forward and backward, without leaving the native code between them: what
+// execution/stage.py does layer by layer, where nothing but the kernels of whole convolutions is needed.
+#pragma once
+
+#include "convolve.h"
+#include "loops.h"
+
+BEGIN_LEVEL
+
+inline Grid grid_of(const Convolution &c) { return {c.images, c.height, c.width, c.window}; }
+template <class E> Weight<E> weight_of(const Convolution &c, const void *data) {
+  const E *values = static_cast<const E *>(data);
+  return {values, c.outputs, c.inputs, c.window * c.window, c.output_stride, c.input_stride, c.tap_stride};
+}
+
+// What every reader of the layers has in common.
+template <class E> class Block {
+  using S = float; // there are kernels of whole convolutions for types that are computed in single precision
+  const Layers &layers;
+  int threads;
+
+  static S *vector(void *data) { return static_cast<S *>(data); }
+  static const S *vector(const void *data) { return static_cast<const S *>(data); }
+  const Reader &reader(Index i) const { return layers.readers[i]; }
+  // The last reader of a layer makes its features.
+  bool is_last(Index i) const { return i % layers.per_layer == layers.per_layer - 1; }
+
+  struct Norm {
+    const S *mean;
+    S *inverse, *scale, *shift;
+  };
+  // `at`: the channels that the norms before it read.
+  Norm norm(Index i, Index at) const {
+    const Reader &r = reader(i);
+    return {r.mean ? vector(r.mean) : vector(layers.means) + r.first, vector(layers.inverse) + at,
+            vector(layers.scale) + at, vector(layers.shift) + at};
+  }
+  // What a reader reads, and what it makes, where the features that its layer reads end at `width`.
+  Matrix<E> source(Index i) const {
+    if (i % layers.per_layer)
+      return {static_cast<E *>(reader(i - 1).bottleneck), reader(i).convolution.inputs};
+    return {static_cast<E *>(layers.features.data), layers.features.ld};
+  }
+  Matrix<E> made(Index i, Index width) const {
+    if (!is_last(i))
+      return {static_cast<E *>(reader(i).bottleneck), reader(i).convolution.outputs};
+    return {static_cast<E *>(layers.features.data) + width, layers.features.ld};
+  }
+  bool run(Index i, Index at, Index width, double *moments) const {
+    const Convolution &c = reader(i).convolution;
+    Norm n = norm(i, at);
+    return convolve(source(i), grid_of(c), weight_of<E>(c, reader(i).weight), n.scale, n.shift, made(i, width), moments,
+                    threads);
+  }
+
+public:
+  Block(const Layers &layers, int threads) : layers(layers), threads(threads) {}
+
+  int forward(bool fold, bool measure) const {
+    Index width = layers.width, at = 0;
+    std::vector<double> moments;
+    for (Index i = 0; i < layers.count; ++i) {
+      const Reader &r = reader(i);
+      Index outputs = r.convolution.outputs;
+      Norm n = norm(i, at);
+      if (fold)
+        fold_norm(n.mean, r.variance ? vector(r.variance) : vector(layers.variances) + r.first, vector(r.norm_weight),
+                  vector(r.norm_bias), r.eps, r.convolution.inputs, n.inverse, n.scale, n.shift);
+      moments.assign(2 * outputs, 0);
+      if (!run(i, at, width, measure ? moments.data() : nullptr))
+        return static_cast<int>(i / layers.per_layer);
+      Index channel = is_last(i) ? width : reader(i + 1).first;
+      for (Index c = 0; measure && c < outputs; ++c) {
+        vector(layers.means)[channel + c] = static_cast<S>(moments[c]);
+        vector(layers.variances)[channel + c] = static_cast<S>(moments[outputs + c]);
+      }
+      at += r.convolution.inputs;
+      width += is_last(i) ? outputs : 0;
+    }
+    return static_cast<int>(layers.count / layers.per_layer);
+  }
+
+  int backward(const LayersBackward &b) const {
+    Index width = layers.width, at = 0, done = 0;
+    for (Index i = 0; i < layers.count; ++i) {
+      at += reader(i).convolution.inputs;
+      width += is_last(i) ? reader(i).convolution.outputs : 0;
+    }
+    Matrix<E> grad{static_cast<E *>(b.grad.data), b.grad.ld}, features = source(0);
+    for (Index i = layers.count - 1; i >= b.start * layers.per_layer; --i, ++done) {
+      const Reader *last = &reader(i);
+      width -= last->convolution.outputs, at -= last->convolution.inputs;
+      Matrix<E> grad_made{grad.data + width, grad.ld};
+      if (layers.per_layer == 2) {
+        const Reader &first = reader(i - 1);
+        Index channels = last->convolution.inputs, before = at - first.convolution.inputs;
+        Matrix<E> grad_bottleneck{static_cast<E *>(b.grad_bottleneck), channels};
+        if (b.made_again && !run(i - 1, before, width, nullptr))
+          return static_cast<int>(done);
+        if (!differentiate<false>(i, at, grad_made, grad_bottleneck, b))
+          return static_cast<int>(done);
+        if (b.constant && !last->mean)
+          subtract(b, grad_bottleneck, source(i), last->first, channels);
+        grad_made = grad_bottleneck;
+        at = before, --i;
+      }
+      if (!differentiate<true>(i, at, grad_made, grad, b))
+        return static_cast<int>(done);
+      if (i && b.constant && width <= b.used) { // the features of the layer whose turn is next
+        Index channels = reader(i - 1).convolution.outputs, from = width - channels;
+        Matrix<E> next{grad.data + from, grad.ld};
+        subtract(b, next, {features.data + from, features.ld}, from, channels);
+      }
+    }
+    return static_cast<int>(done);
+  }
+
+private:
+  // Backward through reader `i`, and the gradients of its norm.
+  template <bool kAdd>
+  bool differentiate(Index i, Index at, Matrix<E> grad_made, Matrix<E> grad_source, const LayersBackward &b) const {
+    const Reader &r = reader(i);
+    const Convolution &c = r.convolution;
+    Norm n = norm(i, at);
+    std::vector<double> sums(2 * c.inputs);
+    if (!convolve_backward<kAdd>(grad_made, source(i), grid_of(c), weight_of<E>(c, r.weight), n.scale, n.shift, n.mean,
+                                 grad_source, static_cast<E *>(r.grad_weight), sums.data(), threads))
+      return false;
+    bool flows = b.constant && !r.mean;
+    norm_gradients(n.inverse, n.scale, sums.data(), c.inputs, vector(b.grad_norm_weight) + at,
+                   vector(b.grad_norm_bias) + at, flows ? vector(b.constant) + r.first : nullptr,
+                   flows ? vector(b.slope) + r.first : nullptr);
+    return true;
+  }
+
+  // From `grad` what flows through the statistics of these channels.
+  void subtract(const LayersBackward &b, Matrix<E> grad, Matrix<E> x, Index first, Index channels) const {
+    std::vector<S> constant(channels), slope(channels);
+    for (Index c = 0; c < channels; ++c) {
+      constant[c] = vector(b.constant)[first + c] / *vector(b.values);
+      slope[c] = vector(b.slope)[first + c] / *vector(b.values);
+    }
+    finish(grad, x, grid_of(reader(0).convolution).rows(), channels, vector(layers.means) + first, constant.data(),
+           slope.data(), grad, threads);
+  }
+};
+
+END_LEVEL
