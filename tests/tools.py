@@ -12,14 +12,16 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.func
 from comparison import buffers, gradients, training_step, weighted_sum
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.modules import module as on_all_modules
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -146,22 +148,15 @@ def functional_call(make):
 
 @row("`is_grads_batched`, `jacobian(vectorize=True)`")
 def batched(make):
-    network = make().eval()
-
-    def jacobians():
+    found = []
+    for network in (make(), make().eval()):
         x = IMAGES.clone().requires_grad_()
         output = network(x)
         each = torch.eye(output.numel(), dtype=output.dtype).view(-1, *output.shape)
         wanted = [x, network.features.conv0.weight, network.features.transition1.norm.bias]
-        found = torch.autograd.grad(output, wanted, each, is_grads_batched=True)
-        return found, torch.autograd.functional.jacobian(network, IMAGES[:1], vectorize=True)
-
-    try:
-        return jacobians()
-    except RuntimeError as error:
-        assert "make_efficient(model, way='recompute')" in str(error)
-        make_efficient(network, way="recompute")
-        return jacobians()
+        found += torch.autograd.grad(output, wanted, each, is_grads_batched=True)
+        found.append(torch.autograd.functional.jacobian(network, IMAGES, vectorize=True))
+    return found
 
 
 @row("gradients of gradients (`create_graph=True`)")
@@ -428,15 +423,88 @@ def other_inputs(make):
     return type(output).__name__, output.detach().as_subclass(Tensor)
 
 
-@row("tensors of other classes as parameters or buffers (quantised weights, `DTensor`)")
+@row("tensors of other classes as parameters, buffers or attributes (quantised weights)")
 def other_parameters(make):
-    network = make().eval().requires_grad_(False)
-    layer = network.features.denseblock1.denselayer2
-    for module, name in ((layer.conv1, "weight"), (layer.norm2, "bias"), (network.features.transition1.norm, "weight")):
-        setattr(module, name, nn.Parameter(Wrapped(getattr(module, name).detach()), requires_grad=False))
-    layer.norm1.running_mean = Wrapped(layer.norm1.running_mean)
-    with torch.no_grad():
-        return network(IMAGES)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        network = make().eval().requires_grad_(False).to(dtype)
+        first, second, third = network.features.denseblock2.children()
+        norms = (second.norm2, "bias"), (network.features.transition1.norm, "weight")
+        for module, name in ((second.conv1, "weight"), *norms):
+            setattr(module, name, nn.Parameter(Wrapped(getattr(module, name).detach()), requires_grad=False))
+        second.norm1.running_mean = Wrapped(second.norm1.running_mean)
+        with torch.no_grad():
+            found.append(network(IMAGES.to(dtype)))
+            for module in (first.conv2, network.features.conv0):
+                weight = module._parameters.pop("weight")
+                module.weight = Wrapped(weight.detach())
+            found.append(network(IMAGES.to(dtype)))
+            parametrize.register_parametrization(third.conv1, "weight", Wrapping(), unsafe=True)
+            found.append(network(IMAGES.to(dtype)))
+    return found
+
+
+class Wrapping(nn.Module):
+    def forward(self, weight):
+        return Wrapped(weight)
+
+
+@row("`DTensor` as parameters, and as images")
+def distributed_tensors(make):
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    found = []
+    with one_process() as mesh:
+        for network in (make(), make().eval()):
+            for parts in (network.features.denseblock1.denselayer2, network.features.transition1, network):
+                distribute_module(parts, mesh)
+                found.append(outcome(network, IMAGES))
+        with torch.no_grad():
+            return [*found, outcome(lambda: network(distribute_tensor(IMAGES, mesh)).full_tensor())]
+
+
+@row("FSDP (`fully_shard`)")
+def sharded(make):
+    from torch.distributed.fsdp import fully_shard
+
+    with one_process() as mesh:
+        network = fully_shard(make(), mesh=mesh)
+        found = [step(network) for _ in range(2)]
+        return [{name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in one.items()} for one in found]
+
+
+@contextmanager
+def one_process():
+    """A mesh of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@row("parameters and buffers without memory, on other devices, of other types")
+def unsuitable(make):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        for name in ("norm0", "denseblock1.denselayer2.norm1", "denseblock1.denselayer2.conv2", "transition1.conv"):
+            for change in (freed, lambda module: module.to("meta"), lambda module: module.half(), nn.Module.bfloat16):
+                network = make().to(dtype)
+                change(network.features.get_submodule(name))
+                found += [kind_of_error(network, IMAGES.to(dtype)), kind_of_error(network.eval(), IMAGES.to(dtype))]
+    return found
+
+
+def freed(module):
+    module.weight.untyped_storage().resize_(0)
+
+
+def kind_of_error(network, x):
+    """Or where its output is: PyTorch makes nothing of a weight that is on the meta device."""
+    try:
+        return network(x).device
+    except (RuntimeError, NotImplementedError) as error:
+        return NotImplementedError if isinstance(error, NotImplementedError) else RuntimeError
 
 
 class Named(nn.Parameter):
@@ -496,6 +564,15 @@ def defaults(make):
     finally:
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(False)
+
+
+@row("`torch.autocast`")
+def autocast(make):
+    """Types alone: bfloat16 rounds in other places."""
+    network, x = make().float(), FEATURES.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(IMAGES.float()), network.features.denseblock1(x), network.features[4:6](x)
+    return [(output.dtype, tuple(output.shape)) for output in outputs]
 
 
 # What autograd saves
@@ -623,10 +700,13 @@ def threads(make):
 
 @row("an empty batch")
 def empty_batch(make):
-    network = make()
-    found = [step(network, IMAGES[:0]), step(network.eval(), IMAGES[:0])]
-    with torch.no_grad():
-        return [*found, network.features(IMAGES[:0])]
+    found = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        network, none = make().to(dtype), IMAGES[:0].to(dtype)
+        found += [step(network, none), step(network.eval(), none)]
+        with torch.no_grad():
+            found.append(network.features(none))
+    return found
 
 
 @row("one image, one pixel, images too small for a pool or for statistics")
@@ -637,7 +717,9 @@ def small(make):
             network = make().train(training)
             network.min_input_size = 1
             found.append(outcome(step, network, IMAGES[: shape[0], :, : shape[1], : shape[2]]))
-            found.append(outcome(step, network.features[4:6], FEATURES[: shape[0], :, : shape[1], : shape[2]]))
+            few = FEATURES[: shape[0], :, : shape[1], : shape[2]]
+            found.append(outcome(step, network.features[4:6], few))
+            found.append(outcome(step, network.features[4:6].float(), few.float()))
     return found
 
 

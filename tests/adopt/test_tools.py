@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from others import randomised, torchvision_small
 from tools import PROGRAMS, networks, quietly
+from tools_compiled import COMPILED, Compiler
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -29,6 +31,7 @@ def rows(section: str) -> dict[str, str]:
 
 def test_every_row_has_its_program():
     assert list(rows("Called as it is")) == list(PROGRAMS)
+    assert list(rows("Compiled")) == list(COMPILED)
 
 
 @functools.cache
@@ -63,6 +66,15 @@ def test_a_tool_sees_the_ordinary_network(name, how, kind, way, monkeypatch):
             assert "shared buffer" not in ways
         else:
             assert (how in ways) == (how != "ordinary") and (how == "shared buffer" or "shared buffer" not in ways)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_is_compiled_computes_the_same_in_one_graph(name):
+    network, compiler = randomised(torchvision_small(block_config=(1, 1))), Compiler(really=True)
+    efficient = make_efficient(copy.deepcopy(network), "features")
+    actual = COMPILED[name](efficient, compiler)
+    assert_same(actual, COMPILED[name](network, Compiler(really=False)))
+    assert compiler.again == 0
 
 
 def assert_same(actual: object, expected: object) -> None:

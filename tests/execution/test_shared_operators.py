@@ -177,6 +177,20 @@ def test_a_compiled_network_is_compiled_anew_when_a_part_is_replaced():
             silu(network)
 
 
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_memory_that_is_given_back_is_not_read(keep, dtype):
+    _, efficient = pair(BOTTLENECK, keep, dtype=dtype)
+    layer = efficient.features.denseblock1.denselayer2
+    for module in (layer.conv1, layer.norm2, efficient.features.transition1.conv):
+        output = efficient(images(dtype=dtype))
+        size = module.weight.untyped_storage().nbytes()
+        module.weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="cannot take a tensor without memory"):
+            output.sum().backward()
+        module.weight.untyped_storage().resize_(size)
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_operators_refuse_tangents(gradients):
     x, *others = stage_arguments(2, 2, "bottleneck", requires_grad=gradients)

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.adopt.decide import SHARED, Adoption, as_ordinary, at_call, decide, run_as, run_shared
+from efficient_densenet.adopt.decide import (
+    SHARED,
+    Adoption,
+    Standing,
+    as_ordinary,
+    at_call,
+    decide,
+    run_as,
+    run_shared,
+    standing_now,
+)
 from efficient_densenet.adopt.head import Head, head_of
 from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.adopt.turns import in_turn
@@ -49,6 +59,19 @@ class Adopted(nn.Module):
         """What `forward` does."""
         raise NotImplementedError
 
+    def standing_now(self: Any, segment: int | None = None) -> Standing:
+        """Of this module, or of one of the segments of a sequence.
+
+        A compiler calls this as it is, and takes what it returns for a constant. It is a method because a module is
+        handed over like that as `self` alone.
+        """
+        if segment is None:
+            return standing_now([self], self.adoption, own_hooks=True)
+        start, stop, adoption = self.adoption.segments[segment]
+        return standing_now(list(self)[start:stop], adoption, own_hooks=False)
+
+    standing_now._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler's decorator does
+
 
 class AdoptedPart(Adopted):
     """A dense block, a transition, a block with its transition, or a stem."""
@@ -58,7 +81,8 @@ class AdoptedPart(Adopted):
             return self.original.forward(self, *arguments, **named)
 
         x = one_tensor(self.adoption, arguments, named)
-        return run_as(decide(x, [self], self.adoption, own_hooks=True), x, [self], self.adoption, ordinary)
+        decision = decide(x, [self], self.adoption, own_hooks=True, while_compiling=self.standing_now)
+        return run_as(decision, x, [self], self.adoption, ordinary)
 
 
 class AdoptedSequence(Adopted):
@@ -74,12 +98,16 @@ class AdoptedSequence(Adopted):
     def run_modules(self: Any, modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, bool | None]:
         """Run all modules, or the first ones; see `as_ordinary` for what comes out."""
         i, channels_last = 0, None
-        for start, stop, adoption in self.adoption.segments:
+        for number, (start, stop, adoption) in enumerate(self.adoption.segments):
             if stop > len(modules):
                 break
             if start > i:
                 x, channels_last = in_order(modules[i:start], as_ordinary(x, channels_last)), None
-            x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last)
+
+            def ask(number: int = number) -> Standing:
+                return self.standing_now(number)
+
+            x, channels_last = run_segment(modules[start:stop], x, adoption, channels_last, ask)
             i = stop
         if i < len(modules):
             x, channels_last = in_order(modules[i:], as_ordinary(x, channels_last)), None
@@ -120,10 +148,14 @@ def in_order(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def run_segment(
-    modules: Sequence[nn.Module], x: Tensor, adoption: Adoption, channels_last: bool | None
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    adoption: Adoption,
+    channels_last: bool | None,
+    while_compiling: Callable[[], Standing],
 ) -> tuple[Tensor, bool | None]:
-    """Run modules as one; `channels_last`, given and returned, as in `run_shared`."""
-    decision = decide(x, modules, adoption, own_hooks=False)
+    """Run modules as one; `channels_last`, given and returned, as in `run_shared`; the rest as in `decide`."""
+    decision = decide(x, modules, adoption, own_hooks=False, while_compiling=while_compiling)
     if decision.way == SHARED:
         return run_shared(x, decision, adoption, channels_last)
     x = as_ordinary(x, channels_last)

@@ -6,7 +6,7 @@ import functools
 import types
 from argparse import Namespace
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from numbers import Number
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-
-from efficient_densenet.execution.plan import parts
 
 PLAIN = frozenset({
     *(int, float, bool, str, bytes, complex, type(None), tuple, frozenset, torch.dtype, torch.device, torch.Size),
@@ -36,8 +34,10 @@ DEPTH = 6  # of namespaces, dataclasses and containers in one another
 _MOST_VALUES = 1000
 
 
-def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> tuple[list[nn.Module], tuple[Any, ...]]:
-    """All modules in `roots` (in the order of `plan.parts`), and what their forward may depend on.
+def conditions(
+    roots: Sequence[nn.Module], without: nn.Module | None = None
+) -> tuple[list[nn.Module], list[Tensor], tuple[Any, ...]]:
+    """All modules in `roots` (in the order of `plan.parts`), all their tensors, and what their forward may depend on.
 
     What is in `without`, and itself, is left out.
 
@@ -46,6 +46,7 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
     containers and objects (see `frozen`).
     """
     found: list[Any] = []
+    tensors: list[Tensor] = []
     order: dict[nn.Module, int] = {}
     stack: list[nn.Module] = [*roots][::-1]
     kinds: set[type] = set()
@@ -70,8 +71,10 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
                     for key, tensor in value.items():
                         if tensor is not None and type(tensor) not in _LAZY:
                             shapes[key] = tensor.shape
+                            tensors.append(tensor)
             elif isinstance(value, Tensor):
                 shapes[name] = value.shape
+                tensors.append(value)
             else:
                 found.append(name)
                 found.append(frozen(value))
@@ -94,7 +97,7 @@ def conditions(roots: Sequence[nn.Module], without: nn.Module | None = None) -> 
         for child in list(children.values())[::-1]:
             if child is not None and child is not without:
                 stack.append(child)
-    return list(order), tuple(found)
+    return list(order), tensors, tuple(found)
 
 
 def compared(module: nn.Module) -> list[str]:
@@ -137,21 +140,17 @@ def levels(value: Any) -> int:
     return 1 if data else DEPTH // 2
 
 
-def hooked(modules: Sequence[nn.Module]) -> bool:
+def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether calling one of these does more than its own forward and backward."""
     for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-        if "_compiled_call_impl" in m.__dict__ and m.__dict__["_compiled_call_impl"] is not None:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or compiled(m):
             return True
     return False
 
 
-def compiled_within(roots: Sequence[nn.Module]) -> str | None:
-    """Why nothing that these make may be forgotten, if that is for a compiler to decide."""
-    if any(module.__dict__.get("_compiled_call_impl") is not None for module in parts(roots)):
-        return "a module inside it is compiled by itself"
-    return None
+def compiled(module: nn.Module) -> bool:
+    """Whether it is compiled by itself, as `torch.nn.Module.compile` does it."""
+    return module.__dict__.get("_compiled_call_impl") is not None
 
 
 def hooked_globally() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.conditions import (
     MOST_LOOKS,
     compared,
-    compiled_within,
+    compiled,
     conditions,
     hooked,
     hooked_globally,
@@ -27,12 +26,13 @@ from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
-from efficient_densenet.adopt.tools import needs_ordinary, other_kind, other_kind_within, watched_calls
+from efficient_densenet.adopt.tools import needs_ordinary, watched_calls
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.adopt.turns import alone
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
 from efficient_densenet.execution.buffers import is_channels_last
+from efficient_densenet.execution.operands import unsuitable
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.profiling import labelled
 from efficient_densenet.execution.recompute import obstacle, recomputing
@@ -92,27 +92,6 @@ class Adoption:
         segments = copy.deepcopy(self.segments, memo)
         return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set())
 
-    def standing_look(self, addresses: tuple[int, ...], own_hooks: bool) -> tuple[int, tuple[tuple[str, ...], ...]]:
-        """For a compiler, which calls this as it is and takes the result for a constant.
-
-        Args:
-            addresses: of the modules, for it hands over no modules.
-            own_hooks: as in `decide`.
-
-        Returns:
-            Which of `looks` holds now, -1 if these modules cannot run on the shared buffer; and for each of their parts
-            what it depends on.
-        """
-        roots = [ctypes.cast(address, ctypes.py_object).value for address in addresses]
-        decision = standing(roots, self, own_hooks)
-        watched = tuple(tuple(compared(module)) for module in parts(roots))
-        for number, one in enumerate(self.looks):
-            if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
-                return number, watched
-        return -1, watched
-
-    standing_look._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler's decorator does
-
 
 class Decision(NamedTuple):
     """How to run; why not on the shared buffer, if so; what it is; and whether the reason is worth telling."""
@@ -130,7 +109,21 @@ class Decision(NamedTuple):
         return self.chain.plan
 
 
-def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
+Standing = tuple[int, tuple[tuple[str, ...], ...]]
+"""How modules run as they are now, for a compiler, which takes it for a constant (of plain types).
+
+Which of `Adoption.looks` holds, -1 where they cannot run on the shared buffer; and of each of their parts, in the order
+of `plan.parts`, the names of the attributes that this depends on.
+"""
+
+
+def decide(
+    x: Any,
+    roots: Sequence[nn.Module],
+    adoption: Adoption,
+    own_hooks: bool,
+    while_compiling: Callable[[], Standing] | None = None,
+) -> Decision:
     """How these modules run on `x`, one after the other.
 
     Args:
@@ -138,31 +131,14 @@ def decide(x: Any, roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bo
         roots: the modules.
         adoption: what is remembered of them.
         own_hooks: whether the hooks of `roots` are called in any case.
+        while_compiling: `standing_now` of them, as a compiler can call it; None: they are not compiled.
     """
     decision = at_call(x, roots[0], adoption)
     if decision is not None:
         return decision
     if torch.compiler.is_compiling():
-        return _decide_while_compiling(roots, adoption, own_hooks)
-    decision = standing(roots, adoption, own_hooks, x.shape)
-    if decision.way == SHARED and not _fits(x, decision):
-        return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
-    return decision
-
-
-def _fits(x: Tensor, decision: Decision) -> bool:
-    """Whether shape, device and type of the input are those that the modules take."""
-    chain, plan = decision.chain, decision.plan
-    assert chain is not None
-    if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
-        return False
-    for part, (name, _), *_ in plan.convolutions[:1]:
-        weight = decision.modules[part]._parameters.get(name)
-        if weight is not None and weight.device != x.device:
-            return False
-        if weight is not None and weight.dtype != x.dtype and not shared.casts_automatically(x):
-            return False
-    return True
+        return _decide_while_compiling(roots, adoption, own_hooks, while_compiling)
+    return standing(roots, adoption, own_hooks, x)
 
 
 def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
@@ -172,39 +148,51 @@ def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
         return Decision(ORDINARY, reason, tell=bool(reason) and module.training)
     if torch.compiler.is_compiling():
         return None
-    kind = other_kind(x)
-    if kind is not None:
-        return Decision(ORDINARY, f"its input is a {kind}, a tensor of another kind")
     if not isinstance(x, Tensor):
         return Decision(RECOMPUTE, "it was called with other arguments than one tensor")
+    other = unsuitable([x], x.device)
+    if other is not None:
+        return Decision(ORDINARY, f"its input is {other}")
     if adoption.way == "recompute":
         return Decision(RECOMPUTE)
     slower = watched_calls() or ops.slower_than_recomputing(x)
     return None if slower is None else Decision(RECOMPUTE, slower)
 
 
-def standing(
-    roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, shape: torch.Size | None = None
-) -> Decision:
-    """How these modules run on a tensor (of this shape), as they are now."""
-    modules, found = conditions(roots)
+def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x: Tensor | None = None) -> Decision:
+    """How these modules run, as they are now, on this tensor if there is one."""
+    modules, tensors, found = conditions(roots)
     if hooked(modules[1:] if own_hooks else modules):
         return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")
     if hooked_globally():
         return Decision(RECOMPUTE, "there are hooks on all modules, which must take effect")
-    kind = other_kind_within(modules)
-    if kind is not None:
-        return Decision(ORDINARY, f"a {kind}, a tensor of another kind, is among its parameters and buffers")
+    other = unsuitable(tensors, None if x is None else x.device)
+    if other is not None:
+        return Decision(ORDINARY, f"among its parameters and buffers is {other}")
     known = _known(roots, adoption, found)
     reason = known.reason
-    if reason is None and known.sizes and shape is not None:
-        error = _differs_at(known, roots, shape)
+    if reason is None and known.sizes and x is not None:
+        error = _differs_at(known, roots, x.shape)
         if isinstance(error, NotTriedError):
             return Decision(ORDINARY, str(error), known.chain, tell=False)  # it will raise that itself
         reason = None if error is None else str(error)
     if adoption.way == "recompute":
         return Decision(RECOMPUTE, None, known.chain)
-    return Decision(RECOMPUTE if reason is not None else SHARED, reason, known.chain, modules)
+    if reason is not None:
+        return Decision(RECOMPUTE, reason, known.chain, modules)
+    decision = Decision(SHARED, None, known.chain, modules)
+    if x is not None and not _fits(x, decision, {tensor.dtype for tensor in tensors}):
+        return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
+    return decision
+
+
+def _fits(x: Tensor, decision: Decision, types: set[torch.dtype]) -> bool:
+    """Whether shape and type of the input are those that the modules take, whose tensors have these types."""
+    chain, plan = decision.chain, decision.plan
+    assert chain is not None
+    if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
+        return False
+    return types <= {x.dtype, torch.int64} or shared.takes_types(x, plan, decision.modules)
 
 
 def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last: bool | None) -> tuple[Tensor, bool]:
@@ -226,9 +214,13 @@ def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last:
     # Made by convolutions alone, without the input.
     if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
+    # Under autocast, what no convolution made has the type of the input, if that has more digits.
+    of_convolution = plan.pool or (plan.entry and plan.convolutions)
+    dtype = made.dtype if of_convolution else torch.promote_types(made.dtype, x.dtype)
     if len(plan.output) == 1:  # or all features would stay
-        made = made.clone(memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
-    return made, channels_last
+        layout = torch.preserve_format if channels_last else torch.contiguous_format
+        return made.to(dtype, copy=True, memory_format=layout), channels_last
+    return made.to(dtype), channels_last
 
 
 def as_ordinary(x: Tensor, channels_last: bool | None) -> Tensor:
@@ -257,7 +249,9 @@ def run_as(
     if decision.way == SHARED:
         return as_ordinary(*run_shared(x, decision, adoption, None))
     forget = decision.way == RECOMPUTE and torch.is_grad_enabled()
-    cannot = (obstacle() or compiled_within(roots)) if forget else None
+    cannot = obstacle() if forget else None
+    if forget and any(map(compiled, parts(roots))):
+        cannot = "a module inside it is compiled by itself, and its compiler decides what is kept"
     if cannot is not None:
         decision, forget = Decision(ORDINARY, cannot), False
     _say(decision, roots[0], adoption)
@@ -278,11 +272,24 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
     warnings.warn(f"{name} {how} and does not use the shared buffer: {reason}", EfficiencyWarning, stacklevel=4)
 
 
-def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Decision:
+def standing_now(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Standing:
+    """See `Standing`."""
+    decision = standing(roots, adoption, own_hooks)
+    watched = tuple(tuple(compared(module)) for module in parts(roots))
+    for number, one in enumerate(adoption.looks):
+        if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
+            return number, watched
+    return -1, watched
+
+
+def _decide_while_compiling(
+    roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, ask: Callable[[], Standing] | None
+) -> Decision:
     """As things are when the graph is made. What the compiler reads here, it watches, and compiles anew at a change."""
     modules = parts(roots)
-    if adoption.way == "shared" and not hooked_globally() and not hooked(modules[1:] if own_hooks else modules):
-        number, watched = adoption.standing_look(tuple([id(root) for root in roots]), own_hooks)
+    usual = adoption.way == "shared" and not hooked_globally() and not hooked(modules[1:] if own_hooks else modules)
+    if usual and ask is not None:
+        number, watched = ask()
         for module, names in zip(modules, watched, strict=True):
             for name in names:
                 if getattr(module, name):
@@ -294,7 +301,7 @@ def _decide_while_compiling(roots: Sequence[nn.Module], adoption: Adoption, own_
 
 def look_now(roots: Sequence[nn.Module], adoption: Adoption) -> tuple[Chain | None, str | None]:
     """What these modules compute as they are now, and why that is nothing for the shared buffer."""
-    known = _known(roots, adoption, conditions(roots)[1])
+    known = _known(roots, adoption, conditions(roots)[-1])
     return known.chain, known.reason
 
 

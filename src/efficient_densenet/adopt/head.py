@@ -45,7 +45,7 @@ class Head:
 
 def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: torch.Size) -> Head | None:
     """How the network ends, for an input of this shape, if its head may join the last block; `known` is added to."""
-    modules, found = conditions([network], without=features)
+    modules, _, found = conditions([network], without=features)
     head = next((one for one in known if one.conditions == found), None)
     if head is None and len(known) >= MOST_LOOKS:
         return None

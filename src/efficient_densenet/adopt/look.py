@@ -17,6 +17,7 @@ from efficient_densenet.adopt.meanings import NotDenseError, OtherWidthError
 from efficient_densenet.adopt.record import Record
 from efficient_densenet.adopt.trial import Tensors, attributes, on_trial, random_states, stored
 from efficient_densenet.execution import shared
+from efficient_densenet.execution.operands import UnsuitableError
 from efficient_densenet.execution.plan import parts
 
 _SIZES = ((2, (4, 3, 3)), (3, (3, 5, 4)))  # images and pixels: odd and even, and an inside of a 3×3 window
@@ -99,7 +100,7 @@ def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails
             if chain is None:
                 return None
             _set_modes(modules, first.training)
-            here = conditions([block, tail])[1]
+            here = conditions([block, tail])[-1]
             found.append(Look(here, chain, first.sizes or second.sizes, None, first.training))
     return found
 
@@ -120,7 +121,7 @@ def _look_at_sizes(
         for mode in modes:
             training = roots[0].training if mode is None else mode
             synchronises = _set_modes(modules, mode)
-            _, here = conditions(roots)
+            here = conditions(roots)[-1]
             _leave_others_out(modules, synchronises)
             chains, asks = [], False
             for n, *size in sizes:
@@ -205,7 +206,10 @@ def _look(
         if head:
             output = output.relu().mean(tuple(range(2, output.dim())))
         torch.manual_seed(0)
-        made = shared.run(x, chain.plan, modules, "features")
+        try:
+            made = shared.run(x, chain.plan, modules, "features")
+        except UnsuitableError as error:  # what a parametrization computes is not known before
+            return shape[1], replace(chain, plan=None, reason=str(error)), record.looks_at_sizes
         pairs = zip([output, *after], [made, *buffers], strict=True)
         if not all(_agree(actual, expected) for expected, actual in pairs):
             raise NotDenseError("what it returns, or a buffer after it, is another than that of dense layers")

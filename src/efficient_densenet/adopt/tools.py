@@ -6,12 +6,10 @@ tool by tool, what happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.overrides import _get_current_function_mode_stack
@@ -22,7 +20,6 @@ from efficient_densenet import ops
 from efficient_densenet.execution.recompute import Recorder
 
 _TRACED = "it is traced, as the ordinary operations"
-_PLAIN = (Tensor, nn.Parameter)
 # Modes that count what runs and change nothing: they may see an operation that is computed again.
 _COUNTERS = "torch.utils.flop_counter"
 
@@ -33,7 +30,7 @@ def needs_ordinary(x: Any) -> str | None:
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return _TRACED
     if torch.compiler.is_compiling():
-        return None
+        return _nothing_to_run_on(x)
     if any(isinstance(argument, Proxy) for argument in (x if isinstance(x, tuple) else (x,))):
         return _TRACED
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -44,7 +41,11 @@ def needs_ordinary(x: Any) -> str | None:
         for mode in _get_current_dispatch_mode_stack():
             if not isinstance(mode, Recorder) and type(mode).__module__ != _COUNTERS:
                 return f"{type(mode).__name__} watches each operation, or replaces it"
-    # An error of the ordinary operations, if it is one.
+    return _nothing_to_run_on(x)
+
+
+def _nothing_to_run_on(x: Any) -> str | None:
+    """Empty batches, and numbers that are no floating-point numbers, are what the ordinary operations make of them."""
     return "" if isinstance(x, Tensor) and not (x.numel() and x.is_floating_point()) else None
 
 
@@ -55,38 +56,3 @@ def watched_calls() -> str | None:
             if not isinstance(mode, DeviceContext):
                 return f"{type(mode).__name__} watches each call of PyTorch, or replaces it"
     return None
-
-
-def other_kind(tensor: Any) -> str | None:
-    """What kind of tensor it is, if not one that the operators can take: a dense one of PyTorch's own class."""
-    kind = type(tensor)
-    if kind is FakeTensor and ops.computes_nothing():
-        return None
-    if kind not in _PLAIN and isinstance(tensor, Tensor) and not _adds_nothing(kind):
-        return kind.__name__
-    if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized):
-        return (
-            "nested tensor" if tensor.is_nested else "quantized tensor" if tensor.is_quantized else str(tensor.layout)
-        )
-    return None
-
-
-def other_kind_within(modules: Iterable[nn.Module]) -> str | None:
-    """`other_kind` of a parameter or buffer in one of these, if there is one."""
-    for module in modules:
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None and (type(tensor) not in _PLAIN or tensor.layout != torch.strided):
-                    kind = other_kind(tensor)
-                    if kind is not None:
-                        return kind
-    return None
-
-
-def _adds_nothing(kind: type) -> bool:
-    """Whether this class of parameters behaves as its base does."""
-    return (
-        issubclass(kind, nn.Parameter)
-        and kind.__torch_function__ is nn.Parameter.__torch_function__
-        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
@@ -22,8 +22,11 @@ from torch.autograd import forward_ad
 
 from efficient_densenet import ops
 from efficient_densenet.execution.norms import Folded, Norm
+from efficient_densenet.execution.operands import UnsuitableError, unsuitable
 from efficient_densenet.execution.profiling import labelled_backward
 from efficient_densenet.ops.protocol import Statistics, statistics_dtype
+
+_MOST_LEVELS = 64  # of batches in one another, in PyTorch
 
 
 class Given(NamedTuple):
@@ -114,7 +117,7 @@ class Passes(ABC):
         self.count()
         if _watched():
             return self.forward_operator(x, *arguments)
-        _refuse_tangents(x, *arguments)
+        _check(x, *arguments)
         if not torch.is_grad_enabled():
             return self.forward(x, arguments)
         lengths = [len(group) for group in arguments[: self.lists]]
@@ -132,20 +135,23 @@ class Passes(ABC):
         self, ctx: Any, grad_output: list[Tensor], need_x: bool, need_weights: Sequence[bool], as_operator: bool
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
         """The gradients of the input and of the first four groups of arguments."""
-        _refuse_batches(grad_output[0])
         x, packed, *groups = _split(ctx.saved_tensors, ctx.lengths)
         if not as_operator:
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
         given = Given(grad_output, x, packed)
         del x, packed
-        with labelled_backward(ctx):
+
+        def run(given: Given) -> list[Tensor]:
             if as_operator:
-                found = iter(self.backward_operator(*given, need_x, need_weights, *arguments))
-            else:
-                found = iter(self.backward(given, need_x, need_weights, arguments))
+                return self.backward_operator(*given, need_x, need_weights, *arguments)
+            _check(given.grad_output, given.x, given.packed, *arguments)
+            return self.backward(given, need_x, need_weights, arguments)
+
+        with labelled_backward(ctx):
+            found = iter(_for_each(given, run))
         of_x = next(found)
-        of_norms = [[next(found) for _ in group] for group in groups[:2]]
+        of_norms: list[list[Tensor | None]] = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]
         return of_x if need_x else None, [*of_norms, of_weights, [*found]]
 
@@ -170,7 +176,7 @@ class Passes(ABC):
         return self.backward_flops(given, need_x, need_weights, self.arguments(*arguments))
 
     def _forward(self, x: Tensor, *arguments: Any) -> list[Tensor]:
-        _refuse_tangents(x, *arguments)
+        _check(x, *arguments)
         return self.forward(x, self.arguments(*arguments))
 
     def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -191,7 +197,7 @@ class Passes(ABC):
     def _backward(
         self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *arguments: Any
     ) -> list[Tensor]:
-        _refuse_tangents(grad_output, x, packed, *arguments)
+        _check(grad_output, x, packed, *arguments)
         given = Given(list(grad_output), list(x), list(packed))
         return self.backward(given, need_x, need_weights, self.arguments(*arguments))
 
@@ -326,30 +332,47 @@ def _watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
 
 
-def _refuse_batches(gradient: Tensor | None) -> None:
-    """Those of ``is_grads_batched``, which operators cannot have rules for, as they have for `torch.func.vmap`."""
-    if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
-        raise RuntimeError(
-            "the shared buffer has no backward pass for is_grads_batched and jacobian(vectorize=True): call "
-            "make_efficient(model, way='recompute') before forward, or use torch.func.jacrev"
-        )
+def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:
+    """What `run` makes of a gradient, or of each in a batch of ``is_grads_batched``: operators have no rules for it."""
+    if not torch._C._functorch.is_legacy_batchedtensor(given.grad_output[0]):
+        return run(given)
+    batch = given.grad_output[0]
+    level = next(level for level in range(_MOST_LEVELS, 0, -1) if _is_batched(batch, level))  # the innermost first
+    gradients = torch._remove_batch_dim(batch, level, 0, 0)
+    if not len(gradients):
+        raise IndexError("there is no gradient in the batch of gradients")
+    made = [_for_each(Given([gradient], [*given.x], [*given.packed]), run) for gradient in gradients]
+    return [torch._add_batch_dim(torch.stack(some), 0, level) for some in zip(*made, strict=True)]
 
 
-def _refuse_tangents(*arguments: Any) -> None:
+def _is_batched(tensor: Tensor, level: int) -> bool:
+    """Whether this level gives it its size; a tensor without the level takes the size that is asked for."""
+    return len(torch._remove_batch_dim(tensor, level, 0, 0)) == len(torch._remove_batch_dim(tensor, level, 1, 0))
+
+
+def _check(*arguments: Any) -> None:
+    """Refuse what operators cannot take, and tangents."""
+    tensors = [*_tensors(arguments)]
+    reason = unsuitable(tensors, tensors[0].device)
+    if reason is not None:
+        raise UnsuitableError(f"the shared buffer cannot take {reason}")
     if forward_ad._current_level < 0:
         return
     # Below `torch.func.jvp` an operator meets the primals alone.
-    if eager_transforms.JVP_NESTING or any(map(_has_tangent, arguments)):
+    if eager_transforms.JVP_NESTING or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(
             "the shared buffer has no forward-mode derivatives: call the network while the dual level is open, for "
             "then it runs its ordinary operations, or call make_efficient(model, way='recompute') before"
         )
 
 
-def _has_tangent(argument: Any) -> bool:
-    if isinstance(argument, list | tuple):
-        return any(map(_has_tangent, argument))
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """All that are among these arguments, and in lists among them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor):
+            yield from argument
 
 
 def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:

@@ -131,6 +131,29 @@ def casts_automatically(x: Tensor) -> bool:
     return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
+def takes_types(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> bool:
+    """Whether the ordinary convolutions and norms take tensors of these types, for activations that begin with `x`."""
+    casts = casts_automatically(x)
+    activations = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    for part, names, *_ in plan.convolutions:
+        held = [_held(modules[part], name) for name in names]
+        if not casts and any(tensor is not None and tensor.dtype != x.dtype for tensor in held):
+            return False
+    for norm in plan.norms:
+        held = [_held(modules[norm.part], name) for name in norm.names]
+        types = {tensor.dtype for tensor in held if tensor is not None}
+        single = types == {torch.float32} and activations in (torch.float16, torch.bfloat16)
+        if types and not single and types != {activations}:
+            return False
+    return True
+
+
+def _held(module: nn.Module, name: Any) -> Tensor | None:
+    """A tensor of a module; None where it is computed. That of a replica is a plain attribute."""
+    own = vars(module)
+    return own["_parameters"].get(name, own["_buffers"].get(name, own.get(name)))
+
+
 def _arranged(x: Tensor, order: Ranges, dim: int) -> Tensor:
     """The pieces of `x` along `dim` in this order."""
     if not order:
@@ -222,8 +245,7 @@ def makes_channels_last(plan: Plan, modules: Sequence[nn.Module]) -> bool:
     if not plan.convolutions:
         return False
     part, (name, _), *_ = plan.convolutions[-1]
-    held = vars(modules[part])  # the weights of replicas are plain attributes, those of parametrizations are computed
-    weight = held["_parameters"].get(name, held.get(name))
+    weight = _held(modules[part], name)
     return weight is not None and is_channels_last(weight)
 
 
