@@ -18,8 +18,10 @@ from pathlib import Path
 
 import adoption
 import cpu
+import curves
 import engine
 import peers
+import planner
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
@@ -117,6 +119,11 @@ def nearest() -> str:
     return f"The largest share of the ordinary network's time that was measured: {ratio:.2f}, {where}."
 
 
+def planned() -> str:
+    """What is planned beside what a step took."""
+    return planner.table(records("planner", "peaks"))
+
+
 def gpu_model() -> str:
     """Milliseconds of each part of a step on an H100, by a model: as it is, with each candidate, with all together."""
     found: dict[tuple[str, ...], dict[str, Record]] = {}
@@ -189,13 +196,16 @@ TABLES = (
     Table("docs/cpu.md", "nearest", nearest),
     Table("docs/gpu.md", "model", gpu_model),
     Table("docs/measuring.md", "side by side", side_by_side),
+    Table("docs/adoption.md", "planned", planned),
 )
 PICTURES = (
     Picture("memory_against_depth", plots.memory_against_depth, "engine", "depth"),
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
+    Picture("memory_over_a_step", plots.memory_over_a_step, "planner", "traces"),
+    Picture("training_curves", plots.training_curves, "curves", "digits"),
     Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
 )
-SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT)
 
 
 def texts(root: Path) -> dict[Path, str]:

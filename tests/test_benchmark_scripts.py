@@ -101,3 +101,12 @@ def test_peers_side_by_side(script, tmp_path):
     table = tables.side_by_side(found)
     assert table.startswith("tiny, batch 2\n\n| contender |") and "Not measured: onnxruntime: " in table
     assert all(set(names) <= set(CONTENDERS) for names in (PEERS, PEERS_IN_EVALUATION, FORMS))
+
+
+def test_what_is_planned(script, tmp_path, capsys):
+    planner = script("planner")
+    assert planner.main(["--quick", "--output", str(tmp_path)]) == 0
+    records = sections(tmp_path, "planner")["peaks"]["records"]
+    assert {record["way"] for record in records} == set(planner.WAYS)
+    assert max(abs(planner.error(record)) for record in records) < 0.1
+    assert "The planner's largest error" in capsys.readouterr().out

@@ -16,6 +16,7 @@ SOURCE = Path(efficient_densenet.__file__).parent
 RANK = {
     "errors": 0,
     "files": 0.5,
+    "units": 0.5,
     "ops": 1,
     "execution": 2,
     "adopt": 3,
@@ -28,7 +29,7 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton"],
+    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
         "__init__ buffers operands pieces synchronise plan profiling recompute",
         "norms",
@@ -45,9 +46,12 @@ INSIDE = {
         "head look",
         "decide",
         "adopted block memory",
-        "survey",
+        "step survey",
+        "conversion",
         "report",
-        "__init__ inspect",
+        "planner inspect",
+        "choice",
+        "__init__",
     ],
     "training": [
         "checkpointing data facts mistakes plots resuming runs signals tasks optimisation",
@@ -69,7 +73,7 @@ INSIDE = {
         "deadline",
         "gpu_sections",
         "gradients",
-        "benchmark check_gpu check_gradients env",
+        "benchmark check_gpu check_gradients env plan",
     ],
 }
 

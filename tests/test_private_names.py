@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -180,8 +181,11 @@ def foreach() -> bool:
     tensors = [torch.ones(2), torch.ones(3)]
     torch._foreach_add_(tensors, 1)
     torch._foreach_mul_(tensors, 3)
+    casts = [tensor.double() for tensor in tensors]
+    torch._foreach_copy_(casts, tensors)
     torch._foreach_lerp_(tensors, [torch.zeros(2), torch.zeros(3)], 0.5)
-    return all(bool((tensor == 3).all()) for tensor in tensors)
+    copied = all(torch.equal(cast, torch.full_like(cast, 6)) for cast in casts)
+    return copied and all(bool((tensor == 3).all()) for tensor in tensors)
 
 
 def attributes_of_modules() -> bool:
@@ -276,6 +280,59 @@ def operations_of(*names: str) -> bool:
     return all(hasattr(torch.ops.aten, name) for name in names)
 
 
+def batches() -> bool:
+    """A batch of gradients can be taken apart in a backward pass, and put together."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            whole = torch._remove_batch_dim(gradient, 1, 0, 0)
+            return torch._add_batch_dim(2 * whole, 0, 1)
+
+    x = torch.ones(3, requires_grad=True)
+    gradients = torch.arange(6.0).view(2, 3)
+    found = torch.autograd.grad(Double.apply(x), x, gradients, is_grads_batched=True)[0]
+    return torch.equal(found, 2 * gradients)
+
+
+def copied_on_write() -> bool:
+    x = torch.zeros(3)
+    lazy = torch._lazy_clone(x)
+    x += 1
+    return torch.equal(lazy, torch.zeros(3)) and torch.equal(x, torch.ones(3))
+
+
+def outside_of_a_mode() -> bool:
+    class Mode(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Mode() as mode:
+        inside = _python_dispatch._get_current_dispatch_mode()
+        with _python_dispatch._pop_mode_temporarily() as popped:
+            outside = _python_dispatch._get_current_dispatch_mode()
+    return inside is popped is mode and outside is None
+
+
+def nested() -> bool:
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(({"a": 1, "b": [2]}, 3)) == [1, 2, 3]
+
+
+def without_values() -> bool:
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        made = copy.deepcopy(torch.ones(2, 3))
+    return isinstance(made, FakeTensor) and made.shape == (2, 3)
+
+
 CHECKS = {
     "_functorch": transformed,
     "_current_level": at_level,
@@ -288,7 +345,12 @@ CHECKS = {
     "_saved_tensors_hooks_is_enabled _autograd": saved_tensors_hooks,
     "_guards": fake_tensors,
     "_profiler_enabled _RecordFunctionFast _profiler": profiled,
-    "_foreach_add_ _foreach_lerp_ _foreach_mul_": foreach,
+    "_foreach_add_ _foreach_copy_ _foreach_lerp_ _foreach_mul_": foreach,
+    "_add_batch_dim _remove_batch_dim": batches,
+    "_lazy_clone": copied_on_write,
+    "_get_current_dispatch_mode _pop_mode_temporarily": outside_of_a_mode,
+    "_pytree": nested,
+    "_subclasses": without_values,
     "_parameters _buffers _modules": attributes_of_modules,
     "_forward_hooks": lambda: hooked("register_forward_hook", "_forward_hooks"),
     "_forward_pre_hooks": lambda: hooked("register_forward_pre_hook", "_forward_pre_hooks"),

@@ -21,7 +21,7 @@ def redraw(monkeypatch):
     import redraw
 
     yield redraw
-    for name in ("redraw", "adoption", "cpu", "engine", "peers"):
+    for name in ("redraw", "adoption", "cpu", "curves", "engine", "peers", "planner"):
         del sys.modules[name]
 
 

@@ -1,6 +1,6 @@
 """DenseNets that train in a fraction of the memory, with the same results."""
 
-from efficient_densenet.adopt import Entry, Report, dense_block, make_efficient, report, restore
+from efficient_densenet.adopt import Entry, Plan, Report, dense_block, make_efficient, plan, report, restore
 from efficient_densenet.errors import EfficiencyWarning, MissingExtraError, UserError
 from efficient_densenet.execution.recompute import recomputing
 from efficient_densenet.models import (
@@ -22,6 +22,7 @@ __all__ = [
     "EfficiencyWarning",
     "Entry",
     "MissingExtraError",
+    "Plan",
     "Report",
     "UserError",
     "backends",
@@ -33,6 +34,7 @@ __all__ = [
     "densenet264",
     "densenet_cifar",
     "make_efficient",
+    "plan",
     "recomputing",
     "report",
     "restore",

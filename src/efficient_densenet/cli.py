@@ -29,6 +29,7 @@ _COMMANDS = {
     "benchmark": _Command("measure.benchmark", "time forward and backward, and measure memory"),
     "env": _Command("measure.env", "print hardware, versions and backends, for a report of a bug"),
     "inspect": _Command("adopt.inspect", "show what make_efficient would do to a model of another library"),
+    "plan": _Command("measure.plan", "tell what a training step needs in memory, without running it"),
     "convert": _Command("checkpoints.convert", "rewrite a checkpoint of another library under other names"),
     "prepare-imagenet": _Command("training.prepare_imagenet", "unpack the ImageNet archives into folders"),
     "fit": _Command("training.lightning_cli", "train a network", own_parser=True),

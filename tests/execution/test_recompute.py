@@ -25,7 +25,9 @@ from twins import (
     without_running_statistics,
 )
 
+from efficient_densenet import DenseNet
 from efficient_densenet.execution import recompute
+from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.models import DenseLayer
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
@@ -273,6 +275,19 @@ def test_the_graph_is_freed_without_the_garbage_collector(results):
         assert all(result() is None for result in results)
     finally:
         gc.enable()
+
+
+def test_backward_frees_what_it_has_used():
+    """The last layers' features are gone when the first layers' gradients are made."""
+    network = DenseNet(3, 12, 12, (8, 8), 0.5, bn_size=4, efficient="recompute")
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(16, 3, 32, 32)
+    kept = []
+    forward = peak_bytes(lambda: kept.append(network(x)))
+    assert (
+        peak_bytes(lambda: network(x).sum().backward()) < 1.25 * forward
+    )  # with gradients, and one layer computed again
 
 
 def test_nothing_is_kept_without_gradients():

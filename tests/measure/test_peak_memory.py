@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from efficient_densenet import DenseNet, densenet121, densenet_cifar
-from efficient_densenet.measure.memory import available_bytes, parse_bytes, peak_bytes
+from efficient_densenet.measure.memory import available_bytes, peak_bytes
+from efficient_densenet.units import parse_bytes
 
 FLOAT = 4
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
@@ -192,3 +193,18 @@ def test_two_processes_train_together(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "digits/version_0/checkpoints/last.ckpt").exists()
+
+
+def test_a_memory_limit_decides_what_is_kept_and_the_pieces_of_a_batch(tmp_path, capsys):
+    efficient = ["--model.network.efficient", "true", "--model.network.keep", "inputs"]
+    assert tiny_run.run("fit", tmp_path, "--memory", "1GB", *efficient) == 0
+    assert 'memory decides: keep="bottleneck": a step of 64 images needs' in capsys.readouterr().out
+    assert (
+        tiny_run.run("fit", tmp_path, "--memory", "200kB", "--trainer.limit_train_batches", "4", "--name", "less") == 0
+    )
+    told = capsys.readouterr().out
+    assert "each batch of 64 in" in told and "pieces, whose gradients are added up" in told
+    assert tiny_run.run("fit", tmp_path, "--memory", "1GB", "--model.network.efficient", "recompute") == 2
+    assert "set model.network.efficient to true" in capsys.readouterr().err
+    assert tiny_run.run("fit", tmp_path, "--memory", "10kB") == 2
+    assert "use smaller images, or more memory" in capsys.readouterr().err

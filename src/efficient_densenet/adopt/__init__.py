@@ -6,116 +6,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
-from efficient_densenet.adopt.adopted import (
-    AdoptedNetwork,
-    AdoptedPart,
-    AdoptedSequence,
-    adopt,
-    adopted_modules,
-    adoptions,
-    restore,
-)
+from efficient_densenet.adopt.adopted import restore
 from efficient_densenet.adopt.block import dense_block
-from efficient_densenet.adopt.decide import WAYS, Adoption, Segment, Way
+from efficient_densenet.adopt.choice import chosen_keep, make_efficient
+from efficient_densenet.adopt.conversion import convert
+from efficient_densenet.adopt.decide import Way
+from efficient_densenet.adopt.planner import Plan, fastest_that_fits, plan
 from efficient_densenet.adopt.report import Entry, Report, report
-from efficient_densenet.adopt.survey import Finding, networks, survey
-from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Keep, check_keep
-from efficient_densenet.execution.library import run_stage
-from efficient_densenet.execution.stem_library import run_stem
 
-__all__ = ["Entry", "Report", "Way", "dense_block", "make_efficient", "report", "restore"]
-
-
-def make_efficient(model: nn.Module, keep: Keep = "bottleneck", way: Way = "shared") -> nn.Module:
-    """Make the dense blocks of any model run on the shared buffer, in place, and return the model.
-
-    Dense blocks, transitions and the sequences that run them are recognised by what they compute: their forward is
-    recorded on a few random pixels, and compared with what would run instead. Their objects get another class;
-    parameters, buffers, keys, hooks and modes stay the very same. Blocks of other norms, activations or convolutions
-    recompute instead, which needs more memory and is exact. See `report` for what became of each part, and `restore`
-    to undo it.
-
-    Gradients agree with the ordinary model's up to rounding; running statistics move once per step.
-
-    Args:
-        model: from torchvision, timm, MONAI, this library, or any other source; calling this again changes `keep` and
-            `way`.
-        keep: what stays in memory for backward: ``"bottleneck"`` features and bottleneck outputs (fastest),
-            ``"features"`` the features alone, ``"inputs"`` the inputs of the blocks alone (smallest).
-        way: ``"shared"``, or ``"recompute"``: the ordinary operations, which forget concatenations, norms and
-            activations and compute them again in backward. It needs more memory (`keep` does not matter), is equal
-            to the ordinary model in every bit, and has gradients of gradients, which ``"shared"`` refuses.
-
-    Raises:
-        UserError: `keep` or `way` is no such word, the model is no module, or nothing in it is a dense block.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"make_efficient takes a torch.nn.Module, not {type(model).__name__}{_graph_advice(model)}")
-    check_keep(keep)
-    if way not in WAYS:
-        raise UserError(f"way must be one of {', '.join(map(repr, WAYS))}, not {way!r}")
-    convert(model, keep, way)
-    return model
-
-
-def convert(model: nn.Module, keep: Keep, way: Way, tried: bool = True) -> None:
-    """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
-    for passes in (run_stage, run_stem):
-        passes.count()
-    if adopted_modules(model):
-        for adoption in adoptions(model):
-            adoption.keep, adoption.way = keep, way
-        return
-    findings = survey(model, tried)
-    if not any(finding.looks and finding.chain.made for finding in findings):
-        raise UserError(_nothing_found(model, findings))
-    segments: dict[nn.Module, list[Segment]] = {}
-    for finding in findings:
-        if finding.looks:
-            name = "the stem" if finding.segment is not None and not finding.chain.made else ""
-            looks, promised = list(finding.looks), finding.reason is None
-            adoption = Adoption(way, keep, name, finding.where, looks=looks, promised=promised)
-            if finding.segment is None:
-                adopt(finding.module, AdoptedPart, adoption)
-            else:
-                segments.setdefault(finding.module, []).append(Segment(*finding.segment, adoption))
-    for network, name, looks in networks(model, findings):
-        block, norm = list(network.get_submodule(name).named_children())[-2:]
-        where = f"{name}.{block[0]} and {norm[0]}"
-        adoption = Adoption(way, keep, where=where, looks=looks, head=True)
-        last = (Segment(-2, 0, adoption),)
-        adopt(network, AdoptedNetwork, Adoption(way, keep, segments=last, features=name))
-        segments.setdefault(network.get_submodule(name), [])
-    for sequence, some in segments.items():
-        adopt(sequence, AdoptedSequence, Adoption(way, keep, segments=tuple(some)))
-
-
-def _nothing_found(model: nn.Module, findings: list[Finding]) -> str:
-    missed = [f"{f.name or 'the model'} ({type(f.module).__name__}): {f.reason}" for f in findings if f.reason]
-    graph = next(filter(None, map(_graph_advice, model.modules())), "")
-    return (
-        f"{type(model).__name__} has no dense block that can be made efficient. Looked for modules that compute layers "
-        "of norm, activation and convolution (once or twice), each of which reads what all before it made"
-        + graph
-        + "".join(["; close to that came:", *(f"\n  {text}" for text in missed)] if missed else "")
-    )
-
-
-_GRAPHS = {
-    torch.fx.GraphModule: "torch.fx or torch.export traces it",
-    torch.jit.ScriptModule: "torch.jit scripts or traces it",
-    torch.export.ExportedProgram: "torch.export traces it",
-}
-
-
-def _graph_advice(model: object) -> str:
-    """What to do instead, where a tool has put something in the place of a model's modules."""
-    kind = type(model)
-    tool = next((tool for graph, tool in _GRAPHS.items() if isinstance(model, graph)), None)
-    if tool is None and kind.__module__.startswith("torch.ao.nn.") and "quantized" in kind.__module__:
-        tool = "it is quantized"
-    return "" if tool is None else f"; {kind.__name__} is what a tool has made of it: call make_efficient before {tool}"
+__all__ = [
+    "Entry",
+    "Plan",
+    "Report",
+    "Way",
+    "chosen_keep",
+    "convert",
+    "dense_block",
+    "fastest_that_fits",
+    "make_efficient",
+    "plan",
+    "report",
+    "restore",
+]

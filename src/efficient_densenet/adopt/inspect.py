@@ -17,12 +17,17 @@ _SIZES = {1: 224, 2: 224, 3: 64}  # of images and volumes, by their dimensions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--keep", choices=KEEP, default="features", help="what would stay in memory for backward")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name a model and its images."""
     parser.add_argument(
         "model",
         help="torchvision:NAME, timm:NAME, monai:NAME, torchxrayvision:NAME, smp:ENCODER, or package.module:NAME of "
         "something that returns a model",
     )
-    parser.add_argument("--keep", choices=KEEP, default="features", help="what would stay in memory for backward")
     parser.add_argument(
         "--set",
         nargs="*",
@@ -37,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    model, image = model_and_image(arguments)
+    print(report(model, arguments.keep, image))
+    return 0
+
+
+def model_and_image(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
+    """What the options name."""
     given, image = dict(_assignment(text) for text in arguments.arguments), arguments.image
     channels = 1 if arguments.model.startswith("torchxrayvision:") else 3
     if arguments.model.startswith("monai:"):  # these have no defaults of their own
@@ -44,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         given = {"spatial_dims": dims, "in_channels": image[0] if image else 3, "out_channels": 1000} | given
         channels, dims = given["in_channels"], given["spatial_dims"]
         image = image or (channels, *[_SIZES.get(dims, 64)] * dims)
-    print(report(_build(arguments.model, given), arguments.keep, image or (channels, 224, 224)))
-    return 0
+    return _build(arguments.model, given), image or (channels, 224, 224)
 
 
 def _build(name: str, arguments: dict[str, Any]) -> nn.Module:

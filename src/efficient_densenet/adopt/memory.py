@@ -1,4 +1,4 @@
-"""What parts of a network keep for the backward pass, and need in it: estimates from what they compute.
+"""What parts of a network keep for the backward pass: estimates from what they compute.
 
 In values per pixel of a part's input, for one image.
 """
@@ -19,20 +19,10 @@ _CHECKPOINTED = ("memory_efficient", "grad_checkpointing", "efficient")
 
 
 class Values(NamedTuple):
-    """Values per pixel of the input.
-
-    Attributes:
-        before, after: that are kept for the backward pass.
-        during: that are alive in its own backward pass, and are its own: what it keeps, and gradients of it.
-        temporary: more of them, while the gradient of its output is no longer there.
-        handed: that its input has, and the gradient of its input; 0 if that belongs to the part before.
-    """
+    """Values per pixel of the input that are kept for the backward pass."""
 
     before: float
     after: float
-    during: float
-    temporary: float
-    handed: float
 
 
 def of_part(chain: Chain, module: nn.Module, way: str, keep: str) -> Values:
@@ -42,24 +32,20 @@ def of_part(chain: Chain, module: nn.Module, way: str, keep: str) -> Values:
     # Of each layer its concatenated input, the bottleneck output, and both again as activations. Libraries that
     # checkpoint keep the inputs of the concatenation, and the rest of it for one layer at a time.
     checkpoints = any(getattr(one, flag, False) for one in module.modules() for flag in _CHECKPOINTED)
-    before = after = during = temporary = 0.0
+    before = after = 0.0
     if chain.made:
-        bottlenecks, widest = sum(chain.bottlenecks), max(chain.bottlenecks, default=0)
+        bottlenecks = sum(chain.bottlenecks)
         kept = sum(_kept(chain, module, reads)) if keep == "bottleneck" else 0
         before = (made if checkpoints else 2 * sum(reads)) + 2 * bottlenecks
         after = {"bottleneck": made + kept, "features": made, "inputs": chain.width}[keep]
         after = {SHARED: after, RECOMPUTE: made + bottlenecks}.get(way, before)
-        if way == SHARED:  # the buffer and its gradient; a bottleneck output and its gradient
-            during, temporary = 2 * made + kept, 2 * widest if not kept else max(widest, 2 * widest - kept)
-        else:  # what one layer's operations make, and the gradients of that and of what is kept
-            during, temporary = after + made, 4 * reads[-1]
     if chain.tail:
-        # What the block made is counted with the block, once it is kept there; an average pool keeps its input.
-        of_tail = 2 * made + chain.tail
-        before += of_tail
-        after += {SHARED: 0, RECOMPUTE: chain.tail}.get(way, of_tail)
-        during = max(during, after)
-    return Values(before, after, during, temporary, chain.width if chain.made else 0)
+        # Of the concatenation that it reads and its activation; an average pool keeps its input. Recomputing, a block
+        # keeps what its layers made, and hands out a concatenation that it does not know to be kept behind it.
+        before += 2 * made + chain.tail
+        recomputed = chain.tail + (0 if chain.made else made)
+        after += {SHARED: 0, RECOMPUTE: recomputed}.get(way, 2 * made + chain.tail)
+    return Values(before, after)
 
 
 def of_stem(convolutions: Sequence[Any], keeps_more: bool) -> Values:
@@ -69,23 +55,7 @@ def of_stem(convolutions: Sequence[Any], keeps_more: bool) -> Values:
     # A max pool keeps indices of eight bytes, for a quarter of the pixels in two dimensions.
     indices = 2 * made[-1] / 2 ** len(first.stride)
     after = sum(made) + indices if keeps_more else sum(made[:-1])
-    # Once, in the forward pass, the last output is there whole.
-    during = after + made[-1]
-    return Values(2 * sum(made) + indices, after, during, 0, 0)
-
-
-def peak(parts: Sequence[tuple[Values, int]]) -> tuple[float, float]:
-    """Bytes of a training step for one image, in float32, before and after: of parts in their order, with their pixels.
-
-    Before, that is what is kept. After, backward through one of the parts needs most: what it keeps and all parts
-    before it keep, their gradients, and either temporary tensors or the gradient of its output.
-    """
-    below = highest = 0.0
-    for i, (values, pixels) in enumerate(parts):
-        handed = next((v.handed * p for v, p in parts[i + 1 :] if v.handed), 0.0)
-        highest = max(highest, below + values.during * pixels + max(values.temporary * pixels, handed))
-        below += values.after * pixels
-    return 4 * sum(values.before * pixels for values, pixels in parts), 4 * max(highest, below)
+    return Values(2 * sum(made) + indices, after)
 
 
 def _kept(chain: Chain, module: nn.Module, reads: Sequence[int]) -> list[int]:

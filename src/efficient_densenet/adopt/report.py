@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,11 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from efficient_densenet.adopt.adopted import AdoptedPart, AdoptedSequence, adopted_modules
+from efficient_densenet.adopt.adopted import AdoptedPart, AdoptedSequence, adopted_modules, restore
 from efficient_densenet.adopt.chain import Chain
+from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
-from efficient_densenet.adopt.memory import Values, of_part, of_stem, peak
+from efficient_densenet.adopt.memory import Values, of_part, of_stem
+from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.adopt.survey import survey
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
@@ -21,6 +24,7 @@ from efficient_densenet.execution import Keep, check_keep
 from efficient_densenet.execution.plan import parts
 
 _JOINS = "joins stem and transitions"
+_BATCHES = (32, 64)  # each more than fits into the workspaces that do not grow
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ class Report:
 def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | None = None) -> Report:
     """What became of the parts of a model; or, for a model that was not made efficient, what would.
 
-    Memory is what stems, dense blocks and transitions keep for the backward pass, by what they compute, and, with an
-    image, the peak of a training step, which their gradients and temporary tensors belong to: an estimate, which
-    leaves out what lies between them, the small statistics, dropout masks, parameters and a scratch of constant size.
+    Memory is what stems, dense blocks and transitions keep for the backward pass, by what they compute: an estimate,
+    which leaves out what lies between them, the small statistics, dropout masks, parameters and a scratch of constant
+    size. With an image, the peak of a training step is told too, which gradients and temporary tensors belong to: see
+    `plan`, which tells more of it.
 
     Args:
         keep: as in `make_efficient`; for a model that is not adopted yet.
@@ -117,19 +122,39 @@ def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | No
     """
     if keep is not None:
         check_keep(keep)
-    found = _parts(model, keep or "bottleneck")
+    entries = entries_of(model, keep, image)
+    if image is None:
+        return Report(entries)
+    return Report(entries, tuple(image), _peaks(model, keep, image))
+
+
+def entries_of(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | None = None) -> tuple[Entry, ...]:
+    """Those of `report`."""
     pixels = None if image is None else _pixels(model, image)
     entries = []
-    by_call: dict[nn.Module, Entry] = {}
-    for part in found:
+    for part in _parts(model, keep or "bottleneck"):
         if pixels is not None and part.way and part.module not in pixels:
             part = part._replace(way=ORDINARY, reason="the model does not call it in one piece")
         entries.append(_entry(part, None if pixels is None else pixels.get(part.first)))
-        by_call[part.first] = entries[-1]
-    if image is None or pixels is None:
-        return Report(tuple(entries))
-    called = [by_call[module] for module in pixels if module in by_call]
-    return Report(tuple(entries), tuple(image), peak([(e.values, e.pixels) for e in called if e.values and e.pixels]))
+    return tuple(entries)
+
+
+def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[float, float] | None:
+    """Bytes of a training step for one image, before and after; None where that needs values of tensors."""
+    twin = copy.deepcopy(model).float()
+    try:
+        if not adopted_modules(twin):
+            convert(twin, keep or "bottleneck")
+        after = _peak_of_one(twin, image)
+        return _peak_of_one(restore(twin), image), after
+    except UserError:
+        return None
+
+
+def _peak_of_one(model: nn.Module, image: Sequence[int]) -> float:
+    """Of a larger batch, without what does not grow with it."""
+    few, many = (step_memory(model, image, n) for n in _BATCHES)
+    return (many.peak - few.peak) / (many.batch_size - few.batch_size)
 
 
 class _Part(NamedTuple):

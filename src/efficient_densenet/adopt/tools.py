@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from efficient_densenet import ops
 from efficient_densenet.execution.recompute import Recorder
 
 _TRACED = "it is traced, as the ordinary operations"
@@ -36,7 +37,7 @@ def needs_ordinary(x: Any) -> str | None:
         return "torch.func transforms it, for which it must consist of ordinary operations"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives need the ordinary operations"
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() and not ops.computes_nothing():  # as these modes of `step` have it
         for mode in _get_current_dispatch_mode_stack():
             if not isinstance(mode, Recorder) and type(mode).__module__ != _COUNTERS:
                 return f"{type(mode).__name__} watches each operation, or replaces it"

@@ -19,6 +19,11 @@ Keep = Literal["bottleneck", "features", "inputs"]
 
 KEEP: tuple[Keep, ...] = get_args(Keep)
 
+Auto = Literal["auto"]
+"""In place of what is kept: the fastest that fits into memory, which is chosen in `adopt`, before anything runs."""
+
+AUTO: Auto = "auto"
+
 Efficient = bool | Literal["recompute"]
 """``False``: the ordinary way; ``"recompute"``: bit-identical, less memory; ``True``: the shared buffer."""
 
@@ -27,10 +32,10 @@ def check_efficient(efficient: Efficient, keep: str) -> None:
     """Raise `UserError` unless these name a way to run."""
     if efficient not in (False, True, "recompute") or not isinstance(efficient, bool | str):
         raise UserError(f"efficient must be False, True or 'recompute', not {efficient!r}")
-    check_keep(keep)
+    check_keep(keep, AUTO)
 
 
-def check_keep(keep: str) -> None:
-    """Raise `UserError` unless it is one of `KEEP`."""
-    if keep not in KEEP:
-        raise UserError(f"keep must be one of {', '.join(map(repr, KEEP))}, not {keep!r}")
+def check_keep(keep: str, *others: str) -> None:
+    """Raise `UserError` unless it is one of `KEEP`, or of those."""
+    if keep not in (*KEEP, *others):
+        raise UserError(f"keep must be one of {', '.join(map(repr, (*KEEP, *others)))}, not {keep!r}")

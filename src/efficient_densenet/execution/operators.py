@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from efficient_densenet import ops
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.operands import UnsuitableError, unsuitable
 from efficient_densenet.execution.profiling import labelled_backward
@@ -322,8 +323,13 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 
 
 def _watched() -> bool:
-    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them.
+
+    The modes that plan a step want what is inside the operators.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
 
 
 def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:

@@ -16,12 +16,15 @@ statistics). Extra time: one concatenation, norm and activation per convolution,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
@@ -126,7 +129,7 @@ class _Result:
             with torch.no_grad():
                 made = self.function(*arguments, **self.named)
             made = made[0] if isinstance(made, tuple | list) else made
-            if self.uses == 1 or not _when_backward_ends(self._forget):
+            if self.uses == 1 or not _when_backward_ends(partial(_forget, weakref.ref(self))):
                 return made
             self.again, self.left = made, self.uses
         made, self.left = self.again, self.left - 1
@@ -134,8 +137,12 @@ class _Result:
             self.again = None
         return made
 
-    def _forget(self) -> None:
-        self.again = None
+
+def _forget(reference: weakref.ref[_Result]) -> None:
+    """What was computed again. Weakly referred to: what it was computed from is free once its promises are kept."""
+    result = reference()
+    if result is not None:
+        result.again = None
 
 
 class _Promise(NamedTuple):
@@ -238,7 +245,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
 def _holds_little(result: _Result, made: Tensor) -> bool:

@@ -20,9 +20,9 @@ from efficient_densenet.measure.contenders import (
     contender_list,
 )
 from efficient_densenet.measure.machine import HELD
-from efficient_densenet.measure.memory import parse_bytes
 from efficient_densenet.measure.networks import Network, int_list, positive_int
 from efficient_densenet.measure.processes import Job
+from efficient_densenet.units import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.measure import worker
-from efficient_densenet.measure.memory import available_bytes, format_bytes
+from efficient_densenet.measure.memory import available_bytes
 from efficient_densenet.measure.processes import Job, OutOfMemoryError, Team, progress
+from efficient_densenet.units import format_bytes
 
 Peaks = dict[int, int | None]
 """The peak bytes of each batch that was tried; None where the device ran out of memory."""

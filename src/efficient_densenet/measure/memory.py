@@ -1,8 +1,7 @@
-"""Bytes: of live tensors while something runs, of a process, of the machine; and how they are written."""
+"""Bytes: of live tensors while something runs, of a process, of the machine."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import re
@@ -16,13 +15,6 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-
-_UNITS = {
-    f"{prefix}{unit}": base**power
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate(("", "k", "M", "G", "T"))
-    if prefix or unit == "B"
-}
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -76,20 +68,6 @@ def available_bytes() -> int:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
     return available if limit is None or used is None else min(available, limit - used)
-
-
-def parse_bytes(text: str) -> int:
-    """``"12GB"`` → 12,000,000,000; ``"500 MiB"`` → 524,288,000. A type for `argparse`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
-    factors = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].lower() not in factors:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it as 12GB, 500MB or 8GiB")
-    return int(float(match[1]) * factors[match[2].lower()])
-
-
-def format_bytes(nbytes: float) -> str:
-    """Megabytes of a million bytes, with one decimal."""
-    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _kibibytes(file: Path, field: str) -> int:

@@ -63,6 +63,41 @@ def errors_against_float64(figure: Any, records: Records) -> None:
         )
 
 
+def memory_over_a_step(figure: Any, records: Records) -> None:
+    """Megabytes alive at each operation: all ways, and those on the shared buffer."""
+    for axes, shown in zip(figure.subplots(1, 2), (records, [r for r in records if r["way"] in OURS]), strict=True):
+        for record in shown:
+            # Ways differ in how many operations they have: each half of the step gets half of the axis.
+            halves = [record["forward"], record["backward"]]
+            x = [half + (i + 1) / len(values) for half, values in enumerate(halves) for i in range(len(values))]
+            megabytes = [nbytes / 1e6 for half in halves for nbytes in half]
+            axes.plot(x, megabytes, color=f"C{records.index(record)}", label=record["way"], linewidth=1.2)
+        axes.axvline(1, color="0.7", linewidth=0.8)
+        axes.set(xticks=[0.5, 1.5], xticklabels=["forward", "backward"], ylabel="MB", xlim=(0, 2), ylim=(0, None))
+        ways = "every way" if shown is records else "the efficient ways"
+        axes.set_title(f"{shown[0]['network']}, batch {shown[0]['batch_size']}: {ways} to run it")
+        axes.legend()
+
+
+def training_curves(figure: Any, records: Records) -> None:
+    """Loss and held-out error by epoch: means over the seeds as lines, and the range of the ordinary network's."""
+    ways = list(dict.fromkeys(record["way"] for record in records))
+    styles = dict(zip(ways, ("-", "--", "-.", ":"), strict=False))
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "error"), strict=True):
+        for way in ways:
+            runs = list(zip(*(record[what] for record in records if record["way"] == way), strict=True))
+            epochs = range(1, len(runs) + 1)
+            if way in ORDINARY:
+                low, high = [min(run) for run in runs], [max(run) for run in runs]
+                axes.fill_between(epochs, low, high, color="0.85", label=f"{way}, all seeds")
+            axes.plot(epochs, [sum(run) / len(run) for run in runs], styles[way], label=f"{way}, mean")
+        axes.set(xlabel="epoch", yscale="log")
+        axes.legend()
+    left, right = figure.axes
+    left.set_title("Training loss, scanned digits")
+    right.set_title("Share of held-out digits that is wrong")
+
+
 Draw = Callable[[Any, Records], None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficient_densenet.measure.memory import format_bytes
+from efficient_densenet.units import format_bytes
 
 Rows = Sequence[Sequence[str]]
 Records = Sequence[Mapping[str, Any]]

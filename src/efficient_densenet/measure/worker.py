@@ -12,9 +12,9 @@ from efficient_densenet.measure.contender import TrainingStep
 from efficient_densenet.measure.contenders import CONTENDERS
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.exactness import errors
-from efficient_densenet.measure.memory import format_bytes
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Job, serve
+from efficient_densenet.units import format_bytes
 
 
 def limit_memory(limit: int) -> None:

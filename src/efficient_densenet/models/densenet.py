@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.adopt import convert
+from efficient_densenet.adopt import Way, chosen_keep, convert
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Efficient, Keep, check_efficient
+from efficient_densenet.execution import Auto, Efficient, Keep, check_efficient
 
 _MAX_CIFAR_SIZE = 32  # larger inputs get the ImageNet stem
 
@@ -123,7 +123,9 @@ class DenseNet(nn.Module):
             bottleneck outputs (fastest), ``"features"`` the features alone (one more 1×1 convolution per layer),
             ``"inputs"`` only the inputs of the blocks, and the last block's features (smallest: runs
             the others forward again; the peak of a step is then in the backward of the first block, which needs its
-            features anyway).
+            features anyway); ``"auto"``: the fastest of them that fits into `memory`, see `make_efficient`.
+        memory, batch: with ``keep="auto"``, what a training step may take, such as ``"11GB"``, and the shape
+            ``(N, in_channels, H, W)`` of its images.
 
     Raises:
         UserError: an argument is out of range, or (at the first call) an input does not fit the network.
@@ -141,7 +143,9 @@ class DenseNet(nn.Module):
         drop_rate: float = 0.0,
         num_classes: int = 100,
         efficient: Efficient = False,
-        keep: Keep = "bottleneck",
+        keep: Keep | Auto = "bottleneck",
+        memory: int | str | None = None,
+        batch: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         _check_count("in_channels", in_channels)
@@ -193,7 +197,8 @@ class DenseNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         if efficient:
-            convert(self, keep, "recompute" if efficient == "recompute" else "shared", tried=False)
+            way: Way = "recompute" if efficient == "recompute" else "shared"
+            convert(self, chosen_keep(self, keep, way, memory, batch), way, tried=False)
 
     def _classifier(self, num_classes: int) -> nn.Module:
         if num_classes == 0:

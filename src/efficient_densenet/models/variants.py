@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 from efficient_densenet.errors import UserError
-from efficient_densenet.execution import Efficient, Keep
+from efficient_densenet.execution import Auto, Efficient, Keep
 from efficient_densenet.models.densenet import DenseNet
 from efficient_densenet.weights.loading import load_weights
 
@@ -26,7 +26,9 @@ class CifarArguments(TypedDict, total=False):
     drop_rate: float
     num_classes: int
     efficient: Efficient
-    keep: Keep
+    keep: Keep | Auto
+    memory: int | str | None
+    batch: Sequence[int] | None
 
 
 class Arguments(CifarArguments, total=False):

@@ -7,19 +7,19 @@ plain PyTorch, on any device, `cpu`, compiled for processors, and `triton`, for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops import cpu, eager, triton
+from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
 from efficient_densenet.ops.layers import Layers, LayersBackward
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
-_plain_alone = False
+_alone: Backend | None = None  # runs whatever the activations are
 
 
 def backend(x: Tensor) -> Backend:
@@ -29,11 +29,11 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
-    if not _plain_alone and triton.supports(x):
+    if _alone is not None:
+        return _alone
+    if triton.supports(x):
         return triton
-    if not _plain_alone and cpu.supports(x):
-        return cpu
-    return eager
+    return cpu if cpu.supports(x) else eager
 
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -72,20 +72,34 @@ def slower_than_recomputing(x: Tensor) -> str | None:
     On a GPU without kernels, plain PyTorch's operations on the buffer move 26 times a layer's prefix in float32 and 43
     times in half precision, forward and backward; recomputing moves it 24 times, the ordinary network 18 times.
     """
-    if x.is_cuda and not _plain_alone and _choose(x) is eager:
+    if x.is_cuda and _alone is None and _choose(x) is eager:
         return "without kernels for this GPU and type, the shared buffer moves more memory than recomputing"
     return None
 
 
-@contextmanager
-def plain_pytorch() -> Iterator[None]:
+def plain_pytorch() -> AbstractContextManager[None]:
     """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""
-    global _plain_alone
-    before, _plain_alone = _plain_alone, True
+    return _only(eager)
+
+
+def nothing_computed() -> AbstractContextManager[None]:
+    """While this is open, operations allocate what they return and compute nothing: to find out what a step needs."""
+    return _only(shapes)
+
+
+def computes_nothing() -> bool:
+    """Whether `nothing_computed` is open."""
+    return _alone is shapes
+
+
+@contextmanager
+def _only(chosen: Backend) -> Iterator[None]:
+    global _alone
+    before, _alone = _alone, chosen
     try:
         yield
     finally:
-        _plain_alone = before
+        _alone = before
 
 
 class Backends(dict[str, str]):

@@ -33,6 +33,7 @@ from efficient_densenet.training.callbacks import (
     Figures,
     NetworkFirst,
     OutOfMemory,
+    WithinMemory,
 )
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
 from efficient_densenet.training.mistakes import check_settings, mistakes_named
@@ -45,6 +46,7 @@ from efficient_densenet.training.network_factory import (
 from efficient_densenet.training.resuming import length_of_schedule
 from efficient_densenet.training.signals import TERMINATED, EndBetweenBatches
 from efficient_densenet.training.tasks import MultiLabel, SingleLabel
+from efficient_densenet.units import parse_bytes
 
 _LOGGED_NOISE = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
 _WARNED_NOISE = (
@@ -123,6 +125,13 @@ class _CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "efficient_densenet.training.data.Digits"}})
         parser.add_argument("--name", type=str | None, help="what the run is called (None: as its configuration file)")
+        if self.command == "fit":
+            parser.add_argument(
+                "--memory",
+                type=str | None,
+                help="what a training step may take, such as 11GB: decides what is kept for backward, in place of "
+                "model.network.keep, and divides batches where nothing else helps (None: no limit)",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Without Lightning's warning that sys.argv is something else.
@@ -193,6 +202,8 @@ class _CLI(LightningCLI):
         kwargs["plugins"] = [SafeCheckpointIO(), *(plugin for plugin in plugins if plugin is not None)]
         trainer = super().instantiate_trainer(enable_progress_bar=show_bar, **kwargs)
         trainer.callbacks.insert(0, NetworkFirst())
+        if fitting and options.memory is not None:
+            trainer.callbacks.insert(1, WithinMemory(parse_bytes(options.memory)))
         if settings.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm works on GPUs alone: leave it out, or train on the CPU with one device")
         if self.model.unfreeze_at is not None and trainer.world_size > 1:

@@ -225,7 +225,7 @@ class Classifier(LightningModule):
         self.log(name, loss.detach(), on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self._new_optimizer()
+        optimizer, schedule = self.new_optimizer()
         if schedule is None:
             return optimizer
         monitor = self.monitor or getattr(schedule, "monitor", "val/loss")  # Lightning's ReduceLROnPlateau has its own
@@ -239,7 +239,8 @@ class Classifier(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": self.schedule_interval, "monitor": monitor},
         }
 
-    def _new_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+    def new_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        """And its schedule, or None."""
         optimizer = make_optimizer(
             self.make_optimizer, self.network, self.rates, self.decay_norms_and_biases, self.found_learning_rate
         )
@@ -271,7 +272,7 @@ class Classifier(LightningModule):
             )
         if self.trainer.state.fn == TrainerFn.FITTING and not _is_averaging(checkpoint):
             self.found_learning_rate = checkpoint.get("found_learning_rate")
-            for name, (old, new) in follow_configuration(checkpoint, *self._new_optimizer()).items():
+            for name, (old, new) in follow_configuration(checkpoint, *self.new_optimizer()).items():
                 if self.trainer.is_global_zero:
                     print(f"resuming with {name} {new}, as configured; the checkpoint has {old}")
 

@@ -2,7 +2,7 @@
 
 from efficient_densenet.training.callbacks.epochs import EpochSeed, EpochTable
 from efficient_densenet.training.callbacks.learning_rate import FindLearningRate
-from efficient_densenet.training.callbacks.memory import OutOfMemory
+from efficient_densenet.training.callbacks.memory import OutOfMemory, WithinMemory
 from efficient_densenet.training.callbacks.preparation import NetworkFirst
 from efficient_densenet.training.callbacks.results import Announcement, Figures
 from efficient_densenet.training.callbacks.throughput import Throughput
@@ -16,4 +16,5 @@ __all__ = [
     "NetworkFirst",
     "OutOfMemory",
     "Throughput",
+    "WithinMemory",
 ]

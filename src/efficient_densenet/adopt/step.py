@@ -1,0 +1,201 @@
+"""The memory of a training step, without running it: the same operations on tensors that have no values.
+
+The network's own `forward` and PyTorch's autograd run on fake tensors, so that what is counted is what would happen,
+whatever the network is and whichever way its parts run; only the kernels of dense blocks are replaced, by
+`ops.shapes`. Counted are all bytes of tensors that are alive, at every operation.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from efficient_densenet import ops
+from efficient_densenet.adopt.adopted import adoptions
+from efficient_densenet.errors import UserError
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of tensors that a training step of one batch size adds to model, gradients and images.
+
+    Attributes:
+        batch_size: images.
+        kept: alive between forward and backward.
+        peak: the most that is alive at one time, with the workspaces of PyTorch's convolutions.
+        where: when that is.
+        trace: alive after each operation of the step, in their order.
+        forward: how many of these operations are those of forward.
+    """
+
+    batch_size: int
+    kept: int
+    peak: int
+    where: str
+    trace: tuple[int, ...] = field(repr=False)
+    forward: int
+
+
+def step_memory(
+    model: nn.Module, image: Sequence[int], batch_size: int, autocast: torch.dtype | None = None
+) -> StepMemory:
+    """The memory of one training step: forward, a sum of squares as loss, and backward.
+
+    Args:
+        model: is not changed; it runs in training mode, in the types of its parameters.
+        image: the shape ``(C, *spatial)`` of one image.
+        autocast: the type of `torch.autocast`, if the step runs in it.
+
+    Raises:
+        UserError: the model cannot run on such images, or looks at the values of its tensors.
+    """
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        twin = copy.deepcopy(model)
+    for adoption in adoptions(twin):
+        adoption.promised = False  # a warning would be about the plan
+    with fake, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
+        twin.train()
+        like = next(twin.parameters())
+        x = torch.empty((batch_size, *image), dtype=like.dtype, device=like.device)
+        for parameter in twin.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        gradients = [parameter.grad for parameter in twin.parameters()]
+        live = _Live([x, *twin.parameters(), *twin.buffers(), *gradients])
+        with live, _gradients_told(twin, live):
+            try:
+                with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
+                    output = twin(x)
+                    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+                    loss = sum(t.float().square().sum() for t in tensors)
+                kept, forward = live.now, len(live.trace)
+                live.phase = "backward"
+                loss.backward()  # type: ignore[union-attr]
+            except Exception as error:
+                shape = "×".join(map(str, image))
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"a step on images of {shape} cannot be planned: {reason}") from error
+    return StepMemory(batch_size, kept, live.peak, live.where, tuple(live.trace), forward)
+
+
+@contextmanager
+def _gradients_told(model: nn.Module, live: _Live) -> Iterator[None]:
+    """`live` learns where backward is, from the parameters whose gradients it finds."""
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(live.found_gradient, name.rpartition(".")[0]))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, besides those of some tensors.
+
+    Attributes:
+        phase: of the step.
+        now, peak: bytes.
+        where: the peak is.
+        trace: `now` after each operation.
+    """
+
+    def __init__(self, besides: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.phase = self.where = "forward"
+        self.now = self.peak = 0
+        self.trace: list[int] = []
+        self.storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in besides if t is not None}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would import the compiler, which takes seconds, and nothing here is compiled
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.trace.append(self.now)
+        inside = self.now + _workspace(function, args, output)
+        if inside > self.peak:
+            self.peak, self.where = inside, self.phase
+        return output
+
+    def _count(self, storage: Any) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.storages:
+            self.storages[address] = weakref.finalize(storage, self._free, address, size)
+            self.now += size
+
+    def _free(self, address: int, size: int) -> None:
+        del self.storages[address]
+        self.now -= size
+
+    def found_gradient(self, module: str, _: Tensor) -> None:
+        """Of a parameter in this module: the peak, if it was in backward, was before that."""
+        if self.where == "backward":
+            self.where = f"backward of {module or 'the model'}"
+
+
+def _workspace(function: Any, args: Sequence[Any], output: Any) -> int:
+    """Bytes that a convolution of PyTorch's needs inside, besides its results; on a CPU, where oneDNN runs it.
+
+    Unless images are channels-last, oneDNN works on copies whose channels lie in blocks (`reorder_if_differ_in` in
+    ideep's `convolution_forward` and `convolution_backward_*`, from PyTorch's allocator): forward on one of the input,
+    into one of the output, which then becomes the output; backward on one of the input or its gradient, and, for the
+    weight, one of the output's gradient. Copies of weights, and what backward transposes in half precision, are left
+    out.
+    """
+    if function is _aten.convolution.default:
+        x, weight = args[:2]
+        if not _reorders(x, weight):
+            return 0
+        copy_of_output = _in_blocks(output)
+        return max(_copied(x) + copy_of_output - output.nbytes, copy_of_output)
+    if function is _aten.convolution_backward.default:
+        grad, x, weight = args[:3]
+        if not _reorders(x, weight):
+            return 0
+        return _copied(x) + (_in_blocks(grad) if args[-1][1] else 0)
+    return 0
+
+
+def _reorders(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN runs a convolution of `x`, and not on channels-last images.
+
+    One thread multiplies 1×1 windows of few images elsewhere: `ConvParams::use_mkldnn` in aten's Convolution.cpp.
+    """
+    if x.device.type != "cpu" or not x.is_contiguous():
+        return False
+    products = x.dtype == torch.float32 and set(weight.shape[2:]) == {1} and len(x) < 16
+    return not (products and torch.get_num_threads() == 1)
+
+
+def _copied(x: Tensor) -> int:
+    """Of a convolution's input: that of a network's first, an image of up to three channels, is read as it is."""
+    return _in_blocks(x) if x.shape[1] > 3 else 0
+
+
+def _in_blocks(x: Tensor) -> int:
+    """Bytes of a copy whose channels are filled up to whole blocks: a vector of floats each."""
+    block = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    return x.nbytes // x.shape[1] * block * ceil(x.shape[1] / block)

@@ -1,0 +1,116 @@
+"""What is planned is what a training step needs, by exact counts of live bytes."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from others import monai_small, timm_small, torchvision_small, unet
+
+from efficient_densenet import DenseNet, UserError, make_efficient, plan, restore
+from efficient_densenet.adopt.planner import ORDINARY, RECOMPUTE, WAYS
+from efficient_densenet.adopt.step import step_memory
+from efficient_densenet.cli import main
+from efficient_densenet.measure.memory import peak_bytes
+
+# Each with a batch whose activations outweigh the workspace of a few megabytes.
+NETWORKS = {
+    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 96),
+    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 96),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 32),
+    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 32),
+    "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16),
+    "U-Net": (unet, (3, 64, 64), 3),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Looking for garbage among all that the libraries brought would take most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def prepared(model, way):
+    restore(model)
+    if way == ORDINARY:
+        return model
+    return make_efficient(model, way="recompute") if way == RECOMPUTE else make_efficient(model, way)
+
+
+@pytest.mark.parametrize(
+    ("name", "autocast"), [*((name, None) for name in NETWORKS), ("BC L=28", torch.bfloat16), ("U-Net", torch.bfloat16)]
+)
+def test_the_planned_peak_is_the_peak(name, autocast):
+    build, image, batch_size = NETWORKS[name]
+    model, x = build(), torch.randn(batch_size, *image)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = model(x).float().square().sum()
+        loss.backward()
+
+    for way in WAYS:
+        prepared(model, way)
+        planned = step_memory(model, image, batch_size, autocast).peak
+        assert planned == pytest.approx(peak_bytes(step), rel=0.1), way
+
+
+def test_nothing_runs_and_nothing_changes():
+    model = NETWORKS["BC L=28"][0]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = plan(model, (3, 32, 32), batch_size=8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.gradients == found.state == 4 * sum(p.numel() for p in model.parameters())
+    assert [way.name for way in found.ways] == list(WAYS)
+    assert "features.denseblock1" in found.ways[0].parts
+    kept = [way.step.kept for way in found.ways]
+    assert kept[0] > max(kept[1:3]) and kept[4] > kept[3] > max(kept[1:3])
+    for way in found.ways:
+        assert way.step.kept <= max(way.step.trace[: way.step.forward]) <= max(way.step.trace) <= way.step.peak
+
+
+def test_parts_are_what_is_kept():
+    """With what the last norm reads, which lies behind all parts, and is the larger the fewer layers there are."""
+    model, n = torchvision_small(block_config=(4, 4, 4), growth_rate=8), 32
+    for way in plan(model, (3, 96, 96), batch_size=n).ways:
+        last = 4 * n * 3 * 3 * model.classifier.in_features
+        assert sum(way.parts.values()) + last == pytest.approx(way.step.kept, rel=0.1), way.name
+
+
+def test_the_fastest_that_fits_is_recommended():
+    model, image, batch_size = DenseNet(3, 12, 12, (3, 3), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 37
+    for way in plan(model, image, batch_size=batch_size).ways[:2]:
+        found = plan(model, image, batch_size=30, memory=way.needed)
+        assert found.recommended == way.name
+        assert {w.name: w.largest_batch for w in found.ways}[way.name] == batch_size
+    nothing = plan(model, image, memory="100kB")
+    assert nothing.recommended is None and "32 images do not fit into 0.1 MB; 0 do" in str(nothing)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"optimizer": "adagrad"}, {"batch_size": 0}, {"memory": -1}], ids=lambda a: next(iter(a))
+)
+def test_what_is_not_supported(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        plan(DenseNet(block_config=(1, 1)), (3, 32, 32), **arguments)
+
+
+def test_a_model_that_cannot_be_planned():
+    with pytest.raises(UserError, match="image"):
+        plan(DenseNet(block_config=(1, 1)), (5, 32, 32))
+
+
+def test_the_command(capsys):
+    options = ["--image", "3,64,64", "--batch-size", "8", "--memory", "200MB", "--dtype", "amp-bf16"]
+    small = ["--set", "block_config=(2, 2)", "growth_rate=8"]
+    assert main(["plan", "torchvision:DenseNet", *options, *small]) == 0
+    text = capsys.readouterr().out
+    assert "largest batch" in text and "Recommended: bottleneck, the fastest" in text
+    assert main(["plan", "torchvision:no_such", "--image", "3,64,64"]) == 2
