@@ -146,15 +146,21 @@ def test_bytes_kept_by_a_block_by_itself(keep, layout):
 
 
 @every_format
-def test_bytes_that_backward_through_a_block_by_itself_adds(layout):
-    """Of each image the gradient that comes in, which becomes D, and one bottleneck output with its gradient."""
+def test_bytes_of_a_step_through_a_block_by_itself(layout):
+    """Of each image the features, what the loss keeps of their size, the gradient that comes in, which becomes D, and
+    one bottleneck output with its gradient."""
     layers, peaks = layers_of_a_block(torch.float32), []
     for parameter in layers.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    features = READS + LAYERS * MAKES
     for n in (8, 16):
-        out = dense_block(images(layout, n, torch.float32), layers, "features")
-        loss = (out * torch.ones_like(out)).sum()
-        del out
-        peaks.append(peak_bytes(loss.backward))
-    copied = READS + LAYERS * MAKES if torch.__version__ < (2, 12) else 0  # it holds the gradient that comes in
-    assert peaks[1] - peaks[0] == bytes_of(READS + LAYERS * MAKES + copied + 2 * WIDE, 8)
+        x, factor = images(layout, n, torch.float32), torch.randn(n, features, 6, 7)
+        x.grad = torch.zeros_like(x)
+        factor = factor.to(memory_format=FORMATS[layout])
+
+        def step(x=x, factor=factor):
+            (dense_block(x, layers, "features") * factor).sum().backward()
+
+        peaks.append(peak_bytes(step))
+    copied = features if torch.__version__ < (2, 12) else 0  # it holds the gradient that comes in
+    assert peaks[1] - peaks[0] == bytes_of(2 * features + copied + 2 * WIDE, 8)

@@ -39,7 +39,7 @@ class Spoil(torch.autograd.Function):
 def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=lambda norm: None):
     """In networks that run this way, break the second layer: its convolution's weight, or its norm after use."""
     run_block, run_layer, recomputing = decide.shared.run, DenseLayer.forward, decide.recomputing
-    recomputing = []
+    running = []
 
     def broken_block(x, plan, modules, *rest):
         norm, convolution = plan.norms[1], plan.convolutions[1]
@@ -54,14 +54,14 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
 
     @contextmanager
     def noted():
-        recomputing.append(True)
+        running.append(True)
         with recomputing():
             yield
-        recomputing.pop()
+        running.pop()
 
     def broken_layer(layer, features):
         # Not where the forward is looked at, which is without gradients.
-        chosen = bool(recomputing) == (way == "recompute") and torch.is_grad_enabled()
+        chosen = bool(running) == (way == "recompute") and torch.is_grad_enabled()
         if not chosen or layer.norm1.num_features != WIDTH:
             return run_layer(layer, features)
         x = layer.relu1(layer.norm1(torch.cat(list(features), 1)))

@@ -14,7 +14,7 @@ import torchvision
 from tiny_run import run
 
 from efficient_densenet import report
-from efficient_densenet.adopt import adopted_modules
+from efficient_densenet.adopt.adopted import adopted_modules
 from efficient_densenet.cli import main
 from efficient_densenet.errors import UserError
 from efficient_densenet.training import plots

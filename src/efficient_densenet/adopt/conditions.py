@@ -146,7 +146,9 @@ def levels(value: Any) -> int:
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether calling one of these does more than its own forward and backward."""
     for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or compiled(m):
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "_compiled_call_impl" in m.__dict__ and compiled(m):
             return True
     return False
 

@@ -67,6 +67,7 @@ def step_memory(
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         twin = copy.deepcopy(model)
+    _without_effect_of_hooks(twin)
     for adoption in adoptions(twin):
         adoption.promised = False  # a warning would be about the plan
     with fake, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
@@ -91,6 +92,16 @@ def step_memory(
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"a step on images of {shape} cannot be planned: {reason}") from error
     return StepMemory(batch_size, kept, live.peak, live.where, tuple(live.trace), forward)
+
+
+def _without_effect_of_hooks(model: nn.Module) -> None:
+    """Hooks belong to the user's own calls. They stay, for they decide how a part runs, but do nothing."""
+    for module in model.modules():
+        for hooks in (
+            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        ):  # fmt: skip
+            for key in hooks:
+                hooks[key] = lambda *_, **__: None
 
 
 @contextmanager

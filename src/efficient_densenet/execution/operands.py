@@ -38,7 +38,8 @@ def unsuitable(tensors: Iterable[Tensor], device: torch.device | None = None) ->
             return "a nested tensor" if tensor.is_nested else f"a tensor of another kind ({tensor.layout})"
         if device is not None and tensor.device != device:
             return f"a tensor on {tensor.device}, not on {device}"
-        if has_memory and not tensor.data_ptr() and tensor.numel():
+        # Not by its address: to ask for that makes a copy of memory that is copied when somebody writes.
+        if has_memory and not tensor.untyped_storage().nbytes() and tensor.numel():
             return "a tensor without memory"
     return None
 

@@ -125,13 +125,13 @@ class _CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "efficient_densenet.training.data.Digits"}})
         parser.add_argument("--name", type=str | None, help="what the run is called (None: as its configuration file)")
-        if self.command == "fit":
-            parser.add_argument(
-                "--memory",
-                type=str | None,
-                help="what a training step may take, such as 11GB: decides what is kept for backward, in place of "
-                "model.network.keep, and divides batches where nothing else helps (None: no limit)",
-            )
+        # Of fit alone, but the other commands read its configurations.
+        parser.add_argument(
+            "--memory",
+            type=str | None,
+            help="what a training step may take, such as 11GB: decides what is kept for backward, in place of "
+            "model.network.keep, and divides batches where nothing else helps (None: no limit)",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Without Lightning's warning that sys.argv is something else.
