@@ -19,7 +19,7 @@ from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.kinks import move_zeros_into_gaps
 
-EXAMPLES = int(os.environ.get("EFFICIENT_DENSENET_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("EFFICIENT_DENSENET_EXAMPLES", "24"))
 LONG = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES < 100
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from efficient_densenet.cli import main
@@ -20,6 +22,13 @@ NAMES = {
 }
 
 
+@pytest.fixture
+def unplanned(monkeypatch):
+    """Planning the steps takes most of the time; their peak is tested elsewhere."""
+    monkeypatch.setattr(sys.modules["efficient_densenet.adopt.report"], "_peaks", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_by_its_name(name, capsys):
     assert main(["inspect", *name.split()]) == 0
@@ -34,6 +43,7 @@ def test_what_was_asked_for_is_shown(capsys):
     assert "MB per image of 3×64×64" in output and "shared buffer, inputs" in output
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_parts_that_a_model_calls_one_by_one_are_no_promise(capsys):
     main(["inspect", "smp:densenet121"])
     assert "transition3, features: the model does not call it in one piece" in capsys.readouterr().out
