@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import training_step
+from comparison import gradients, training_step
+from look_alikes import bottleneck_parts
 from operands import LEVELS
 from torch import nn
 from twins import BOTTLENECK, PLAIN
 
-from efficient_densenet import DenseNet, ops
+from efficient_densenet import DenseNet, dense_block, ops
 from efficient_densenet.execution import KEEP
 from efficient_densenet.ops.cpu import layers as native
 from efficient_densenet.ops.cpu import library
@@ -110,6 +111,26 @@ def test_bottleneck_outputs_are_freed_before_others_are_made_again(done):
     arguments = BOTTLENECK | {"num_init_features": 5, "bn_size": 4}
     training_step(DenseNet(**arguments, efficient=True), images())
     assert done == [(3, 3), (2, 2), (2, 2), (2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("makes", [(8, 32), (32, 8, 32), (8, 32, 8, 32, 4)], ids=str)
+def test_layers_that_make_different_numbers_of_channels(monkeypatch, done, makes):
+    """Some bottleneck outputs are kept, and others between them are not."""
+    torch.manual_seed(0)
+    widths = [24 + sum(makes[:i]) for i in range(len(makes))]
+    layers = nn.ModuleList(
+        nn.Sequential(bottleneck_parts(width, made, 16)) for width, made in zip(widths, makes, strict=True)
+    )
+    results = []
+    for _ in range(2):
+        layers.zero_grad()
+        x = torch.randn(2, 24, 12, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        dense_block(x, layers, "bottleneck").cos().sum().backward()
+        results.append({"input gradient": x.grad, **gradients(layers)})
+        calls = len(done)
+        one_by_one(monkeypatch)
+    assert calls == len(done) > 2
+    same(*results, 1e-5)
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level > Instructions.BASELINE])

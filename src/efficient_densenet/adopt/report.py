@@ -141,13 +141,13 @@ def entries_of(model: nn.Module, keep: Keep | None = None, image: Sequence[int] 
 
 def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[float, float] | None:
     """Bytes of a training step for one image, before and after; None where that needs values of tensors."""
-    twin = copy.deepcopy(model).float()
     try:
+        twin = copy.deepcopy(model).float()
         if not adopted_modules(twin):
             convert(twin, keep or "bottleneck")
         after = _peak_of_one(twin, image)
         return _peak_of_one(restore(twin), image), after
-    except UserError:
+    except (UserError, RuntimeError):  # the latter where a module holds what PyTorch cannot copy
         return None
 
 

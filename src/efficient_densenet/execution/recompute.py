@@ -58,7 +58,7 @@ def recomputing() -> Iterator[None]:
     ``with recomputing(): scores = model(images)``. Backward computes concatenations, norms, activations and upsampled
     activations again, never a convolution and nothing random. Results are the same in every bit; running statistics
     move once. Dense blocks on the shared buffer keep what they keep, and code that `torch.compile` made is not
-    reached.
+    reached. It is for one forward pass: leave it before backward, or what it has noted stays in memory.
 
     Raises:
         RuntimeError: hooks on saved tensors are switched off here (by PyTorch).

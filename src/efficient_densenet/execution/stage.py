@@ -105,6 +105,8 @@ class Stage:
     def runs_layers(self, features: Tensor) -> bool:
         """Whether several layers run in one call: there is nothing else in them, and no other process to ask."""
         weights = self.weights[: len(self.layers) * self.per_layer]
+        if self.per_layer == 2 and any(weight[0, 0].numel() > 1 for weight in weights[::2]):
+            return False  # a 1×1 convolution takes all values; of two larger ones, the second might be done twice
         return bool(weights) and not (self.biases or self.masks or self.group) and ops.runs_layers(features, weights)
 
 
@@ -364,8 +366,9 @@ class _Readers:
         layers, left, done = self.stage.layers, len(self.stage.layers), 1
         while left and done:
             # All at once whose bottleneck outputs are kept; they are freed before others are made again.
-            start = next((layer + 1 for layer in reversed(range(left)) if layers[layer] not in kept), 0)
-            done = self._run_layers_backward(features, grad, kept, start if start < left else 0, left)
+            again = layers[left - 1] not in kept
+            start = next((layer + 1 for layer in reversed(range(left)) if (layers[layer] not in kept) != again), 0)
+            done = self._run_layers_backward(features, grad, kept, start, left)
             left -= done
         return left
 
@@ -384,9 +387,10 @@ class _Readers:
             for i, reader in enumerate(layers.readers)
         ]
         largest = max([bottleneck.shape[-1] for bottleneck in bottlenecks], default=0)
+        made_again = bool(bottlenecks) and stage.layers[start] not in kept
         operands = LayersBackward(
-            grad, start, bool(stage.layers[start] not in kept), empty_like(features, largest), norms.used_features,
-            norms.total, norms.through, grad_weights, grad_norms,
+            grad, start, made_again, empty_like(features, largest), norms.used_features, norms.total, norms.through,
+            grad_weights, grad_norms,
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
         of_norms = grad_norms.split(sizes, 1)

@@ -7,11 +7,12 @@ plain PyTorch, on any device, `cpu`, compiled for processors, and `triton`, for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
@@ -20,6 +21,7 @@ from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
 _alone: Backend | None = None  # runs whatever the activations are
+_plans = 0  # that are being made
 
 
 def backend(x: Tensor) -> Backend:
@@ -29,6 +31,8 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
+    if _plans and isinstance(x, FakeTensor):  # other threads go on computing
+        return shapes
     if _alone is not None:
         return _alone
     if triton.supports(x):
@@ -77,29 +81,31 @@ def slower_than_recomputing(x: Tensor) -> str | None:
     return None
 
 
-def plain_pytorch() -> AbstractContextManager[None]:
-    """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""
-    return _only(eager)
-
-
-def nothing_computed() -> AbstractContextManager[None]:
-    """While this is open, operations allocate what they return and compute nothing: to find out what a step needs."""
-    return _only(shapes)
-
-
-def computes_nothing() -> bool:
-    """Whether `nothing_computed` is open."""
-    return _alone is shapes
-
-
 @contextmanager
-def _only(chosen: Backend) -> Iterator[None]:
+def plain_pytorch() -> Iterator[None]:
+    """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""
     global _alone
-    before, _alone = _alone, chosen
+    before, _alone = _alone, eager
     try:
         yield
     finally:
         _alone = before
+
+
+@contextmanager
+def nothing_computed() -> Iterator[None]:
+    """While this is open, operations on tensors without values only allocate: to find out what a step needs."""
+    global _plans
+    _plans += 1
+    try:
+        yield
+    finally:
+        _plans -= 1
+
+
+def computes_nothing() -> bool:
+    """Whether `nothing_computed` is open."""
+    return _plans > 0
 
 
 class Backends(dict[str, str]):
