@@ -100,6 +100,18 @@ def test_what_is_not_supported(arguments):
         plan(DenseNet(block_config=(1, 1)), (3, 32, 32), **arguments)
 
 
+@pytest.mark.parametrize("model", [torch.nn.ReLU(), "densenet121"], ids=["no parameters", "no module"])
+def test_what_is_no_network(model):
+    with pytest.raises(UserError, match="with parameters"):
+        plan(model, (3, 32, 32))
+
+
+@pytest.mark.parametrize("batch", [(), (3, 32), (0, 3, 32, 32)], ids=str)
+def test_a_batch_that_is_none(batch):
+    with pytest.raises(UserError, match="batch"):
+        make_efficient(DenseNet(block_config=(1, 1)), "auto", memory="1GB", batch=batch)
+
+
 def test_a_model_that_cannot_be_planned():
     with pytest.raises(UserError, match="image"):
         plan(DenseNet(block_config=(1, 1)), (5, 32, 32))

@@ -117,10 +117,7 @@ def plan(
     Raises:
         UserError: the model has no dense blocks or cannot run on such an image, or an argument is not supported.
     """
-    memory = parse_bytes(memory) if isinstance(memory, str) else memory
-    for name, value in (("batch_size", batch_size), ("memory", memory)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
+    memory = _checked(model, batch_size, memory)
     shorter = (autocast or next(model.parameters()).dtype).itemsize / 4  # parts are told in float32
     ways = []
     for name, twin in _as_every_way(model):
@@ -133,6 +130,17 @@ def plan(
     images = batch_size * steps.per_image
     chosen = _recommended(ways, batch_size, memory)
     return Plan(batch_size, steps.parameters, steps.gradients, steps.state, images, tuple(ways), *chosen)
+
+
+def _checked(model: nn.Module, batch_size: int, memory: int | str | None) -> int | None:
+    """The memory in bytes, once the arguments are such as a step can be planned with."""
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise UserError(f"a step is planned for a torch.nn.Module with parameters, not for a {type(model).__name__}")
+    memory = parse_bytes(memory) if isinstance(memory, str) else memory
+    for name, value in (("batch_size", batch_size), ("memory", memory)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    return memory
 
 
 def fastest_that_fits(
@@ -151,20 +159,23 @@ def fastest_that_fits(
     Raises:
         DoesNotFitError: nothing fits.
     """
-    memory = parse_bytes(memory) if isinstance(memory, str) else memory
+    if len(batch) < 3:
+        raise UserError(f"batch must be the shape (N, C, *spatial) of the images of a step, not {tuple(batch)}")
     batch_size, *image = batch
+    limit = _checked(model, batch_size, memory)
+    assert limit is not None
     twin = copy.deepcopy(model)
     before = ""
     for keep in KEEP:
         convert(twin, keep)
         steps = _Steps(twin, image, optimizer, autocast)
         needed = steps.needed(batch_size)
-        if needed <= memory:
-            why = f"a step of {batch_size} images needs {_mb(needed)} of {_mb(memory)} MB{before}"
+        if needed <= limit:
+            why = f"a step of {batch_size} images needs {_mb(needed)} of {_mb(limit)} MB{before}"
             return keep, f'keep="{keep}": {why}'
         before = f", and {_mb(needed)} MB with {keep!r}"
-    largest = steps.largest_batch(memory, batch_size)
-    raise DoesNotFitError(batch_size, needed, memory, largest)
+    largest = steps.largest_batch(limit, batch_size)
+    raise DoesNotFitError(batch_size, needed, limit, largest)
 
 
 class DoesNotFitError(UserError):
