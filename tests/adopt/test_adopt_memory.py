@@ -141,6 +141,8 @@ def test_the_table_can_be_read():
     assert head.split() == ["module", "was", "now", "channels", "before", "after"]
     assert rows[0].split("  ")[0] == "features.denseblock1" and rows[0].endswith("40.94   3.21")
     assert rows[-2].split() == ["together", "129.35", "5.82"]
-    assert rows[-1].split() == ["peak", "of", "a", "training", "step", "130.16", "9.64"]
+    # Before PyTorch 2.12, autograd holds the gradient of an output until its backward pass has ended.
+    peak = "9.64" if torch.__version__ >= (2, 12) else "10.04"
+    assert rows[-1].split() == ["peak", "of", "a", "training", "step", "130.16", peak]
     assert len({len(row) for row in [head, *rows]}) == 1
     assert "values per pixel" in str(report(torchvision.models.densenet121()))
