@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--damaged-files", type=int, default=2000, help="how many damaged files the reader of weights is tried on"
     )
+
+
+@pytest.fixture(scope="module")
+def little_to_collect() -> Iterator[None]:
+    """Looking for garbage among all that the libraries brought would take most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -14,16 +14,8 @@ from efficient_densenet.execution import KEEP, pieces
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import convolution
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 every_keep = pytest.mark.parametrize("keep", KEEP)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect():
-    """Looking for garbage among all that the libraries brought would take most of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def alive_after(function):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from others import monai_small, timm_small, torchvision_small, unet
@@ -14,6 +12,7 @@ from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.cli import main
 from efficient_densenet.measure.memory import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 # Each with a batch whose activations outweigh the workspace of a few megabytes.
 NETWORKS = {
     "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 96),
@@ -23,15 +22,6 @@ NETWORKS = {
     "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16),
     "U-Net": (unet, (3, 64, 64), 3),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect():
-    """Looking for garbage among all that the libraries brought would take most of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def prepared(model, way):

@@ -13,6 +13,7 @@ from torch import nn
 
 from efficient_densenet.adopt.adopted import restore
 from efficient_densenet.adopt.conversion import convert
+from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE
 from efficient_densenet.adopt.report import entries_of
 from efficient_densenet.adopt.step import StepMemory, step_memory
 from efficient_densenet.errors import UserError
@@ -21,7 +22,6 @@ from efficient_densenet.units import parse_bytes
 
 Optimizer = Literal["none", "sgd", "adam"]
 _STATES: dict[Optimizer, int] = {"none": 0, "sgd": 1, "adam": 2}  # values for each of a parameter; sgd with momentum
-RECOMPUTE, ORDINARY = "recompute", "ordinary"
 WAYS = (*KEEP, RECOMPUTE, ORDINARY)
 """The shared buffer's `keep`, the fastest first, and the two other ways."""
 

@@ -238,8 +238,7 @@ class _Node(torch.autograd.Function):
         need_weights = _split(needs, lengths)[2]
         # Where gradients of gradients could be wanted, the operator refuses them; and it has a rule for `vmap`.
         as_operator = torch.is_grad_enabled() or _watched()
-        found = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
-        of_x, parameters = found
+        of_x, parameters = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
         return None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
 
 
