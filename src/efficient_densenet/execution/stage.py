@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -102,12 +103,28 @@ class Stage:
     def uses_batch(self) -> bool:
         return None in [norm.constants for norm in self.norms]
 
-    def runs_layers(self, features: Tensor) -> bool:
-        """Whether several layers run in one call: there is nothing else in them, and no other process to ask."""
-        weights = self.weights[: len(self.layers) * self.per_layer]
-        if self.per_layer == 2 and any(weight[0, 0].numel() > 1 for weight in weights[::2]):
+    @cached_property
+    def readers(self) -> list[Reader]:
+        """Those of the layers, for a backend that runs several in one call."""
+        count = len(self.layers) * self.per_layer
+        parts = zip(self.weights[:count], self.norms, self.sources, strict=False)
+        return [Reader(weight, *norm, start) for weight, norm, (start, _) in parts]
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """See `Layers.memo`."""
+        return {}
+
+    @cached_property
+    def _has_plain_layers(self) -> bool:
+        """Whether there is nothing else in the layers than norms and convolutions, and no other process to ask."""
+        if self.per_layer == 2 and any(prod(reader.weight.shape[2:]) > 1 for reader in self.readers[::2]):
             return False  # a 1×1 convolution takes all values; of two larger ones, the second might be done twice
-        return bool(weights) and not (self.biases or self.masks or self.group) and ops.runs_layers(features, weights)
+        return bool(self.readers) and not (self.biases or self.masks or self.group)
+
+    def runs_layers(self, features: Tensor) -> bool:
+        """Whether several layers run in one call."""
+        return self._has_plain_layers and ops.runs_layers(features, self.readers, self.memo)
 
 
 class Kept(NamedTuple):
@@ -211,13 +228,11 @@ def _layers(
     features: Tensor, stage: Stage, norms: Norms, bottlenecks: Sequence[Tensor | None], stop: int | None = None
 ) -> Layers:
     """The layers before number `stop`, for a backend that runs several in one call."""
-    count = len(stage.layers[:stop]) * stage.per_layer
-    readers = [
-        Reader(weight, *norm, start)
-        for weight, norm, (start, _) in zip(stage.weights[:count], stage.norms, norms.sources, strict=False)
-    ]
+    readers = stage.readers[: len(stage.layers[:stop]) * stage.per_layer]
     width = features.shape[-1] - stage.growth
-    return Layers(features, width, readers, stage.per_layer, bottlenecks, norms.folded.statistics, norms.folded.vectors)
+    return Layers(
+        features, width, readers, stage.per_layer, bottlenecks, norms.folded.statistics, norms.folded.vectors, stage.memo
+    )
 
 
 def _convolve(

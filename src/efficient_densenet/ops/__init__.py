@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
-from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
@@ -40,9 +40,9 @@ def _choose(x: Tensor) -> Backend:
     return cpu if cpu.supports(x) else eager
 
 
-def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
-    return _choose(x) is cpu and cpu_layers.supports(x, weights)
+def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
+    """Whether layers of these readers, on features like `x`, run in one call: see `run_layers`, and `Layers.memo`."""
+    return _choose(x) is cpu and cpu_layers.supports(x, readers, memo)
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
