@@ -113,7 +113,7 @@ class Adoption:
 
 
 class Decision(NamedTuple):
-    """How to run; why not on the shared buffer, if so; what it is; whether the reason is worth telling; what is ready."""
+    """How to run; why not on the shared buffer, if so; what it is; whether to tell the reason; what is ready."""
 
     way: str
     reason: str | None = None
