@@ -340,7 +340,7 @@ class Product:
         """As `grad_x`, of a 1×1 window without a pool and at most `tile.depth` outputs."""
         grad_x, grad_x_stride = launch.matrix(grad_x)
         column_blocks = launch.ceil_div(self.channels, tile.columns)
-        most = max(1, self.of.device.programs // column_blocks)
+        most = max(1, 2 * self.of.device.programs // column_blocks)  # they are small: four on a multiprocessor
         parts = min(launch.ceil_div(self.rows, tile.rows), most)
         sums = moments_of(self.x, parts)
         vec, (grad_out_stride, x_stride, channels, outputs, grad_x_stride) = self._divided(grad_x_stride)

@@ -133,7 +133,10 @@ def forward(of: Product) -> Tile:
     depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
     if of.half and depth == 32 and (of.taps > 1 or of.device.warp_groups):
         depth, stages = 64, stages - 1
-    return Tile(128, columns, _cover(of.channels, 16, depth), _warps(of, columns == of.device.widest), stages)
+    rows = 128
+    if of.device.warp_groups and ceil(of.rows / rows) * ceil(of.outputs / columns) < of.device.programs // 2:
+        rows = 64  # or multiprocessors would have nothing to do
+    return Tile(rows, columns, _cover(of.channels, 16, depth), _warps(of, columns == of.device.widest), stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,10 +144,15 @@ def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     if of.exact:
         return Tile(64, _cover(of.channels, 16, 64), 16, 8, 2)
-    wide = of.taps > 1 and of.half and of.device.warp_groups and of.rows >= 1024 * of.device.widest
-    columns = _cover(of.channels, 16, of.device.widest if wide else 64)
-    rows = 64 if of.taps > 9 and not of.half else 128
-    return Tile(rows, columns, _cover(of.outputs, 16, 32), _warps(of, columns >= 64), of.stages)
+    columns, stages, rows = 64, of.stages, 64 if of.taps > 9 and not of.half else 128
+    if of.device.warp_groups and of.taps > 1:
+        stages = 4
+        if not of.half:
+            columns = 32
+        elif of.rows >= 1024 * rows:
+            columns, stages = 128, 3
+    columns = _cover(of.channels, 16, columns)
+    return Tile(rows, columns, _cover(of.outputs, 16, 32), _warps(of, columns >= 64), stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,8 +162,7 @@ def grad_x_pointwise(of: Product) -> Tile | None:
     depth = _cover(of.outputs, 16, 256)
     if of.taps > 1 or of.pool > 1 or of.exact or not of.device.warp_groups or of.outputs > depth:
         return None
-    large = of.rows >= 1024 * of.device.widest or not of.half
-    return Tile(32, _cover(of.channels, 16, 64 if large else of.device.widest), depth, 4, of.stages - 1)
+    return Tile(32, _cover(of.channels, 16, 64), depth, 4, of.stages - 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -164,7 +171,7 @@ def grad_weight(of: Product) -> Tile:
     lines = of.taps * of.outputs
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
-    wide = of.half and (of.taps > 1 or not of.device.warp_groups)
+    wide = of.taps > 1 if of.device.warp_groups else of.half
     rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if wide else 64)
     warps = _warps(of, rows * columns >= 64 * of.device.widest)
     if of.half and of.pool == 1 and of.device.warp_groups:
