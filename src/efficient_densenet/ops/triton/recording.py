@@ -2,7 +2,8 @@
 
 To find and start a kernel takes the host longer than many kernels take on the GPU: tiles are chosen, strides divided,
 scratch is allocated, compiled kernels looked up. For the same shapes all of that comes out the same. What changes from
-call to call is where the tensors lie.
+call to call is where the tensors lie; and in training that repeats too, for PyTorch gives the memory of the last step
+to the next one. Launches on tensors that lie where others lay before are a CUDA graph, which is one launch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from efficient_densenet.ops.triton import launch
 
 _MOST = 256  # recordings; each new size of the images makes some
+_MOST_GRAPHS = 4  # of a recording
+_MOST_SEEN = 16  # addresses of a recording
 _ALIGNMENT = 512  # of scratch, as of what PyTorch allocates
 
 
@@ -42,6 +45,8 @@ class Recording:
         self._given = [_extent(x) for x in given]
         self._launches: list[tuple[functools.partial, list, list[Pointer]]] = []
         self._scratch = 0
+        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
         self.operations = 0
 
     def add(self, operation: Iterable[functools.partial]) -> None:
@@ -80,13 +85,43 @@ class Recording:
                     arguments[pointer.argument] = _at(tensors[pointer.tensor], pointer)
                 start(*arguments)
             return
-        addresses = [x.data_ptr() for x in tensors]
-        stream = torch.cuda.current_stream(scratch.device).cuda_stream
+        addresses = tuple([x.data_ptr() for x in tensors])
+        graph = self._graph_of(addresses)
+        if graph is None:
+            self._start_each(addresses, torch.cuda.current_stream(scratch.device).cuda_stream)
+        else:
+            graph.replay()
+
+    def _start_each(self, addresses: Sequence[int], stream: int) -> None:
         for start, template, pointers in self._launches:
             arguments = template.copy()
             for argument, number, offset, _ in pointers:
                 arguments[argument] = addresses[number] + offset
             start(*arguments, stream=stream)
+
+    def _graph_of(self, addresses: tuple[int, ...]) -> torch.cuda.CUDAGraph | None:
+        """The launches on these addresses as a graph, from the second time on that they are asked for."""
+        if torch.cuda.is_current_stream_capturing():  # a graph of somebody else's gets the launches themselves
+            return None
+        graph = self._graphs.get(addresses)
+        if graph is None and addresses in self._seen:
+            graph = self._graphs[addresses] = self._captured(addresses)
+            while len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._seen[addresses] = None
+        while len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return graph
+
+    def _captured(self, addresses: Sequence[int]) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._start_each(addresses, stream.cuda_stream)
+            finally:
+                graph.capture_end()
+        return graph
 
 
 class Recordings:
