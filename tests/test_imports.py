@@ -33,7 +33,7 @@ INSIDE = {
     "execution": [
         "__init__ buffers operands pieces synchronise plan profiling recompute",
         "norms",
-        "layers",
+        "block",
         "operators stage stem_convolutions stem_pools",
         "library stem",
         "stem_library ready",

@@ -196,7 +196,8 @@ def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x:
         known = _known(roots, adoption, found)
         types = {tensor.dtype for tensor in tensors}
         unchanged = Unchanged.of(modules, roots, own_hooks) if device is not None and known.reason is None else None
-        last = adoption.last = unchanged and Last(unchanged, device, known, types, Ready(tensors))
+        last = None if unchanged is None else Last(unchanged, device, known, types, Ready(tensors))
+        adoption.last = last
     reason = known.reason
     if reason is None and known.sizes and x is not None:
         error = _differs_at(known, roots, x.shape)

@@ -121,7 +121,11 @@ class Passes(ABC):
         if not torch.is_grad_enabled():
             return self.forward(x, arguments)
         lengths = [len(group) for group in arguments[: self.lists]]
-        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *chain(*arguments[: self.lists])))
+        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *self.tensors(arguments)))
+
+    def tensors(self, arguments: Any) -> Iterator[Tensor]:
+        """All that are in lists among these arguments."""
+        return chain.from_iterable(arguments[: self.lists])
 
     def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor]) -> None:
         """Have autograd save what backward needs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ class Ready:
         self._own = {id(tensor) for tensor in tensors}
         self.engine: stage.Stage | stem.Stem | None = None
 
-    def owns(self, lists: Iterable[Iterable[Tensor]]) -> bool:
-        """Whether all tensors in these lists are the modules' own: nothing is copied, computed or drawn."""
-        return self._own.issuperset(map(id, chain.from_iterable(lists)))
+    def owns(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all of these are the modules' own: nothing is copied, computed or drawn."""
+        return self._own.issuperset(map(id, tensors))
 
     def run(self, x: Tensor, contiguous: bool) -> Tensor:
         """What it makes of ``x: (N, C, *spatial)``; features are channels-last in memory unless `contiguous`."""

@@ -96,7 +96,7 @@ def _run(
             *(((), "", ()) if blur is None else blur[2:]),
             norms.group,
         )
-        if ready is not None and ready.owns(of_stem[: run_stem.lists]):
+        if ready is not None and ready.owns(run_stem.tensors(of_stem)):
             ready.engine = of_stem.stem()
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
         label_backward(output, label)
@@ -120,7 +120,7 @@ def _run(
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
-    if ready is not None and ready.owns(arguments[: run_stage.lists]):
+    if ready is not None and ready.owns(run_stage.tensors(arguments)):
         ready.engine = arguments.stage()
     output, statistics, count, *_ = stage_forward(x, *arguments) if compiling else run_stage(x, arguments)
     label_backward(output, label)

@@ -43,7 +43,8 @@ def run_backward(layers: Layers, operands: LayersBackward) -> int:
 
 def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[library.Layers, list[Tensor]]:
     """As the kernels want it; and tensors that must live as long."""
-    features, count, alive = layers.features, len(layers.readers), []
+    features, count = layers.features, len(layers.readers)
+    alive: list[Tensor] = []
     key = _readers, features.shape, features.dtype, count
     if key not in layers.memo:
         made, alive = _readers(layers)
