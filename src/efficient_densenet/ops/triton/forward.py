@@ -35,8 +35,8 @@ def norm_relu_conv_kernel(
 
     An implicit matrix product of ``(rows, taps·channels)`` and ``(taps·channels, outputs)``, a tile of ``ROWS ×
     COLUMNS`` per program. `moments` gets mean and centred sum of squares of each block of `ROWS` rows.
-    With a window, x is what came out of the rectifier, or each tap would rectify it again; there is no pool, and scale and
-    shift are not looked at.
+    With a window, x is what came out of the rectifier, or each tap would rectify it again; there is no pool, and scale
+    and shift are not looked at.
 
     Shapes: x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``, out ``(rows, outputs)``, moments
     ``(2, outputs, blocks)``.
