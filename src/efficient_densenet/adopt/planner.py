@@ -6,16 +6,19 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from efficient_densenet import ops
 from efficient_densenet.adopt.adopted import restore
 from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE
-from efficient_densenet.adopt.report import entries_of
-from efficient_densenet.adopt.step import StepMemory, step_memory
+from efficient_densenet.adopt.report import entries_of, pixels_of
+from efficient_densenet.adopt.step import StepMemory, count_step, without_values
+from efficient_densenet.adopt.survey import Finding, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP, Keep
 from efficient_densenet.units import parse_bytes
@@ -119,10 +122,13 @@ def plan(
     """
     memory = _checked(model, batch_size, memory)
     shorter = (autocast or next(model.parameters()).dtype).itemsize / 4  # parts are told in float32
+    twin = restore(copy.deepcopy(model))
+    findings, pixels = survey(twin), pixels_of(twin, image)
     ways = []
-    for name, twin in _as_every_way(model):
+    for name in _as_every_way(twin, findings):
         steps = _Steps(twin, image, optimizer, autocast)
-        told = entries_of(twin, image=image)
+        with ops.nothing_computed():
+            told = entries_of(twin, findings, KEEP[0], pixels)
         of_one = {e.name: (e.bytes_before if name == ORDINARY else e.bytes_after) or 0.0 for e in told}
         parts = {part: nbytes * shorter * batch_size for part, nbytes in of_one.items() if nbytes}
         largest = None if memory is None else steps.largest_batch(memory, batch_size)
@@ -164,10 +170,9 @@ def fastest_that_fits(
     batch_size, *image = batch
     limit = _checked(model, batch_size, memory)
     assert limit is not None
-    twin = copy.deepcopy(model)
+    twin = restore(copy.deepcopy(model))
     before = ""
-    for keep in KEEP:
-        convert(twin, keep)
+    for keep in islice(_as_every_way(twin, survey(twin)), len(KEEP)):
         steps = _Steps(twin, image, optimizer, autocast)
         needed = steps.needed(batch_size)
         if needed <= limit:
@@ -198,7 +203,7 @@ class _Steps:
     ) -> None:
         if optimizer not in _STATES:
             raise UserError(f"optimizer must be one of {', '.join(map(repr, get_args(Optimizer)))}, not {optimizer!r}")
-        self.step = cache(lambda batch_size: step_memory(model, image, batch_size, autocast))
+        self.step = cache(lambda batch_size: count_step(model, image, batch_size, autocast))
         self.gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.parameters = _bytes([*model.parameters(), *model.buffers()])
         self.state = _STATES[optimizer] * self.gradients
@@ -223,14 +228,17 @@ class _Steps:
         return batch_size
 
 
-def _as_every_way(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    twin = copy.deepcopy(model)
+def _as_every_way(model: nn.Module, findings: Sequence[Finding]) -> Iterator[str]:
+    """Have a model, of which that is what `survey` finds, run in each of `WAYS`, on tensors without values."""
+    convert(model, KEEP[0], findings=findings)
+    without_values(model)
     for keep in KEEP:
-        convert(twin, keep)
-        yield keep, twin
-    convert(twin, KEEP[0], "recompute")
-    yield RECOMPUTE, twin
-    yield ORDINARY, restore(twin)
+        convert(model, keep)
+        yield keep
+    convert(model, KEEP[0], "recompute")
+    yield RECOMPUTE
+    restore(model)
+    yield ORDINARY
 
 
 def _recommended(ways: Sequence[PlannedWay], batch_size: int, memory: int | None) -> tuple[str | None, str]:

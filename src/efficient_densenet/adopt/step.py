@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from efficient_densenet import ops
-from efficient_densenet.adopt.adopted import adoptions
 from efficient_densenet.errors import UserError
 
 _aten = torch.ops.aten
@@ -64,24 +63,47 @@ def step_memory(
     Raises:
         UserError: the model cannot run on such images, or looks at the values of its tensors.
     """
-    fake = FakeTensorMode()
-    with FakeCopyMode(fake):
-        twin = copy.deepcopy(model)
-    _without_effect_of_hooks(twin)
-    for adoption in adoptions(twin):
-        adoption.promised = False  # a warning would be about the plan
-    with fake, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
-        twin.train()
-        like = next(twin.parameters())
-        x = torch.empty((batch_size, *image), dtype=like.dtype, device=like.device)
-        for parameter in twin.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        gradients = [parameter.grad for parameter in twin.parameters()]
-        live = _Live([x, *twin.parameters(), *twin.buffers(), *gradients])
-        with live, _gradients_told(twin, live):
+    return count_step(without_values(copy.deepcopy(model)), image, batch_size, autocast)
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """Give a model, in place, tensors without values and hooks without effect, for `count_step`; returns the model."""
+    made: dict[Tensor, Tensor] = {}  # one that is tied stays tied
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors that are neither parameters nor buffers have values
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if tensor not in made:
+                            made[tensor] = _without_values(tensor)
+                        tensors[name] = made[tensor]
+    _without_effect_of_hooks(model)
+    return model
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    parameter = nn.Parameter(empty, tensor.requires_grad)
+    parameter.grad = torch.empty_like(parameter)
+    return parameter
+
+
+def count_step(
+    model: nn.Module, image: Sequence[int], batch_size: int, autocast: torch.dtype | None = None
+) -> StepMemory:
+    """`step_memory` of a model that is `without_values`, which is in training mode afterwards."""
+    like: Any = next(model.parameters())
+    with like.fake_mode, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
+        model.train()
+        x = torch.empty((batch_size, *image), dtype=like.dtype, device=like.fake_device)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        live = _Live([x, *model.parameters(), *model.buffers(), *gradients])
+        with live, _gradients_told(model, live):
             try:
-                with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
-                    output = twin(x)
+                with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                    output = model(x)
                     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
                     loss = sum(t.float().square().sum() for t in tensors)
                 kept, forward = live.now, len(live.trace)
@@ -141,6 +163,8 @@ class _Live(TorchDispatchMode):
         return False  # it would import the compiler, which takes seconds, and nothing here is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:  # autograd asks for it more often than for all else together
+            return args[0].fake_device
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):

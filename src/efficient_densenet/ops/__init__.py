@@ -31,8 +31,15 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
-    if _plans and isinstance(x, FakeTensor):  # other threads go on computing
-        return shapes
+    return shapes if _is_planned(x) else _computing(x)
+
+
+def _is_planned(x: Tensor) -> bool:
+    return _plans > 0 and isinstance(x, FakeTensor)  # other threads go on computing
+
+
+def _computing(x: Tensor) -> Backend:
+    """The backend for tensors with values like `x`."""
     if _alone is not None:
         return _alone
     if triton.supports(x):
@@ -42,7 +49,7 @@ def _choose(x: Tensor) -> Backend:
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
-    return _choose(x) is cpu and cpu_layers.supports(x, weights)
+    return _computing(x) is cpu and cpu_layers.supports(x, weights)
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
@@ -56,6 +63,8 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers(layers)
     with label_layers("cpu.run_layers", layers, layers.readers):
         return cpu_layers.run(layers, fold, measure)
 
@@ -65,6 +74,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers_backward(layers, operands)
     again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
     with label_layers("cpu.run_layers_backward", layers, again):
         return cpu_layers.run_backward(layers, operands)
