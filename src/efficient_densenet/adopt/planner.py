@@ -21,7 +21,7 @@ from efficient_densenet.adopt.step import StepMemory, count_step, without_values
 from efficient_densenet.adopt.survey import Finding, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP, Keep
-from efficient_densenet.units import parse_bytes
+from efficient_densenet.units import format_bytes, megabytes, parse_bytes
 
 Optimizer = Literal["none", "sgd", "adam"]
 _STATES: dict[Optimizer, int] = {"none": 0, "sgd": 1, "adam": 2}  # values for each of a parameter; sgd with momentum
@@ -73,16 +73,19 @@ class Plan:
 
     def __str__(self) -> str:
         about = (
-            f"A training step of {self.batch_size} images, in MB: parameters {_mb(self.parameters)}, gradients "
-            f"{_mb(self.gradients)}, optimizer {_mb(self.state)}, images {_mb(self.images)}, and what follows."
+            f"A training step of {self.batch_size} images, in MB: parameters {megabytes(self.parameters)}, gradients "
+            f"{megabytes(self.gradients)}, optimizer {megabytes(self.state)}, images {megabytes(self.images)}, and "
+            "what follows."
         )
         rows = [["", *(way.name for way in self.ways)]]
         for part in dict.fromkeys(part for way in self.ways for part in way.parts):
-            rows.append([part or "(the model)", *(_mb(way.parts.get(part, 0)) for way in self.ways)])
-        rows.append(["the rest, by difference", *(_mb(way.step.kept - sum(way.parts.values())) for way in self.ways)])
-        rows.append(["kept for backward", *(_mb(way.step.kept) for way in self.ways)])
-        rows.append(["peak of the step", *(_mb(way.step.peak) for way in self.ways)])
-        rows.append(["everything", *(_mb(way.needed) for way in self.ways)])
+            rows.append([part or "(the model)", *(megabytes(way.parts.get(part, 0)) for way in self.ways)])
+        rows.append(
+            ["the rest, by difference", *(megabytes(way.step.kept - sum(way.parts.values())) for way in self.ways)]
+        )
+        rows.append(["kept for backward", *(megabytes(way.step.kept) for way in self.ways)])
+        rows.append(["peak of the step", *(megabytes(way.step.peak) for way in self.ways)])
+        rows.append(["everything", *(megabytes(way.needed) for way in self.ways)])
         if self.ways[0].largest_batch is not None:
             rows.append(["largest batch", *(str(way.largest_batch) for way in self.ways)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -176,9 +179,9 @@ def fastest_that_fits(
         steps = _Steps(twin, image, optimizer, autocast)
         needed = steps.needed(batch_size)
         if needed <= limit:
-            why = f"a step of {batch_size} images needs {_mb(needed)} of {_mb(limit)} MB{before}"
+            why = f"a step of {batch_size} images needs {format_bytes(needed)} of {format_bytes(limit)}{before}"
             return keep, f'keep="{keep}": {why}'
-        before = f", and {_mb(needed)} MB with {keep!r}"
+        before = f", and {format_bytes(needed)} with {keep!r}"
     largest = steps.largest_batch(limit, batch_size)
     raise DoesNotFitError(batch_size, needed, limit, largest)
 
@@ -190,8 +193,8 @@ class DoesNotFitError(UserError):
         self.largest_batch = largest_batch
         way_out = f"use a batch of at most {largest_batch}" if largest_batch else "use smaller images, or more memory"
         super().__init__(
-            f"a training step of {batch_size} images needs {_mb(needed)} MB of memory with keep={KEEP[-1]!r}, the "
-            f"least, and {_mb(memory)} MB are allowed: {way_out}"
+            f"a training step of {batch_size} images needs {format_bytes(needed)} with keep={KEEP[-1]!r}, the least, "
+            f"and {format_bytes(memory)} are allowed: {way_out}"
         )
 
 
@@ -248,15 +251,11 @@ def _recommended(ways: Sequence[PlannedWay], batch_size: int, memory: int | None
         return shared[0].name, "the fastest; a memory limit would tell whether it fits"
     for i, way in enumerate(shared):
         if way.needed <= memory:
-            reason = "the fastest" if i == 0 else f"for {shared[i - 1].name} needs {_mb(shared[i - 1].needed)} MB"
-            return way.name, f"{reason}; {way.largest_batch} images fit into {_mb(memory)} MB"
+            reason = "the fastest" if i == 0 else f"for {shared[i - 1].name} needs {format_bytes(shared[i - 1].needed)}"
+            return way.name, f"{reason}; {way.largest_batch} images fit into {format_bytes(memory)}"
     most = max(shared, key=lambda way: way.largest_batch or 0)
-    return None, f"{batch_size} images do not fit into {_mb(memory)} MB; {most.largest_batch} do with {most.name}"
+    return None, f"{batch_size} images do not fit into {format_bytes(memory)}; {most.largest_batch} do with {most.name}"
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _mb(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f}"

@@ -22,6 +22,7 @@ from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep, check_keep
 from efficient_densenet.execution.plan import parts
+from efficient_densenet.units import megabytes
 
 _JOINS = "joins stem and transitions"
 _BATCHES = (32, 64)  # each more than fits into the workspaces that do not grow
@@ -80,9 +81,9 @@ class Report:
         if self.image is not None:
             known = [(e.bytes_before, e.bytes_after) for e in self.entries]
             totals = (sum(filter(None, column)) for column in zip(*known, strict=True))
-            rows.append(("together", "", "", "", *(f"{total / 1e6:.2f}" for total in totals)))
+            rows.append(("together", "", "", "", *(megabytes(total, 2) for total in totals)))
         if self.peak is not None:
-            rows.append(("peak of a training step", "", "", "", *(f"{total / 1e6:.2f}" for total in self.peak)))
+            rows.append(("peak of a training step", "", "", "", *(megabytes(total, 2) for total in self.peak)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"Kept for the backward pass, before and after: {unit}.", ""]
         for row in rows:
@@ -101,7 +102,7 @@ class Report:
         if self.image is None:
             memory = ["", ""] if entry.values is None else [f"{v:g}" for v in entry.values[:2]]
         else:
-            memory = ["" if b is None else f"{b / 1e6:.2f}" for b in (entry.bytes_before, entry.bytes_after)]
+            memory = ["" if b is None else megabytes(b, 2) for b in (entry.bytes_before, entry.bytes_after)]
         return (entry.name or "(the model)", entry.was, now, entry.channels, *memory)
 
 

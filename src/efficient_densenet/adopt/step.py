@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
@@ -38,7 +38,7 @@ class StepMemory:
         kept: alive between forward and backward.
         peak: the most that is alive at one time, with the workspaces of PyTorch's convolutions.
         where: when that is.
-        trace: alive after each operation of the step, in their order.
+        trace: alive after each operation that makes tensors, in their order.
         forward: how many of these operations are those of forward.
     """
 
@@ -148,7 +148,7 @@ class _Live(TorchDispatchMode):
         phase: of the step.
         now, peak: bytes.
         where: the peak is.
-        trace: `now` after each operation.
+        trace: `now` after each operation that makes tensors.
     """
 
     def __init__(self, besides: Sequence[Tensor | None]) -> None:
@@ -163,8 +163,11 @@ class _Live(TorchDispatchMode):
         return False  # it would import the compiler, which takes seconds, and nothing here is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.prim.device.default:  # autograd asks for it more often than for all else together
+        # Most calls are these two, and PyTorch would take a long way to the same answer.
+        if function is torch.ops.prim.device.default:
             return args[0].fake_device
+        if _only_writes(function) and getattr(args[0], "constant", None) is None:
+            return args[0]
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -189,6 +192,14 @@ class _Live(TorchDispatchMode):
         """Of a parameter in this module: the peak, if it was in backward, was before that."""
         if self.where == "backward":
             self.where = f"backward of {module or 'the model'}"
+
+
+@cache
+def _only_writes(function: Any) -> bool:
+    """Whether an operation writes into its first argument and returns that, of the same shape."""
+    written = [value.alias_info is not None and value.alias_info.is_write for value in function._schema.arguments]
+    in_place = written[:1] == [True] and not any(written[1:]) and len(function._schema.returns) == 1
+    return in_place and torch.Tag.inplace_view not in function.tags
 
 
 def _workspace(function: Any, args: Sequence[Any], output: Any) -> int:
