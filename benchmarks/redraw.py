@@ -20,6 +20,7 @@ import adoption
 import cpu
 import curves
 import engine
+import exactness
 import peers
 import planner
 
@@ -204,9 +205,9 @@ PICTURES = (
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
     Picture("memory_over_a_step", plots.memory_over_a_step, "planner", "traces"),
     Picture("training_curves", plots.training_curves, "curves", "digits"),
-    Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
+    Picture("errors_against_float64", plots.errors_against_float64, "exactness", "every-type"),
 )
-SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT, exactness.SCRIPT)
 
 
 def texts(root: Path) -> dict[Path, str]:
