@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -154,11 +154,10 @@ def _peaks(
     model: nn.Module, findings: Sequence[Finding], keep: Keep, image: Sequence[int]
 ) -> tuple[float, float] | None:
     """Bytes of a training step for one image, before and after; None where that needs values of tensors."""
-    copies: dict[int, Any] = {}  # of objects, by their addresses
     try:
-        twin = copy.deepcopy(model, copies).float()
+        twin = copy.deepcopy(model).float()
         if not adopted_modules(twin):
-            convert(twin, keep, findings=[f._replace(module=copies[id(f.module)]) for f in findings])
+            convert(twin, keep, findings=[f._replace(module=twin.get_submodule(f.name)) for f in findings])
         after = _peak_of_one(without_values(twin), image)
         return _peak_of_one(restore(twin), image), after
     except (UserError, RuntimeError):  # the latter where a module holds what PyTorch cannot copy
