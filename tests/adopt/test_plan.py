@@ -7,6 +7,7 @@ import torch
 from others import monai_small, timm_small, torchvision_small, unet
 
 from efficient_densenet import DenseNet, UserError, make_efficient, ops, plan, restore
+from efficient_densenet.adopt import planner
 from efficient_densenet.adopt.planner import ORDINARY, RECOMPUTE, WAYS
 from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.cli import main
@@ -101,6 +102,16 @@ def test_the_fastest_that_fits_is_recommended():
         assert {w.name: w.largest_batch for w in found.ways}[way.name] == batch_size
     nothing = plan(model, image, memory="100kB")
     assert nothing.recommended is None and "32 images do not fit into 0.1 MB; 0 do" in str(nothing)
+
+
+def test_large_batches_lie_on_a_line(monkeypatch):
+    build, image, batch_size, scratch = NETWORKS["BC L=28"]
+    monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)
+    counted = plan(build(), image, batch_size=5 * batch_size)
+    monkeypatch.setattr(planner, "_MOST_COUNTED", 2 * batch_size)
+    for one, other in zip(plan(build(), image, batch_size=5 * batch_size).ways, counted.ways, strict=True):
+        assert one.needed == pytest.approx(other.needed, rel=0.01) and one.step.where == other.step.where
+    assert plan(build(), image, memory="999999TB").ways[0].largest_batch > 10**9
 
 
 @pytest.mark.parametrize(

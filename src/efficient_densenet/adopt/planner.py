@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Literal, get_args
@@ -29,6 +29,7 @@ WAYS = (*KEEP, RECOMPUTE, ORDINARY)
 """The shared buffer's `keep`, the fastest first, and the two other ways."""
 
 _MOST_TRIALS = 6  # a step's memory is nearly a straight line in its batch
+_MOST_COUNTED = 1024  # images; larger batches run in more pieces, which take time to count, but not in larger ones
 
 
 @dataclass(frozen=True)
@@ -199,18 +200,27 @@ class DoesNotFitError(UserError):
 
 
 class _Steps:
-    """What training steps of a model need, by their batches; each is counted once."""
+    """What training steps of a model need, by their batches; each is counted once, up to `_MOST_COUNTED` images."""
 
     def __init__(
         self, model: nn.Module, image: Sequence[int], optimizer: Optimizer, autocast: torch.dtype | None
     ) -> None:
         if optimizer not in _STATES:
             raise UserError(f"optimizer must be one of {', '.join(map(repr, get_args(Optimizer)))}, not {optimizer!r}")
-        self.step = cache(lambda batch_size: count_step(model, image, batch_size, autocast))
+        self.counted = cache(lambda batch_size: count_step(model, image, batch_size, autocast))
         self.gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.parameters = _bytes([*model.parameters(), *model.buffers()])
         self.state = _STATES[optimizer] * self.gradients
         self.per_image = torch.Size(image).numel() * next(model.parameters()).element_size()
+
+    def step(self, batch_size: int) -> StepMemory:
+        """Counted, or, for a larger batch, on the straight line through two that are."""
+        if batch_size <= _MOST_COUNTED:
+            return self.counted(batch_size)
+        few, many = self.counted(_MOST_COUNTED // 2), self.counted(_MOST_COUNTED)
+        more = (batch_size - many.batch_size) / (many.batch_size - few.batch_size)
+        kept, peak = (b + int(more * (b - a)) for a, b in ((few.kept, many.kept), (few.peak, many.peak)))
+        return replace(many, batch_size=batch_size, kept=kept, peak=peak, trace=())
 
     def needed(self, batch_size: int) -> int:
         """Bytes of everything."""

@@ -38,7 +38,7 @@ class StepMemory:
         kept: alive between forward and backward.
         peak: the most that is alive at one time, with the workspaces of PyTorch's convolutions.
         where: when that is.
-        trace: alive after each operation that makes tensors, in their order.
+        trace: alive after each operation that makes tensors, in their order; empty for a batch that was not counted.
         forward: how many of these operations are those of forward.
     """
 
