@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def little_to_collect() -> Iterator[None]:
-    """Looking for garbage among all that the libraries brought would take most of the time."""
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """Looking for garbage among all that the libraries brought would take most of the time that measures memory."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

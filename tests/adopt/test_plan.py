@@ -12,7 +12,6 @@ from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.cli import main
 from efficient_densenet.measure.memory import peak_bytes
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
 # Each with a batch whose activations outweigh the workspace of a few megabytes.
 NETWORKS = {
     "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 96),
