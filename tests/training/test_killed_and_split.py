@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from tiny_run import begin_fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -48,6 +47,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
 
     def last(root):
         return run_folder(root) / "checkpoints" / "last.ckpt"
+
+    from tiny_run import begin_fit  # which this file, as a program, could not import
 
     (tmp_path / "killed").mkdir()
     killed = begin_fit(tmp_path / "output", TINY, tmp_path / "killed", "--ckpt_path", "last")
