@@ -35,6 +35,8 @@ def _choose(x: Tensor) -> Backend:
         return shapes
     if _alone is not None:
         return _alone
+    if not x.numel():
+        return eager  # there is nothing to be fast at
     if triton.supports(x):
         return triton
     return cpu if cpu.supports(x) else eager

@@ -180,6 +180,10 @@ class _Moments:
             self.variances.append(variance.view(-1, channels).to(_double(piece)))
 
     def merge(self, into: Statistics) -> None:
+        if not self.means:  # without images
+            into.mean.zero_()
+            into.variance.zero_()
+            return
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
         found = Statistics.merged(means, torch.cat(self.variances), counts)
