@@ -3,7 +3,7 @@
 The output of the last convolution is the largest tensor of the network, and is not kept: backward makes it again, a few
 images or lines at a time (see `pieces`), so that neither it nor its gradient exists whole. The gradient of a norm that
 uses the batch's statistics needs two sums over all pixels before its first value is known. Backward then goes over the
-pieces twice: for the sums, and for the gradients of what lies before the norm. The first pieces, a few megabytes, wait
+pieces twice: for the sums, and for the gradients of what lies before the norm. The first pieces and their gradients wait
 for the second time; a small batch is not made twice.
 
 Kept are the input and the outputs of the convolutions before the last. Everything here is on tensors.
@@ -99,7 +99,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         last, convolution = i == len(stem.norms) - 1, _convolution(i, x, made, stem, norms)
         parts = _pieces(i, like, stem)
         if not last or norm.constants is None:
-            whole = _whole(convolution, parts, empty_like(like, len(norm.weight)))
+            whole = _whole(convolution, parts, like, len(norm.weight))
             if norm.constants is None:
                 norms.run.statistics(whole, norms.statistics(*stem.sources[i]))
                 if norms.group:
@@ -186,24 +186,29 @@ def _backward_of_pool(
         return grad
 
     again = sums.through is not None and go_on
-    held, room = [], held_values(grad_out)
+    held: list[tuple[Tensor, Tensor]] = []
+    room = held_values(grad_out)
     for piece in parts:
         activations = convolution.make(piece.images, piece.lines)
         grad = backward_of_piece(piece, activations)
-        room -= activations.numel()
+        room -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
         elif again and room >= 0:
-            held.append(activations)
+            held.append((activations, grad))
         del activations, grad
     found = sums.gradients()
     if not again:
         return found
     through = norms.all_through(*norms.sources[last])
     assert through is not None
-    for i, piece in enumerate(parts):
-        activations = held[i] if i < len(held) else convolution.make(piece.images, piece.lines)
-        grad = backward_of_piece(piece, activations)
+    held.reverse()
+    for piece in parts:
+        if held:
+            activations, grad = held.pop()
+        else:
+            activations = convolution.make(piece.images, piece.lines)
+            grad = backward_of_piece(piece, activations)
         own = grad[:, piece.front :]
         norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
         convolution.backward(piece.images, piece.lines, grad)
@@ -229,8 +234,11 @@ def _pieces(i: int, like: Tensor, stem: Stem) -> list[Piece]:
     return pieces(shape, like.dtype, like.device, stem.pool.by_lines)
 
 
-def _whole(convolution: Convolution, parts: Sequence[Piece], out: Tensor) -> Tensor:
+def _whole(convolution: Convolution, parts: Sequence[Piece], like: Tensor, channels: int) -> Tensor:
     """All activations, made by the pieces by which backward makes them again."""
+    if len(parts) == 1:
+        return convolution.make(parts[0].images, parts[0].lines)
+    out = empty_like(like, channels)
     for images, lines, front, _ in parts:
         out[images, lines.start + front : lines.stop] = convolution.make(images, lines)[:, front:]
     return out
