@@ -112,7 +112,7 @@ def with_optimiser(network, compiler):
 
 @row('the same with `backend="inductor"`')
 def by_inductor(network, compiler):
-    """Small, for it calls a compiler of C++, and the larger images first, as PyTorch makes another graph for larger ones."""
+    """Small, for it calls a compiler of C++. Larger images come first: for growing ones PyTorch makes another graph."""
     torch.manual_seed(0)
     small = DenseNet(num_init_features=6, growth_rate=4, block_config=(1,), num_classes=5).double()
     if any(isinstance(module, Adopted) for module in network.modules()):
