@@ -134,7 +134,8 @@ def per_sample(make):
 @row("Opacus' `GradSampleModule` (with the norms that it demands)")
 def opacus(make):
     opacus = pytest.importorskip("opacus")
-    network = opacus.validators.ModuleValidator.fix(make()).double()
+    network = opacus.validators.ModuleValidator.fix(make().features).double()
+    not_in_place(network)
     wrapped = opacus.GradSampleModule(network)
     weighted_sum(wrapped(IMAGES)).backward()
     return {name: p.grad_sample for name, p in network.named_parameters()}
@@ -252,9 +253,7 @@ def global_hooks(make):
     found = []
     for kind in kinds:
         network, seen = make(), Counter()
-        for module in network.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # or PyTorch refuses hooks on gradients
+        not_in_place(network)
         register = getattr(on_all_modules, f"register_module_{kind}")
         handle = register(lambda module, *_, seen=seen: seen.update([type(module).__name__.replace("Efficient", "")]))
         try:
@@ -263,6 +262,13 @@ def global_hooks(make):
             handle.remove()
         found.append(dict(seen))
     return found
+
+
+def not_in_place(network):
+    """PyTorch refuses hooks on gradients of what is changed in place."""
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
 
 
 @row("hooks on modules inside a block")
