@@ -42,6 +42,8 @@ def _computing(x: Tensor) -> Backend:
     """The backend for tensors with values like `x`."""
     if _alone is not None:
         return _alone
+    if not x.numel():
+        return eager  # there is nothing to be fast at
     if triton.supports(x):
         return triton
     return cpu if cpu.supports(x) else eager
