@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
-from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
@@ -31,8 +31,15 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
-    if _plans and isinstance(x, FakeTensor):  # other threads go on computing
-        return shapes
+    return shapes if _is_planned(x) else _computing(x)
+
+
+def _is_planned(x: Tensor) -> bool:
+    return _plans > 0 and isinstance(x, FakeTensor)  # other threads go on computing
+
+
+def _computing(x: Tensor) -> Backend:
+    """The backend for tensors with values like `x`."""
     if _alone is not None:
         return _alone
     if not x.numel():
@@ -42,12 +49,12 @@ def _choose(x: Tensor) -> Backend:
     return cpu if cpu.supports(x) else eager
 
 
-def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
-    chosen = _choose(x)
+def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
+    """Whether layers of these readers, on features like `x`, run in one call: see `run_layers`, and `Layers.memo`."""
+    chosen = _computing(x)
     if chosen is triton:
-        return triton.runs_layers(x, weights)
-    return chosen is cpu and cpu_layers.supports(x, weights)
+        return triton.runs_layers(x, [reader.weight for reader in readers])
+    return chosen is cpu and cpu_layers.supports(x, readers, memo)
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
@@ -61,6 +68,8 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers(layers)
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
         return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
@@ -71,6 +80,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers_backward(layers, operands)
     again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):

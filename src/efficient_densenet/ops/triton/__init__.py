@@ -113,7 +113,7 @@ def finish_norm_relu_conv_backward(
 
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether layers with these weights run in one call: whether kernels do all, with gradients where they are wanted."""
+    """Whether layers with these weights run in one call: kernels do all, and weights' gradients go where they must."""
     features = x.shape, x.shape, x.stride()
     return all(
         (weight.is_contiguous() or launch.is_packed(weight))

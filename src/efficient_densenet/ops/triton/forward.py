@@ -35,8 +35,8 @@ def norm_relu_conv_kernel(
 
     An implicit matrix product of ``(rows, taps·channels)`` and ``(taps·channels, outputs)``, a tile of ``ROWS ×
     COLUMNS`` per program. `moments` gets mean and centred sum of squares of each block of `ROWS` rows.
-    With a window, x is what came out of the rectifier, there is no pool, and scale and shift are not looked at: else each
-    tap would rectify it again.
+    With a window, x is what came out of the rectifier, or each tap would rectify it again; there is no pool, and scale
+    and shift are not looked at.
 
     Shapes: x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``, out ``(rows, outputs)``, moments
     ``(2, outputs, blocks)``.
@@ -92,8 +92,10 @@ def norm_relu_conv_kernel(
 
 
 def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int, into: Statistics | None) -> None:
-    """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks; a window's x is rectified
-    by one more, before."""
+    """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks.
+
+    Before them, one more rectifies x where there is a window: else each tap would do that again.
+    """
     outputs, kernel, channels = weight.shape[0], weight.shape[2:], x.shape[-1]
     of = tiles.product(x, outputs, prod(kernel), pool)
     if of.taps > 1:

@@ -1,4 +1,4 @@
-"""Layers of a dense block in one call, see `efficient_densenet.ops.layers`: their launches are recorded and repeated."""
+"""Layers of a dense block in one call, see `efficient_densenet.ops.layers`: launches are recorded and repeated."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from efficient_densenet.ops.layers import Layers, LayersBackward
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import backward, forward, launch, moments, norms, tiles
 from efficient_densenet.ops.triton.backward import ParameterGradients
 from efficient_densenet.ops.triton.recording import Recording, Recordings, layout, overlap
@@ -42,15 +41,14 @@ def run_backward(layers: Layers, operands: LayersBackward) -> int:
     return _replayed((key, wanted), block, given, lambda: block.backward(operands))
 
 
-def _replayed(
-    key: Any, block: _Block, given: Sequence[Tensor], launches: Callable[[], Iterator[list[partial]]]
-) -> int:
+def _replayed(key: Any, block: _Block, given: Sequence[Tensor], launches: Callable[[], Iterator[list[partial]]]) -> int:
     """Start the launches of all layers as recorded, or record them; returns how many layers are done."""
     layers, device = block.layers, block.features.device
     given = list({id(x): x for x in given}.values())  # layers may share a bottleneck output
     numbers = {id(x): i for i, x in enumerate(given)}
     key = (
-        *(key, layers.width, layers.per_layer, tiles.precision(layers.features), device, tiles.device_of(device), layout(given)),
+        *(key, layers.width, layers.per_layer, tiles.precision(layers.features), device, tiles.device_of(device)),
+        layout(given),
         tuple([None if x is None else numbers[id(x)] for x in layers.bottlenecks]),
         tuple([(reader.eps, reader.first, reader.constants is None) for reader in layers.readers]),
     )
@@ -159,7 +157,13 @@ class _Block:
         of_norm = operands.grad_norms.narrow(1, at, channels)
         backward.norm_relu_conv_backward(
             BackwardOperands(
-                grad_out, self._source(i), self._norm(i), self.weights[i], grad_x, accumulate, through,
+                grad_out,
+                self._source(i),
+                self._norm(i),
+                self.weights[i],
+                grad_x,
+                accumulate,
+                through,
                 need_weight=operands.grad_weights[i] is not None,
             ),
             ParameterGradients(operands.grad_weights[i], *of_norm),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ def layout(given: Sequence[Tensor]) -> tuple[Hashable, ...]:
 def overlap(given: Sequence[Tensor]) -> bool:
     """Whether any two of them share memory, so that a launch's pointer may lie in both."""
     extents = sorted([(extent.start, extent.stop) for extent in map(_extent, given)])
-    return any(stop > start for (_, stop), (start, _) in zip(extents, extents[1:], strict=False))
+    return any(stop > start for (_, stop), (start, _) in pairwise(extents))
 
 
 def _extent(x: Tensor) -> range:

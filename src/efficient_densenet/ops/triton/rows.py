@@ -88,8 +88,7 @@ def rectified_rows(
 ):  # fmt: skip
     """``average_pool(relu(scale·x + shift))`` of a tile of rows and channels, zero in channels that there are not.
 
-    Rows must exist: a mask would be as much work as the rectifier, and keep the result from going straight to the tensor
-    cores.
+    Rows must exist: a mask would be as much work as the rectifier, and keep the result from the tensor cores.
     With `ALIGNED`, scale and shift begin at multiples of 16 bytes, and are loaded 16 bytes at a time.
     """
     mask = (channel < channels)[None, :]

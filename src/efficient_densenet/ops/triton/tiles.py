@@ -1,9 +1,9 @@
 """Tile sizes: a small table by kind of kernel, shape and device.
 
-A tile is as wide as the channels that it makes, so that few channels do not waste the tensor cores; it is tall enough to
-use each weight often; its accumulators fit into the registers without spilling, and its stages into the shared memory
-of the device. On Hopper tiles, warps and stages are those that were the fastest of some hundred, timed on an H200 at
-the shapes of DenseNet-121 and of L = 40, k = 12 (docs/gpu.md); elsewhere none has been timed.
+A tile is as wide as the channels that it makes, so that few channels do not waste the tensor cores; it is tall enough
+to use each weight often; its accumulators fit into the registers without spilling, and its stages into the shared
+memory of the device. On Hopper tiles, warps and stages are those that were the fastest of some hundred, timed on an
+H200 at the shapes of DenseNet-121 and of L = 40, k = 12 (docs/gpu.md); elsewhere none has been timed.
 `tuning` has them timed on the device at hand instead.
 """
 
