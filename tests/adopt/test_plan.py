@@ -15,7 +15,6 @@ from efficient_densenet.execution import pieces
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import convolution
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
 USUAL, LITTLE = convolution.SCRATCH["cpu"], 1 << 16  # bytes of a scratch tensor
 # Each with a batch whose activations outweigh that of the scratch tensor.
 NETWORKS = {

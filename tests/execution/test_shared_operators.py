@@ -75,8 +75,10 @@ def test_fakes_are_like_the_real_thing(per_layer, pool, contiguous, keep):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("convolutions", "blurred"), [(0, False), (1, True), (3, False)])
-def test_the_stems_operators_are_proper(convolutions, blurred, frozen):
+@pytest.mark.parametrize(
+    ("convolutions", "blurred", "keeps_last"), [(0, False, True), (1, True, False), (1, True, True), (3, False, True)]
+)
+def test_the_stems_operators_are_proper(convolutions, blurred, keeps_last, frozen):
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     weights = [torch.randn(4, 4, 3, 3, dtype=torch.float64) for _ in range(convolutions)]
     biases = [tensor(4) for _ in weights]
@@ -85,7 +87,7 @@ def test_the_stems_operators_are_proper(convolutions, blurred, frozen):
     constants = [tensor(4) for _ in range(2 * norms if frozen else 0)]
     entry = ([2, 2], [1, 1], [1, 1]) if convolutions else ([], [], [])
     filters, blur = ([tensor(4, 1, 3, 3)], ([1] * 4, "reflect", [2, 2])) if blurred else ([], ([], "", []))
-    plain = ([not frozen] * norms, [1e-5] * norms, *entry, 1, *blur, "")
+    plain = ([not frozen] * norms, [1e-5] * norms, *entry, 1, *blur, "", keeps_last)
     arguments = (norm_weights, norm_biases, weights, biases, constants, filters, *plain)
     output, *kept = stem_library.stem_forward(x, *arguments)
     backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)

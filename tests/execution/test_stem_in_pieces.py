@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from efficient_densenet.adopt.look import look
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.execution import pieces, shared
 from efficient_densenet.execution.plan import parts
+from efficient_densenet.execution.stem_library import StemArguments
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import plain_pytorch
 
@@ -62,7 +64,7 @@ def frozen(sequence):
     sequence[1].eval()
 
 
-PIECES = {"whole": 8 << 20, "images": 6000, "lines": 600}
+PIECES = {"whole": 8 << 20, "images": 6000, "lines": 600, "kept, whole": 8 << 20, "kept, lines": 600}
 KINDS = {
     "one dimension": {"dims": 1},
     "two dimensions": {"dims": 2, "bias": True},
@@ -81,6 +83,9 @@ KINDS = {
 @pytest.mark.parametrize("change", [nn.Module.train, nn.Module.eval, frozen], ids=["training", "evaluation", "frozen"])
 def test_gradients_by_pieces_are_the_ordinary_ones(kind, size, plain, change, monkeypatch):
     monkeypatch.setitem(pieces._MOST, "cpu", PIECES[size])
+    if "kept" in size:
+        described = StemArguments.stem
+        monkeypatch.setattr(StemArguments, "stem", lambda self: replace(described(self), keeps_last=True))
     ordinary = stem(**KINDS[kind]).double()
     change(ordinary)
     torch.manual_seed(1)

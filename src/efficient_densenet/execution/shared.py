@@ -72,6 +72,7 @@ def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channel
             *plan.entry,
             *(((), "", ()) if blur is None else blur[2:]),
             norms.group,
+            keep == "bottleneck" and x.is_cuda,
         )
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
         label_backward(output, label)

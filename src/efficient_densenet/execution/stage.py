@@ -393,10 +393,11 @@ class _Readers:
             grad_weights, grad_norms,
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
-        of_norms = grad_norms.split(sizes, 1)
+        # Copies, for an operator's results must not share memory.
+        of_weights, of_biases = [torch.split_with_sizes_copy(line, sizes) for line in grad_norms]
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
             self.weights[i] = grad_weights[i]
-            self.norms[i] = norms.parameter_gradients(i, *[vector.clone() for vector in of_norms[i]])
+            self.norms[i] = norms.parameter_gradients(i, of_weights[i], of_biases[i])
             kept.pop(i, None)
         return done
 

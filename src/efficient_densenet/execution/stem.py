@@ -1,12 +1,12 @@
 """The stem of an ImageNet network, convolutions with norm and relu behind each, then a max pool: forward and backward.
 
-The output of the last convolution is the largest tensor of the network, and is not kept: backward makes it again, a few
-images or lines at a time (see `pieces`), so that neither it nor its gradient exists whole. The gradient of a norm that
-uses the batch's statistics needs two sums over all pixels before its first value is known. Backward then goes over the
-pieces twice: for the sums, and for the gradients of what lies before the norm. The first pieces, a few megabytes, wait
-for the second time; a small batch is not made twice.
+The output of the last convolution is the largest tensor of the network, and is kept only where that is wanted
+(`Stem.keeps_last`): else backward makes it again, a few images or lines at a time (see `pieces`), so that neither it
+nor its gradient exists whole. The gradient of a norm that uses the batch's statistics needs two sums over all pixels
+before its first value is known. Backward then goes over the pieces twice: for the sums, and for the gradients of what
+lies before the norm. The first pieces and their gradients wait for the second time; a small batch is not made twice.
 
-Kept are the input and the outputs of the convolutions before the last. Everything here is on tensors.
+Kept besides are the input and the outputs of the convolutions before the last. Everything here is on tensors.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Stem:
         entry: how the first convolution goes over the image.
         pool: behind the last norm and relu.
         group: names the processes that share their statistics; "" if none do.
+        keeps_last: whether the output of the last convolution stays for backward. On a GPU that is much faster, and the
+            blocks have several times as much to keep.
     """
 
     norms: Sequence[Norm]
@@ -54,12 +56,24 @@ class Stem:
     entry: Entry
     pool: MaxPool | BlurredPool
     group: str
+    keeps_last: bool = False
 
     @cached_property
     def sources(self) -> list[tuple[int, int]]:
         """First and last channel (exclusive) that each norm reads, numbered through."""
         ends = list(accumulate((norm.weight.shape[0] for norm in self.norms), initial=0))
         return list(pairwise(ends))
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The convolutions, by their number, whose outputs stay for backward.
+
+        Not a last one behind which the norm has constants: its output never was whole. What makes no convolution is the
+        input, which stays in any case.
+        """
+        last = len(self.norms) - 1
+        keeps_last = self.keeps_last and bool(self.weights) and self.norms[last].constants is None
+        return [*range(last + keeps_last)]
 
     def like(self, x: Tensor) -> Tensor:
         """``(N, *spatial, 1)`` of the size that all norms see, which takes no memory, for the input ``x``."""
@@ -99,15 +113,17 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         last, convolution = i == len(stem.norms) - 1, _convolution(i, x, made, stem, norms)
         parts = _pieces(i, like, stem)
         if not last or norm.constants is None:
-            whole = _whole(convolution, parts, empty_like(like, len(norm.weight)))
+            whole = _whole(convolution, parts, like, len(norm.weight))
             if norm.constants is None:
                 norms.run.statistics(whole, norms.statistics(*stem.sources[i]))
                 if norms.group:
                     norms.share(*stem.sources[i])
         affine = norms.fold(i)
-        if not last:
+        if i in stem.kept:
             made.append(whole)
-        elif norm.constants is None:
+        if not last:
+            continue
+        if norm.constants is None:
             stem.pool.forward(norms.run, whole, affine, out)
         else:
             for piece in parts:
@@ -138,17 +154,21 @@ def backward(
     for i in reversed(range(len(stem.norms))):
         parts = _pieces(i, like, stem)
         wanted = Wanted(i > 0 or need_x, bool(stem.weights) and need_weights[i])
+        whole = made.pop() if i in stem.kept else None
         behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
         if behind is None:
             of_norms.append(
-                _backward_of_pool(grad_out.pop().movedim(1, -1), stem.pool, convolution, parts, norms, any(wanted))
+                _backward_of_pool(
+                    grad_out.pop().movedim(1, -1), stem.pool, convolution, whole, parts, norms, any(wanted)
+                )
             )
         else:
-            assert isinstance(behind, Inner) and behind.grad_x is not None
-            grad, activations = behind.grad_x, made.pop()
+            assert isinstance(behind, Inner) and behind.grad_x is not None and whole is not None
+            grad = behind.grad_x
             of_norms.append(behind.sums.gradients())
-            norms.finish(grad, activations, *stem.sources[i], grad)
-            del behind, activations
+            norms.finish(grad, whole, *stem.sources[i], grad)
+            del behind
+            del whole
             for images, lines, front, _ in parts:
                 own = slice(lines.start + front, lines.stop)
                 convolution.backward(images, own, grad[images, own])
@@ -165,11 +185,15 @@ def _backward_of_pool(
     grad_out: Tensor,
     pool: MaxPool | BlurredPool,
     convolution: Convolution,
+    whole: Tensor | None,
     parts: Sequence[Piece],
     norms: Norms,
     go_on: bool,
 ) -> tuple[Tensor, Tensor]:
     """Backward through max pool, relu and the last norm, and, to `go_on`, into the convolution.
+
+    Args:
+        whole: what the convolution has made, if that was kept.
 
     Returns:
         The gradients of the norm's weight and bias.
@@ -185,25 +209,33 @@ def _backward_of_pool(
         sums.add(*pool.backward(norms.run, windows, activations, affine, grad, sums.through))
         return grad
 
+    def activations_of(piece: Piece) -> Tensor:
+        return convolution.make(piece.images, piece.lines) if whole is None else whole[piece.images, piece.lines]
+
     again = sums.through is not None and go_on
-    held, room = [], held_values(grad_out)
+    held: list[tuple[Tensor, Tensor]] = []
+    room = held_values(grad_out)
     for piece in parts:
-        activations = convolution.make(piece.images, piece.lines)
+        activations = activations_of(piece)
         grad = backward_of_piece(piece, activations)
-        room -= activations.numel()
+        room -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
         elif again and room >= 0:
-            held.append(activations)
+            held.append((activations, grad))
         del activations, grad
     found = sums.gradients()
     if not again:
         return found
     through = norms.all_through(*norms.sources[last])
     assert through is not None
-    for i, piece in enumerate(parts):
-        activations = held[i] if i < len(held) else convolution.make(piece.images, piece.lines)
-        grad = backward_of_piece(piece, activations)
+    held.reverse()
+    for piece in parts:
+        if held:
+            activations, grad = held.pop()
+        else:
+            activations = activations_of(piece)
+            grad = backward_of_piece(piece, activations)
         own = grad[:, piece.front :]
         norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
         convolution.backward(piece.images, piece.lines, grad)
@@ -229,8 +261,11 @@ def _pieces(i: int, like: Tensor, stem: Stem) -> list[Piece]:
     return pieces(shape, like.dtype, like.device, stem.pool.by_lines)
 
 
-def _whole(convolution: Convolution, parts: Sequence[Piece], out: Tensor) -> Tensor:
+def _whole(convolution: Convolution, parts: Sequence[Piece], like: Tensor, channels: int) -> Tensor:
     """All activations, made by the pieces by which backward makes them again."""
+    if len(parts) == 1:
+        return convolution.make(parts[0].images, parts[0].lines)
+    out = empty_like(like, channels)
     for images, lines, front, _ in parts:
         out[images, lines.start + front : lines.stop] = convolution.make(images, lines)[:, front:]
     return out

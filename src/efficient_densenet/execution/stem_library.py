@@ -23,7 +23,7 @@ class StemArguments(NamedTuple):
 
     Attributes:
         norm_weights, norm_biases, constants, uses_batch, eps: as in `StageArguments`.
-        weights, biases, group: as in `Stem`.
+        weights, biases, group, keeps_last: as in `Stem`.
         stride, padding, dilation, groups: as in `Entry`.
         filters, blur_padding, blur_mode, blur_stride: as in `Blur`; no filter: there is none.
     """
@@ -44,6 +44,7 @@ class StemArguments(NamedTuple):
     blur_mode: str
     blur_stride: Sequence[int]
     group: str
+    keeps_last: bool
 
     def stem(self) -> Stem:
         norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
@@ -51,7 +52,7 @@ class StemArguments(NamedTuple):
         pool: MaxPool | BlurredPool = MaxPool()
         if self.filters:
             pool = BlurredPool(self.filters[0], self.blur_padding, self.blur_mode, self.blur_stride)
-        return Stem(norms, self.weights, self.biases, entry, pool, self.group)
+        return Stem(norms, self.weights, self.biases, entry, pool, self.group, self.keeps_last)
 
 
 class _StemPasses(Passes):
@@ -78,7 +79,7 @@ class _StemPasses(Passes):
     def forward_fake(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
         stem = arguments.stem()
         size, channels = stem.like(x).shape[1:-1], [norm.weight.shape[0] for norm in stem.norms]
-        made = [empty_activation(x, some, size).movedim(1, -1) for some in channels[:-1]]
+        made = [empty_activation(x, channels[i], size).movedim(1, -1) for i in stem.kept]
         output = empty_activation(x, channels[-1], stem.pool.size(size))
         return [output, *folded_fake(x, sum(channels), sum(channels)), *made]
 
@@ -93,7 +94,8 @@ class _StemPasses(Passes):
         counts = _flops(given.x[0], arguments)
         needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
         # The gradient of each input but the image's, if nobody wants that; and the last convolution once more.
-        return needed + sum(counts[0 if need_x else 1 :]) + sum(counts[-1:])
+        again = counts[len(arguments.stem().kept) :]
+        return needed + sum(counts[0 if need_x else 1 :]) + sum(again)
 
 
 def _flops(x: Tensor, arguments: StemArguments) -> list[int]:

@@ -14,7 +14,6 @@ from torch import nn
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure import peers
 from efficient_densenet.measure.networks import Network
-from efficient_densenet.ops.triton import tiles
 
 Build = Callable[[Network], nn.Module]
 
@@ -33,7 +32,6 @@ class Contender:
         budget: the share of the activations' memory that compiled code may keep for backward.
         graph: whether a CUDA graph of the whole step is replayed; ``benchmarks/gpu.py`` can do that.
         search: whether cuDNN tries its algorithms and takes the fastest.
-        candidates: changes of a GPU's line in `ops/triton/tiles.py`; ``benchmarks/gpu.py`` can do that.
     """
 
     description: str
@@ -45,7 +43,6 @@ class Contender:
     budget: float = 1.0
     graph: bool = False
     search: bool = False
-    candidates: tuple[str, ...] = ()
 
     def compiled(self, module: nn.Module) -> nn.Module:
         """The module, under `torch.compile` where that is wanted."""
@@ -98,12 +95,6 @@ CONTENDERS: dict[str, Contender] = {
     **{keep: Contender(f"efficient=True, keep={keep!r}", _shared(keep)) for keep in KEEP},
     **{f"{keep}-channels-last": _last("the same in channels_last memory", _shared(keep)) for keep in KEEP},
     **{f"{keep}-plain": Contender("the same in plain PyTorch alone", _shared(keep), plain=True) for keep in KEEP},
-    "bottleneck-candidates-channels-last": _last(
-        "kernels not in use yet", _shared("bottleneck"), candidates=tiles.OURS
-    ),
-    "bottleneck-cudnn-channels-last": _last(
-        "3×3 by cuDNN, and the rest", _shared("bottleneck"), candidates=tiles.CUDNN
-    ),
     "bottleneck-graph": _last("a CUDA graph of it", _shared("bottleneck"), graph=True),
     "bottleneck-reduce-overhead": _last(
         "under torch.compile in that mode", _shared("bottleneck"), compile="reduce-overhead"

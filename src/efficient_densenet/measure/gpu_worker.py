@@ -20,7 +20,6 @@ from efficient_densenet.measure.max_batch import largest_batch
 from efficient_densenet.measure.networks import Network
 from efficient_densenet.measure.processes import Job, serve
 from efficient_densenet.measure.worker import limit_memory
-from efficient_densenet.ops.triton import tiles
 
 KERNELS = "kernels"
 """In place of a contender: every kernel of the Triton backend by itself."""
@@ -126,7 +125,6 @@ def start(job: Job, place: Place) -> dict[str, Callable[[], Any]]:
 
         return {"speeds": lambda: speeds(job["quick"])}
     contender = CONTENDERS[job["contender"]]
-    tiles.choose(*contender.candidates)
     compiler = ["torch._inductor.compile_fx"] * (contender.compile is not None)
     for library in ("torchvision", "timm", *compiler):
         with suppress(ImportError):  # who needs it will say so

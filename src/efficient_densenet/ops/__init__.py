@@ -49,7 +49,10 @@ def _computing(x: Tensor) -> Backend:
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
-    return _computing(x) is cpu and cpu_layers.supports(x, weights)
+    chosen = _computing(x)
+    if chosen is triton:
+        return triton.runs_layers(x, weights)
+    return chosen is cpu and cpu_layers.supports(x, weights)
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
@@ -65,8 +68,9 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     """
     if _is_planned(layers.features):
         return shapes.run_layers(layers)
-    with label_layers("cpu.run_layers", layers, layers.readers):
-        return cpu_layers.run(layers, fold, measure)
+    on_gpu = _choose(layers.features) is triton
+    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
+        return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
 
 
 def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
@@ -77,8 +81,9 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
     if _is_planned(layers.features):
         return shapes.run_layers_backward(layers, operands)
     again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
-    with label_layers("cpu.run_layers_backward", layers, again):
-        return cpu_layers.run_backward(layers, operands)
+    on_gpu = _choose(layers.features) is triton
+    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
+        return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

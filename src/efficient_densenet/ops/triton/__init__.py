@@ -3,8 +3,6 @@
 What each kernel computes and moves is in its docstring: `forward`, `backward`, `max_pool`, `mean`, `moments`,
 `norms`. Products and sums are accumulated in float32; sums over rows are made of partial sums of fixed blocks, merged
 in a fixed order, so that results repeat bit for bit. Triton is imported at the first use.
-
-Nothing is handed to cuDNN so far; `cudnn` says how, and `tiles.Device` where.
 """
 
 from __future__ import annotations
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
+from efficient_densenet.ops.layers import Layers, LayersBackward
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
-from efficient_densenet.ops.triton import check, launch, tiles, trust
+from efficient_densenet.ops.triton import check, launch, trust
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1  # rows and columns are counted in 32 bits
@@ -67,15 +66,13 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    module = "cudnn" if _is_window(weight) and tiles.device_of(x.device).windows == "cudnn" else "forward"
-    _run(f"{module}.norm_relu_conv", _covered(x, out, weight, pool), x, x, norm, weight, out, pool, into)
+    _run("forward.norm_relu_conv", _covered(x, out, weight, pool), x, x, norm, weight, out, pool, into)
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     x, weight = operands.x, operands.weight
-    module = "cudnn" if _is_window(weight) and tiles.device_of(x.device).windows_backward == "cudnn" else "backward"
     covered = _covered(x, operands.grad_x, weight, operands.pool)
-    return _run(f"{module}.norm_relu_conv_backward", covered, x, operands)
+    return _run("backward.norm_relu_conv_backward", covered, x, operands)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -111,12 +108,27 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
 def finish_norm_relu_conv_backward(
     operands: BackwardOperands, unfinished: Unfinished
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    x, weight = operands.x, operands.weight
-    if _is_window(weight) or not tiles.device_of(x.device).finishes:
-        finish(operands.grad_out, *unfinished, operands.grad_out)
-        return norm_relu_conv_backward(operands)
-    covered = _covered(x, operands.grad_x, weight, operands.pool)
-    return _run("backward.finish_norm_relu_conv_backward", covered, x, operands, unfinished)
+    finish(operands.grad_out, *unfinished, operands.grad_out)
+    return norm_relu_conv_backward(operands)
+
+
+def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether layers with these weights run in one call: kernels do all, and weights' gradients go where they must."""
+    features = x.shape, x.shape, x.stride()
+    return all(
+        (weight.is_contiguous() or launch.is_packed(weight))
+        and bool(x.numel())
+        and not _uncovered(*features, weight.shape[2:], 1)
+        for weight in weights
+    )
+
+
+def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
+    return _module("layers").run(layers, fold, measure)
+
+
+def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
+    return _module("layers").run_backward(layers, operands)
 
 
 def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:
@@ -139,10 +151,6 @@ def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:
 @functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _is_window(weight: Tensor) -> bool:
-    return prod(weight.shape[2:]) > 1
 
 
 def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1) -> bool:

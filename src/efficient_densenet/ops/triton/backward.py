@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efficient_densenet.ops.protocol import BackwardOperands, Unfinished
+from efficient_densenet.ops.protocol import BackwardOperands
 from efficient_densenet.ops.triton import launch, tiles, tuning
-from efficient_densenet.ops.triton.moments import finish, finished, moments_of
+from efficient_densenet.ops.triton.moments import moments_of
 from efficient_densenet.ops.triton.norms import norm_gradients
 from efficient_densenet.ops.triton.rows import (
     coordinates,
@@ -100,54 +101,57 @@ def grad_x_kernel(
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
-def finishing_grad_x_kernel(
-    grad_out, grad_out_stride, y, y_stride, y_mean, through, through_stride, count,
-    x, x_stride, scale, shift, mean, weight, grad_x, grad_x_stride, sums,
-    rows, blocks, channels, outputs,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr,
+def grad_x_pointwise_kernel(
+    grad_out, grad_out_stride, x, x_stride, scale, shift, mean, weight, grad_x, grad_x_stride, sums,
+    rows, channels, outputs,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """`finish_kernel` of `grad_out`, in place, and `grad_x_kernel` of a 1×1 window, with all channels of some rows.
+    """`grad_x_kernel` of a 1×1 window without a pool: a program goes over blocks of rows, and keeps its weights.
 
-    A program's rows are finished once, for all `COLUMNS` channels after each other, and its dy stays where it is.
+    The product is short, and memory is what bounds it. So x and grad_x are on their way before the product begins, the
+    next block's grad_out too, and the sums stay in registers: `sums` are those of each program.
 
-    Shapes: grad_out and y ``(rows, outputs)``, `outputs` at most `DEPTH`; y_mean ``(outputs,)``, through
-    ``(2, outputs)``, count ``()``; the others as there.
-    Bytes: grad_out twice, y once, x once, grad_x once or (`ACCUMULATE`) twice.
+    Shapes: grad_out ``(rows, outputs)``, `outputs` at most `DEPTH`, x and grad_x ``(rows, channels)``, weight
+    ``(outputs, channels)``, sums ``(2, channels, programs / ⌈channels / COLUMNS⌉)``.
+    Bytes: as there.
     """
-    grad_out_stride, y_stride, x_stride = grad_out_stride * VEC, y_stride * VEC, x_stride * VEC
-    grad_x_stride, channels, outputs = grad_x_stride * VEC, channels * VEC, outputs * VEC
+    grad_out_stride, x_stride, grad_x_stride = grad_out_stride * VEC, x_stride * VEC, grad_x_stride * VEC
+    channels, outputs = channels * VEC, outputs * VEC
     DTYPE: tl.constexpr = x.dtype.element_ty
-    block = tl.program_id(0)
-    row, output = block * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
-    row_mask, output_mask = (row < rows)[:, None], output < outputs
-    at = row.to(tl.int64)[:, None]
-    dy = finished(
-        grad_out + at * grad_out_stride, y + at * y_stride, y_mean, through, through_stride, count,
-        output[None, :], row_mask, output_mask[None, :],
-    ).to(DTYPE)  # fmt: skip
-    tl.store(grad_out + at * grad_out_stride + output[None, :], dy, mask=row_mask & output_mask[None, :])
-    for start in range(0, channels, COLUMNS):
-        channel = start + tl.arange(0, COLUMNS)
-        channel_mask = channel < channels
-        w_tile = tl.load(
-            weight + output[:, None] * channels + channel[None, :],
-            mask=output_mask[:, None] & channel_mask[None, :],
-            other=0.0,
-        )
-        total = tl.dot(dy, w_tile, input_precision=PRECISION)
+    column_blocks = tl.cdiv(channels, COLUMNS)
+    part, parts = tl.program_id(0) // column_blocks, tl.num_programs(0) // column_blocks
+    channel = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    output = tl.arange(0, DEPTH)
+    channel_mask, output_mask = channel < channels, output < outputs
+    w_tile = tl.load(
+        weight + output[:, None] * channels + channel[None, :],
+        mask=output_mask[:, None] & channel_mask[None, :],
+        other=0.0,
+    )
+    a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
+    b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
+    mu = tl.load(mean + channel, mask=channel_mask, other=0.0)[None, :]
+    g_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
+    g_centred = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for block in tl.range(part, tl.cdiv(rows, ROWS), parts, num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        row_mask, at = (row < rows)[:, None], row.to(tl.int64)[:, None]
         mask = row_mask & channel_mask[None, :]
         target = grad_x + at * grad_x_stride + channel[None, :]
+        at_output = grad_out + at * grad_out_stride + output[None, :]
+        dy = tl.load(at_output, mask=row_mask & output_mask[None, :], other=0.0)
         value = tl.load(x + at * x_stride + channel[None, :], mask=mask, other=0.0)
-        a = tl.load(scale + channel, mask=channel_mask, other=0.0)[None, :]
-        b = tl.load(shift + channel, mask=channel_mask, other=0.0)[None, :]
-        mu = tl.load(mean + channel, mask=channel_mask, other=0.0)[None, :]
+        if ACCUMULATE:
+            before = tl.load(target, mask=mask, other=0.0)
+        total = tl.dot(dy, w_tile, input_precision=PRECISION)
         g = tl.where(mask & (rectified(value, a, b, DTYPE).to(tl.float32) > 0), total, 0.0)
-        new = tl.load(target, mask=mask, other=0.0).to(tl.float32) + a * g if ACCUMULATE else a * g
+        new = before.to(tl.float32) + a * g if ACCUMULATE else a * g
         tl.store(target, new.to(DTYPE), mask=mask)
-        g_centred = tl.sum(g * (value.to(tl.float32) - mu), 0)
-        tl.store(sums + channel.to(tl.int64) * blocks + block, tl.sum(g, 0), mask=channel_mask)
-        tl.store(sums + (channels + channel).to(tl.int64) * blocks + block, g_centred, mask=channel_mask)
+        g_sum += tl.sum(g, 0)
+        g_centred += tl.sum(g * (value.to(tl.float32) - mu), 0)
+    tl.store(sums + channel.to(tl.int64) * parts + part, g_sum, mask=channel_mask)
+    tl.store(sums + (channels + channel).to(tl.int64) * parts + part, g_centred, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
@@ -201,8 +205,7 @@ def grad_weight_kernel(
         # Where dy is zero, x is that of some row.
         first = first_of_pool(tl.minimum(row, rows - 1), depth, height, width, PD, PH, PW)
         s = rectified_rows(
-            x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
-            PD, PH, PW, False, ALIGNED, DTYPE,
+            x, x_stride, first, scale, shift, channel, channels, height, width, PD, PH, PW, ALIGNED, DTYPE,
         )  # fmt: skip
         total = tl.dot(tl.trans(dy), s, total, input_precision=PRECISION)
     tl.store(
@@ -238,32 +241,42 @@ def sum_parts_kernel(
     tl.store(grad_weight + target, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
-def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum."""
+class ParameterGradients(NamedTuple):
+    """Of a convolution's weight, in its type and layout, None if not wanted; and of its norm's weight and bias."""
+
+    weight: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def norm_relu_conv_backward(operands: BackwardOperands, into: ParameterGradients | None = None) -> ParameterGradients:
+    """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum.
+
+    The gradients of the parameters overwrite `into`.
+    """
     x, grad_x, pool = operands.x, operands.grad_x, operands.pool
     if pool > 1 and not operands.accumulate and any(n % pool for n in x.shape[1:-1]):
         grad_x.zero_()  # pixels outside whole windows
     product = Product(operands)
+    if into is None:
+        into = product.parameter_gradients(operands.need_weight)
+    tile = tiles.grad_x_pointwise(product.of)
+    name, attempt = ("grad_x", product.grad_x) if tile is None else ("grad_x_pointwise", product.grad_x_pointwise)
     tile = tuning.tuned(
-        tiles.grad_x(product.of),
-        lambda tile: product.grad_x(torch.empty_like(x), operands.accumulate, None, tile),
-        *("grad_x", x, product.of),
+        tile or tiles.grad_x(product.of),
+        lambda tile: attempt(torch.empty_like(x), operands.accumulate, None, tile),
+        *(name, x, product.of),
     )
-    of_norm = product.grad_x(grad_x, operands.accumulate, operands.through, tile)
-    return product.tuned_grad_weight() if operands.need_weight else None, *of_norm
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As `norm_relu_conv_backward` of a 1×1 window without a pool, whose first kernel finishes `grad_out` too."""
-    product = Product(operands)
-    tile = tiles.finishing_grad_x(product.of)
-    if tile is None:
-        finish(operands.grad_out, *unfinished, operands.grad_out)
-        return norm_relu_conv_backward(operands)
-    of_norm = product.finishing_grad_x(operands.grad_x, operands.accumulate, operands.through, unfinished, tile)
-    return product.tuned_grad_weight() if operands.need_weight else None, *of_norm
+    attempt(grad_x, operands.accumulate, operands.through, tile, into[1:])
+    if into.weight is not None:
+        weight = into.weight
+        tile = tuning.tuned(
+            tiles.grad_weight(product.of),
+            lambda tile: product.grad_weight(torch.empty_like(weight), tile),
+            *("grad_weight", x, product.of),
+        )
+        product.grad_weight(weight, tile)
+    return into
 
 
 class Product:
@@ -279,6 +292,16 @@ class Product:
         self.windows = launch.windows(weight.shape[2:], operands.pool)
         self.of = tiles.product(x, self.outputs, prod(weight.shape[2:]), operands.pool)
 
+    def parameter_gradients(self, need_weight: bool) -> ParameterGradients:
+        """Empty ones."""
+        of_norm = self.norm.scale.new_empty(self.channels), self.norm.scale.new_empty(self.channels)
+        if not need_weight:
+            return ParameterGradients(None, *of_norm)
+        # There the taps lie at equal distances.
+        regular = self.weight.is_contiguous() or launch.is_packed(self.weight)
+        format_ = torch.preserve_format if regular else torch.contiguous_format
+        return ParameterGradients(torch.empty_like(self.weight, memory_format=format_), *of_norm)
+
     def _divided(self, *further: int) -> tuple[int, list[int]]:
         """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""
         sizes = self.grad_out_stride, self.x_stride, self.channels, self.outputs, *further
@@ -286,9 +309,14 @@ class Product:
         return vec, [size // vec for size in sizes]
 
     def grad_x(
-        self, grad_x: Tensor, accumulate: bool, through: Tensor | None, tile: tiles.Tile
-    ) -> tuple[Tensor, Tensor]:
-        """Write or add to `grad_x`, add to `through`; return the gradients of the norm's weight and bias."""
+        self,
+        grad_x: Tensor,
+        accumulate: bool,
+        through: Tensor | None,
+        tile: tiles.Tile,
+        of_norm: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Write or add to `grad_x`, add to `through`; the gradients of the norm's weight and bias go to `of_norm`."""
         grad_x, grad_x_stride = launch.matrix(grad_x)
         blocks = launch.ceil_div(self.rows, tile.rows)
         sums = moments_of(self.x, blocks)
@@ -299,34 +327,34 @@ class Product:
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
             self.rows, blocks, *self.volume, channels, outputs, *self.windows, accumulate, self.of.precision, vec,
         )  # fmt: skip
-        return norm_gradients(sums, self.norm, through)
+        norm_gradients(sums, self.norm, through, of_norm)
 
-    def finishing_grad_x(
-        self, grad_x: Tensor, accumulate: bool, through: Tensor | None, unfinished: Unfinished, tile: tiles.Tile
-    ) -> tuple[Tensor, Tensor]:
-        """As `grad_x`, once `grad_out` has been finished in place."""
-        (grad_x, grad_x_stride), (y, y_stride) = launch.matrix(grad_x), launch.matrix(unfinished.x)
-        blocks = launch.ceil_div(self.rows, tile.rows)
-        sums = moments_of(self.x, blocks)
-        vec, (grad_out_stride, x_stride, channels, outputs, *strides) = self._divided(grad_x_stride, y_stride)
+    def grad_x_pointwise(
+        self,
+        grad_x: Tensor,
+        accumulate: bool,
+        through: Tensor | None,
+        tile: tiles.Tile,
+        of_norm: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """As `grad_x`, of a 1×1 window without a pool and at most `tile.depth` outputs."""
+        grad_x, grad_x_stride = launch.matrix(grad_x)
+        column_blocks = launch.ceil_div(self.channels, tile.columns)
+        most = max(1, 2 * self.of.device.programs // column_blocks)  # they are small: four on a multiprocessor
+        parts = min(launch.ceil_div(self.rows, tile.rows), most)
+        sums = moments_of(self.x, parts)
+        vec, (grad_out_stride, x_stride, channels, outputs, grad_x_stride) = self._divided(grad_x_stride)
         launch.run(
-            finishing_grad_x_kernel, blocks, tile,
-            self.grad_out, grad_out_stride, y, strides[1], unfinished.mean, unfinished.through,
-            unfinished.through.stride(0), unfinished.total,
-            self.x, x_stride, self.norm.scale, self.norm.shift, self.norm.mean,
-            launch.packed(self.weight, self.x.dtype), grad_x, strides[0], sums,
-            self.rows, blocks, channels, outputs, accumulate, self.of.precision, vec,
+            grad_x_pointwise_kernel, parts * column_blocks, tile,
+            self.grad_out, grad_out_stride, self.x, x_stride, self.norm.scale, self.norm.shift, self.norm.mean,
+            launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
+            self.rows, channels, outputs, accumulate, self.of.precision, vec, tile.stages,
         )  # fmt: skip
-        return norm_gradients(sums, self.norm, through)
+        norm_gradients(sums, self.norm, through, of_norm)
 
-    def tuned_grad_weight(self) -> Tensor:
-        return self.grad_weight(
-            tuning.tuned(tiles.grad_weight(self.of), self.grad_weight, "grad_weight", self.x, self.of)
-        )
-
-    def grad_weight(self, tile: tiles.Tile) -> Tensor:
-        """In the weight's own type, and in its layout if that is contiguous or channels-last."""
-        lines, weight = self.of.taps * self.outputs, self.weight
+    def grad_weight(self, grad_weight: Tensor, tile: tiles.Tile) -> None:
+        """Overwrite it: it is contiguous or channels-last."""
+        lines = self.of.taps * self.outputs
         products = launch.ceil_div(lines, tile.rows) * launch.ceil_div(self.channels, tile.columns)
         rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth, self.of.device)
         number = launch.ceil_div(self.rows, rows_per_part)
@@ -338,13 +366,8 @@ class Product:
             self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision,
             launch.aligned(self.norm.scale, self.norm.shift), vec,
         )  # fmt: skip
-        # There the taps lie at equal distances.
-        regular = weight.is_contiguous() or launch.is_packed(weight)
-        format_ = torch.preserve_format if regular else torch.contiguous_format
-        result = torch.empty_like(weight, memory_format=format_)
-        by_output, by_channel, *_, by_tap = result.stride()
+        by_output, by_channel, *_, by_tap = grad_weight.stride()
         launch.run(
             sum_parts_kernel, launch.ceil_div(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
-            parts, result, by_output, by_channel, by_tap, number, self.of.taps, self.outputs, self.channels,
+            parts, grad_weight, by_output, by_channel, by_tap, number, self.of.taps, self.outputs, self.channels,
         )  # fmt: skip
-        return result

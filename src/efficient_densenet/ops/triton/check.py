@@ -133,7 +133,7 @@ class _Case:
             grad_made, grad_x, through = give.copy(grad_out), give.copy(before), give.vectors(2, channels).zero_()
             operands = BackwardOperands(grad_made, give(self.x), give.norm, give(weight), grad_x, True, through)
             mean, through_made = give.wide(vectors[0]), give.wide(vectors[1:])
-            unfinished = Unfinished(give(made), mean, through_made, give.vectors(1, 1)[0, 0].fill_(4))
+            unfinished = Unfinished(give(made), mean, through_made, give.vectors(1, 1)[0, 0].fill_(64))
             of_weight, *of_norm = backend.finish_norm_relu_conv_backward(operands, unfinished)
             assert of_weight is not None
             return [grad_made, grad_x, through, of_weight, *of_norm]

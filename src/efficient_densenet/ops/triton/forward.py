@@ -27,7 +27,7 @@ def norm_relu_conv_kernel(
     x, x_stride, scale, shift, weight, out, out_stride, moments,
     rows, blocks, depth, height, width, channels, outputs,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    RECTIFIED: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
     ALIGNED: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,8 @@ def norm_relu_conv_kernel(
 
     An implicit matrix product of ``(rows, taps·channels)`` and ``(taps·channels, outputs)``, a tile of ``ROWS ×
     COLUMNS`` per program. `moments` gets mean and centred sum of squares of each block of `ROWS` rows.
-    With `RECTIFIED`, x is what came out of the rectifier, there is no pool, and scale and shift are not looked at.
+    With a window, x is what came out of the rectifier, or each tap would rectify it again; there is no pool, and scale
+    and shift are not looked at.
 
     Shapes: x ``(rows·pool, channels)``, weight ``(outputs, taps, channels)``, out ``(rows, outputs)``, moments
     ``(2, outputs, blocks)``.
@@ -62,15 +63,12 @@ def norm_relu_conv_kernel(
             dd, dh, dw = window(tap, TD, TH, TW)
             valid = row_mask & inside(d + dd, h + dh, w + dw, depth, height, width, TD, TH, TW)
             offset = (dd * height + dh) * width + dw
-        else:
-            valid, offset = row_mask, 0
-        if RECTIFIED:  # it goes to shared memory and from there to the tensor cores
+            # It goes to shared memory and from there to the tensor cores.
             at = x_rows + (channel + offset.to(tl.int64) * x_stride)[None, :]
             s = tl.load(at, mask=valid[:, None] & (channel < channels)[None, :], other=0.0)
         else:
             s = rectified_rows(
-                x, x_stride, first + offset, valid, scale, shift, channel, channels, height, width,
-                PD, PH, PW, TAPS > 1, ALIGNED, DTYPE,
+                x, x_stride, first, scale, shift, channel, channels, height, width, PD, PH, PW, ALIGNED, DTYPE,
             )  # fmt: skip
         w_tile = tl.load(
             weight + output[None, :] * (TAPS * channels) + tap * channels + channel[:, None],
@@ -96,17 +94,16 @@ def norm_relu_conv_kernel(
 def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int, into: Statistics | None) -> None:
     """Two kernels: the convolution, and if wanted the merging of the statistics of its blocks.
 
-    Where the device's line in `tiles` wants it, a window's x is rectified before, by a kernel of its own: else all its
-    taps would do that again.
+    Before them, one more rectifies x where there is a window: else each tap would do that again.
     """
     outputs, kernel, channels = weight.shape[0], weight.shape[2:], x.shape[-1]
     of = tiles.product(x, outputs, prod(kernel), pool)
-    if of.rectified:
+    if of.taps > 1:
         x = rectify(x, norm)
     (x, x_stride), (out, out_stride) = launch.matrix(x), launch.matrix(out)
     weight, windows = launch.packed(weight, x.dtype), launch.windows(kernel, pool)
     rows, vec = out.numel() // outputs, launch.common_divisor(x, x_stride, channels, out_stride, outputs)
-    wait = _MUST_WAIT and of.device.warp_groups and not of.exact and not of.rectified
+    wait = _MUST_WAIT and of.device.warp_groups and not of.exact and of.taps == 1
 
     def attempt(tile: tiles.Tile) -> None:
         blocks = launch.ceil_div(rows, tile.rows)
@@ -115,7 +112,7 @@ def norm_relu_conv(x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: i
             norm_relu_conv_kernel, blocks * launch.ceil_div(outputs, tile.columns), tile,
             x, x_stride // vec, norm.scale, norm.shift, weight, out, out_stride // vec, moments,
             rows, blocks, *launch.cube(x.shape[1:-1]), channels // vec, outputs // vec,
-            *windows, of.rectified, into is not None, of.precision, wait, launch.aligned(norm.scale, norm.shift), vec,
+            *windows, into is not None, of.precision, wait, launch.aligned(norm.scale, norm.shift), vec,
         )  # fmt: skip
         if into:
             merge(moments, rows, tile.rows, into)

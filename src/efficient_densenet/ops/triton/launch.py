@@ -37,20 +37,28 @@ class CannotStart(RuntimeError):
 
 
 @contextmanager
-def operation(device: torch.device) -> Iterator[None]:
+def on(device: torch.device) -> Iterator[None]:
+    """Kernels start on this device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        yield
+
+
+@contextmanager
+def operation(device: torch.device) -> Iterator[list[functools.partial]]:
     """The kernels that are `run` inside start at the end, on this device: none of them if one cannot be compiled.
 
-    So that another way can be tried instead, which then adds to what nobody has added to before.
+    So that another way can be tried instead, which then adds to what nobody has added to before. In the list that this
+    gives are then what started them, in their order.
 
     Raises:
         CannotStart: see there. An exception of a later kernel's start is passed on as it is.
     """
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        ready: list[Callable[[], None]] = []
+    with on(device):
+        ready: list[functools.partial] = []
         outer, _of_this_thread.ready = getattr(_of_this_thread, "ready", None), ready
         try:
-            yield
+            yield ready
         finally:
             _of_this_thread.ready = outer
         for number, start in enumerate(ready):
@@ -81,7 +89,7 @@ def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
         ready.append(start)
 
 
-def _compiled_for(kernel: Any, programs: int, tile: Tile, arguments: tuple) -> Callable[[], None]:
+def _compiled_for(kernel: Any, programs: int, tile: Tile, arguments: tuple) -> functools.partial:
     """What starts the kernel, compiled and loaded.
 
     To find the compiled kernel for some arguments takes Triton three times as long as to start it: what is the same
@@ -137,10 +145,10 @@ def matrix(x: Tensor) -> tuple[Tensor, int]:
 
 
 def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as ``(O, taps, C)``: a copy of the weights of a window, unless they are channels-last already."""
+    """The weight with its memory as that of ``(O, taps, C)``: a copy of a window's, unless it is channels-last."""
     if weight.dtype == dtype and is_packed(weight):
         return weight
-    return weight.to(dtype).movedim(1, -1).contiguous()
+    return weight.to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def is_packed(weight: Tensor) -> bool:

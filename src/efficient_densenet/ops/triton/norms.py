@@ -74,15 +74,17 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     )  # fmt: skip
 
 
-def norm_gradients(sums: Tensor, norm: Affine, through: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One kernel: the gradients of the norm's weight and bias, from the sums of all blocks."""
+def norm_gradients(
+    sums: Tensor, norm: Affine, through: Tensor | None, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """One kernel: the gradients of the norm's weight and bias, from the sums of all blocks; they overwrite `into`."""
     _, channels, blocks = sums.shape
     # Two tensors, for an operator's results must not share memory.
-    grad_weight, grad_bias = sums.new_empty(channels), sums.new_empty(channels)
-    unused = through is None
-    target = grad_bias if through is None else through
+    of_weight, of_bias = into or (sums.new_empty(channels), sums.new_empty(channels))
+    target = of_bias if through is None else through
     launch.run(
         norm_gradients_kernel, channels, tiles.ALONG,
-        sums, norm.inverse, norm.scale, grad_weight, grad_bias, target, target.stride(0), blocks, channels, not unused,
+        sums, norm.inverse, norm.scale, of_weight, of_bias, target, target.stride(0), blocks, channels,
+        through is not None,
     )  # fmt: skip
-    return grad_weight, grad_bias
+    return of_weight, of_bias

@@ -83,14 +83,12 @@ def within_pool(p, height, width, PH: tl.constexpr, PW: tl.constexpr):
 
 @triton.jit
 def rectified_rows(
-    x, x_stride, first, row_mask, scale, shift, channel, channels, height, width,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    x, x_stride, first, scale, shift, channel, channels, height, width,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``average_pool(relu(scale·x + shift))`` of a tile of rows and channels, zero in channels that there are not.
 
-    Rows must exist; with `PADDED` only those in the mask must, and the others are zero. Without need no mask: it is as
-    much work as the rectifier, and keeps the result from going straight to the tensor cores.
+    Rows must exist: a mask would be as much work as the rectifier, and keep the result from the tensor cores.
     With `ALIGNED`, scale and shift begin at multiples of 16 bytes, and are loaded 16 bytes at a time.
     """
     mask = (channel < channels)[None, :]
@@ -99,9 +97,6 @@ def rectified_rows(
         scales, shifts = tl.multiple_of(scales, 16), tl.multiple_of(shifts, 16)
     a = tl.load(scales, mask=channel < channels, other=0.0)[None, :]
     b = tl.load(shifts, mask=channel < channels, other=0.0)[None, :]
-    if PADDED:
-        mask &= row_mask[:, None]
-        b = tl.where(row_mask[:, None], b, 0.0)  # where x is read as zero
     at = x + first.to(tl.int64)[:, None] * x_stride + channel[None, :]
     if PD * PH * PW == 1:
         return rectified(tl.load(at, mask=mask, other=0.0), a, b, DTYPE)

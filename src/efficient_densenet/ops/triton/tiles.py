@@ -1,9 +1,10 @@
 """Tile sizes: a small table by kind of kernel, shape and device.
 
-None of these has been timed on a GPU. They follow from the shapes: a tile is as wide as the channels that it makes, so
-that few channels do not waste the tensor cores; it is tall enough to use each weight often; its accumulators fit into
-the registers without spilling, and its stages into the shared memory of the device.
-`tuning` has them timed instead.
+A tile is as wide as the channels that it makes, so that few channels do not waste the tensor cores; it is tall enough
+to use each weight often; its accumulators fit into the registers without spilling, and its stages into the shared
+memory of the device. On Hopper tiles, warps and stages are those that were the fastest of some hundred, timed on an
+H200 at the shapes of DenseNet-121 and of L = 40, k = 12 (docs/gpu.md); elsewhere none has been timed.
+`tuning` has them timed on the device at hand instead.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Device(NamedTuple):
-    """What about a device decides on tiles, and which of several ways it goes.
+    """What about a device decides on tiles.
 
     Constants for each kind of device, so that the order of the sums depends on it and on shapes alone.
 
@@ -27,49 +28,13 @@ class Device(NamedTuple):
         programs: two for each multiprocessor. A weight's gradient is split into so many.
         widest: tile of a product, in columns.
         warp_groups: whether products are those of Hopper.
-        windows: where a convolution with a window gets its rectified x: "fused" computes it for each tap, "rectified"
-            before the product in a pass of its own, and "cudnn" leaves the product to cuDNN, which wants that too.
-        windows_backward: "fused" or "cudnn".
-        widest_prefix: tile of a prefix's gradient through a window in half precision, in channels.
-        pixels: that a weight's gradient without a pool multiplies at a time in a wide tile, in half precision.
-        finishes: whether the gradient of a bottleneck's output is finished in the kernel of its prefix's gradient,
-            up to `widest` outputs: a program has a block of rows and all channels.
-        least_rows: of a tile whose grid would have fewer than `programs`.
     """
 
     stages: int
     programs: int
     widest: int = 128
     warp_groups: bool = False
-    windows: str = "fused"
-    windows_backward: str = "fused"
-    widest_prefix: int = 64
-    pixels: int = 32
-    finishes: bool = False
-    least_rows: int = 128
 
-    def changed(self, *candidates: str) -> Device:
-        """With the changes of these `CANDIDATES`."""
-        return self._replace(**{field: value for name in candidates for field, value in CANDIDATES[name].items()})
-
-
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "rectified": {"windows": "rectified"},
-    "cudnn forward": {"windows": "cudnn"},
-    "cudnn backward": {"windows_backward": "cudnn"},
-    "wide prefix": {"widest_prefix": 128},
-    "64 pixels": {"pixels": 64},
-    "finishing": {"finishes": True},
-    "64 rows": {"least_rows": 64},
-}
-"""What may be better than a device's line, as changes of it; ``benchmarks/gpu.py`` measures each beside the line.
-
-Off until a GPU has shown that it is faster there: then it belongs into the line. docs/gpu.md says what is expected.
-"""
-
-OURS = ("rectified", "wide prefix", "64 pixels", "finishing", "64 rows")
-CUDNN = ("cudnn forward", "cudnn backward", "64 pixels", "finishing", "64 rows")
-"""Candidates that go together: products of ours, and those with a window by cuDNN."""
 
 DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264, warp_groups=True)}
 """By compute capability: A100 with 163 kB of shared memory for a program, H100 and H200 with 227 kB."""
@@ -113,22 +78,12 @@ def precision(x: Tensor) -> str:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """Its line in the table, with what `choose` chose."""
-    line = OTHER
+    """Its line in the table."""
     if device.type == "cuda" and torch.version.hip is not None:
-        line = ROCM
-    elif device.type == "cuda":
-        line = DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
-    return line.changed(*_chosen)
-
-
-def choose(*candidates: str) -> None:
-    """From now on in this process, let every device's line have the changes of these: to compare and measure them."""
-    _chosen[:] = candidates
-    device_of.cache_clear()
-
-
-_chosen: list[str] = []
+        return ROCM
+    if device.type == "cuda":
+        return DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
+    return OTHER
 
 
 class Product(NamedTuple):
@@ -147,11 +102,6 @@ class Product(NamedTuple):
     def exact(self) -> bool:
         """Without tensor cores, where a product's operands take registers too."""
         return not self.half and self.precision == "ieee"
-
-    @property
-    def rectified(self) -> bool:
-        """Whether x is rectified before the forward product, by a pass of its own."""
-        return self.taps > 1 and self.device.windows != "fused"
 
     @property
     def stages(self) -> int:
@@ -174,17 +124,19 @@ def elementwise(channels: int, values: int = 4096) -> Tile:
 def forward(of: Product) -> Tile:
     """Columns are outputs, depth is channels.
 
-    A pool holds several tiles of x at a time, and so needs flatter ones; so do channels that are loaded one by one.
+    A pool holds several tiles of x at a time, and so needs flatter ones; so do channels that are loaded one by one. A
+    window's x comes rectified, so that nothing is computed in the loop: fewer and larger steps.
     """
     if of.exact:
         return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
+    columns, stages = _cover(of.outputs, 16, of.device.widest), of.stages
     depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
-    columns = _cover(of.outputs, 16, of.device.widest)
-    rows = _rows(128, of, ceil(of.outputs / columns))
-    stages = of.stages
-    if of.rectified and of.half:  # nothing is computed in the loop: fewer and larger steps
-        depth, stages = 2 * depth, stages - 1
-    return Tile(rows, columns, _cover(of.channels, 16, depth), 8 if columns == of.device.widest else 4, stages)
+    if of.half and depth == 32 and (of.taps > 1 or of.device.warp_groups):
+        depth, stages = 64, stages - 1
+    rows = 128
+    if of.device.warp_groups and ceil(of.rows / rows) * ceil(of.outputs / columns) < of.device.programs // 2:
+        rows = 64  # or multiprocessors would have nothing to do
+    return Tile(rows, columns, _cover(of.channels, 16, depth), _warps(of, columns == of.device.widest), stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -192,18 +144,25 @@ def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     if of.exact:
         return Tile(64, _cover(of.channels, 16, 64), 16, 8, 2)
-    columns = _cover(of.channels, 16, of.device.widest_prefix if of.taps > 1 and of.half else 64)
-    rows = _rows(64 if of.taps > 9 and not of.half else 128, of, ceil(of.channels / columns))
-    return Tile(rows, columns, _cover(of.outputs, 16, 32), 8 if columns >= 64 else 4, of.stages)
+    columns, stages, rows = 64, of.stages, 64 if of.taps > 9 and not of.half else 128
+    if of.device.warp_groups and of.taps > 1:
+        stages = 4
+        if not of.half:
+            columns = 32
+        elif of.rows >= 1024 * rows:
+            columns, stages = 128, 3
+    columns = _cover(of.channels, 16, columns)
+    return Tile(rows, columns, _cover(of.outputs, 16, 32), _warps(of, columns >= 64), stages)
 
 
 @functools.lru_cache(maxsize=4096)
-def finishing_grad_x(of: Product) -> Tile | None:
-    """As `grad_x`, for all outputs and channels of some rows; None where they are finished in a pass of their own."""
-    if not of.device.finishes or of.exact or of.outputs > of.device.widest:
+def grad_x_pointwise(of: Product) -> Tile | None:
+    """Columns are channels, depth is all outputs. None where `grad_x` is better: where no product reads its weights
+    from shared memory, they would have to stay in registers."""
+    depth = _cover(of.outputs, 16, 256)
+    if of.taps > 1 or of.pool > 1 or of.exact or not of.device.warp_groups or of.outputs > depth:
         return None
-    columns = _cover(of.channels, 16, 64 if of.half else 32)
-    return Tile(64, columns, _cover(of.outputs, 16, of.device.widest), 4, of.stages - 1)
+    return Tile(32, _cover(of.channels, 16, 64), depth, 4, of.stages - 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,10 +171,12 @@ def grad_weight(of: Product) -> Tile:
     lines = of.taps * of.outputs
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
-    rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if of.half else 64)
-    warps = 8 if rows * columns >= 64 * of.device.widest else 4
-    depth = of.device.pixels if of.half and of.pool == 1 and warps == 8 else 32  # or registers spill on sm_80
-    return Tile(rows, columns, depth, warps, of.stages - (depth > 32))
+    wide = of.taps > 1 if of.device.warp_groups else of.half
+    rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if wide else 64)
+    warps = _warps(of, rows * columns >= 64 * of.device.widest)
+    if of.half and of.pool == 1 and of.device.warp_groups:
+        return Tile(rows, columns, 64, warps, of.stages - (columns > 64))
+    return Tile(rows, columns, 32, warps, of.stages)
 
 
 def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
@@ -224,11 +185,9 @@ def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
     return max(8, ceil(rows / parts / depth)) * depth
 
 
-def _rows(rows: int, of: Product, column_blocks: int) -> int:
-    """As many, or half as many again and again for a small grid, where the device's line says so."""
-    while rows > of.device.least_rows and ceil(of.rows / rows) * column_blocks < of.device.programs:
-        rows //= 2
-    return rows
+def _warps(of: Product, large: bool) -> int:
+    """Of a product's tile: on Hopper a warp group, of which several then run on a multiprocessor."""
+    return 8 if large and not of.device.warp_groups else 4
 
 
 def _cover(size: int, least: int, most: int) -> int:
