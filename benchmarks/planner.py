@@ -27,6 +27,7 @@ from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
+from efficient_densenet.units import megabytes
 
 FOLDER = Path(__file__).parent / "results"
 AUTOCAST = {"float32": None, "autocast to bfloat16": torch.bfloat16}
@@ -104,7 +105,7 @@ def _thinned(values: Sequence[int]) -> list[int]:
 
 def peaks_over_steps(records: list[Record]) -> str:
     """Where the traces are drawn, and their peaks."""
-    rows = [[f"{r['network']}, batch {r['batch_size']}", r["way"], f"{r['peak'] / 1e6:.1f}"] for r in records]
+    rows = [[f"{r['network']}, batch {r['batch_size']}", r["way"], megabytes(r["peak"])] for r in records]
     return tables.markdown(["network", "way", "peak, MB"], rows, names=2)
 
 
@@ -142,7 +143,7 @@ def table(records: list[Record]) -> str:
             record
         )
     rows = [
-        [name, dtype, *(f"{r[way]['measured'] / 1e6:.1f} ({error(r[way]):+.1%})" for way in WAYS)]
+        [name, dtype, *(f"{megabytes(r[way]['measured'])} ({error(r[way]):+.1%})" for way in WAYS)]
         for (name, dtype), r in found.items()
     ]
     worst = max(records, key=lambda record: abs(error(record)))

@@ -20,6 +20,7 @@ import adoption
 import cpu
 import curves
 import engine
+import exactness
 import peers
 import planner
 
@@ -28,6 +29,7 @@ from efficient_densenet.execution import KEEP
 from efficient_densenet.files import replacing
 from efficient_densenet.measure import plots, results, tables
 from efficient_densenet.measure.results import Record
+from efficient_densenet.units import format_bytes, megabytes
 
 ROOT = Path(__file__).parents[1]
 PROCESSOR = "AMD EPYC, avx512_bf16"
@@ -50,12 +52,12 @@ def claim() -> str:
     name, batch = "DenseNet-121", 8
     taken, shares = bytes_per_image(), ratios("training")[name, batch]
     ways = [
-        f'{taken[name, keep] / 1e6:.1f} MB an image and {shares[keep]:.2f} of the time with `"{keep}"`'
+        f'{format_bytes(taken[name, keep])} an image and {shares[keep]:.2f} of the time with `"{keep}"`'
         for keep in cpu.KEEPS
     ]
     return (
         f"A training step of {name} (float32, 224×224, times with {batch} images) takes "
-        f"**{taken[name, 'ordinary'] / 1e6:.1f} MB an image** as an ordinary network, and "
+        f"**{format_bytes(taken[name, 'ordinary'])} an image** as an ordinary network, and "
         f"**{'**, or **'.join(ways)}**. Measured on two cores of an AMD EPYC processor (AVX-512 with bfloat16, no AMX)."
     )
 
@@ -65,7 +67,7 @@ def memory() -> str:
     ways = ("ordinary", *KEEP)
     found = bytes_per_image()
     rows = [
-        [f"{subject.name}, MB per image", *(f"{found[subject.name, way] / 1e6:.1f}" for way in ways)]
+        [f"{subject.name}, MB per image", *(megabytes(found[subject.name, way]) for way in ways)]
         for subject in engine.FULL.subjects
     ]
     for record in records("engine", "max-batch"):
@@ -186,9 +188,9 @@ PICTURES = (
     Picture("time_against_memory", plots.time_against_memory, "peers", "compiled"),
     Picture("memory_over_a_step", plots.memory_over_a_step, "planner", "traces"),
     Picture("training_curves", plots.training_curves, "curves", "digits"),
-    Picture("errors_against_float64", plots.errors_against_float64, "peers", "training"),
+    Picture("errors_against_float64", plots.errors_against_float64, "exactness", "every-type"),
 )
-SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT)
+SCRIPTS = (engine.SCRIPT, cpu.SCRIPT, adoption.SCRIPT, peers.SCRIPT, planner.SCRIPT, curves.SCRIPT, exactness.SCRIPT)
 
 
 def texts(root: Path) -> dict[Path, str]:

@@ -1,9 +1,8 @@
-"""Options of the tests, and which of them are slow: ``./test.sh -m "not slow"`` answers in about a minute."""
+"""Options and order of the tests, and which of them are slow: ``./test.sh -m "not slow"`` answers in about a minute."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,13 @@ QUICK = {
     *("test_dialects.py", "test_convert.py", "test_published_figures.py"),
 }
 
+# With single tests that take long: they begin first, or one of them would run alone at the end.
+LONG = {"test_ops_cpu_sanitizers.py", "test_ops_triton.py", "test_ops_triton_compiled.py", "test_kills.py"}
+LONG |= {"test_gpu_benchmark.py", "test_nothing_in_silence.py", "test_adopt_distributed.py"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: Path(item.path).name not in LONG)
     for item in items:
         if Path(item.path).name not in QUICK:
             item.add_marker(pytest.mark.slow)
@@ -28,10 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def little_to_collect() -> Iterator[None]:
-    """Looking for garbage among all that the libraries brought would take most of the time."""
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """Looking for garbage among all that the libraries brought would take most of the time that measures memory."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -83,7 +83,9 @@ class Team:
 def install():
     """For a whole process, with Triton's interpreter: ``TRITON_INTERPRET=1``. With ``ONE_PROCESS=1`` there is one."""
     import triton.testing
+    from triton_interpreter import without_repetition  # which imports this module
 
+    without_repetition()
     properties = SimpleNamespace(name="stand-in", major=9, minor=0, multi_processor_count=1, total_memory=10**9)
     instead = {
         "is_available": lambda: True,

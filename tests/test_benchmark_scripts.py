@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,17 @@ def test_peers_side_by_side(script, tmp_path):
     table = tables.side_by_side(found)
     assert table.startswith("tiny, batch 2\n\n| contender |") and "Not measured: onnxruntime: " in table
     assert all(set(names) <= set(CONTENDERS) for names in (PEERS, PEERS_IN_EVALUATION, FORMS))
+
+
+def test_errors_against_float64(script, tmp_path, capsys):
+    exactness = script("exactness")
+    assert exactness.main(["--quick", "--output", str(tmp_path)]) == 0
+    records = sections(tmp_path, "exactness")["every-type"]["records"]
+    assert {(r["dtype"], r["contender"]) for r in records} == set(product(exactness.DTYPES, exactness.WAYS))
+    assert all(
+        0 < r[what] < (1e-5 if r["dtype"] == "float32" else 0.2) for r in records for what in ("output", "gradient")
+    )
+    assert "| bottleneck |" in capsys.readouterr().out
 
 
 def test_what_is_planned(script, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import re
 from pathlib import Path
@@ -325,12 +324,13 @@ def nested() -> bool:
 
 
 def without_values() -> bool:
-    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        made = copy.deepcopy(torch.ones(2, 3))
-    return isinstance(made, FakeTensor) and made.shape == (2, 3)
+    mode, values = FakeTensorMode(allow_non_fake_inputs=True), torch.ones(3)
+    with mode:
+        made = torch.empty(2, 3) + values
+    plain = made.fake_mode is mode and made.fake_device == torch.device("cpu") and made.constant is None
+    return isinstance(made, FakeTensor) and made.shape == (2, 3) and plain
 
 
 CHECKS = {

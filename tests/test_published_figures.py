@@ -21,7 +21,7 @@ def redraw(monkeypatch):
     import redraw
 
     yield redraw
-    for name in ("redraw", "adoption", "cpu", "curves", "engine", "peers", "planner"):
+    for name in ("redraw", "adoption", "cpu", "curves", "engine", "exactness", "peers", "planner"):
         del sys.modules[name]
 
 
@@ -54,8 +54,9 @@ def test_what_differs_from_the_measurements_is_found_and_redrawn(redraw, monkeyp
 @pytest.mark.parametrize("draw", [plots.time_against_memory, plots.errors_against_float64])
 def test_a_picture_of_other_measurements_is_stale(draw, tmp_path):
     pytest.importorskip("matplotlib")
-    row = {"contender": "inputs", "step_bytes_per_image": 2e6, "F+B": 5.0, "errors": {"gradient": 1e-6}}
-    records = [{"network": "n", "batch_size": 2, "summary": [row]}]
+    row = {"contender": "inputs", "step_bytes_per_image": 2e6, "F+B": 5.0}
+    errors = {"dtype": "float32", "contender": "inputs", "output": 1e-7, "gradient": 1e-6}
+    records = [{"network": "n", "batch_size": 2, "summary": [row], **errors}]
     file = tmp_path / "picture.png"
     plots.save(draw, records, file)
     assert plots.is_current(records, file)

@@ -1,14 +1,22 @@
-"""A training run that takes a moment. As a program, with a folder and options: ``fit`` there."""
+"""A training run that takes a moment, here or in a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 from efficient_densenet.cli import main
 from efficient_densenet.training import plots
 
+# Processes are forks of one that has imported everything, which takes seconds, and has run nothing.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([f"efficient_densenet.training.{name}" for name in ("lightning_cli", "plots", "data")])
 CONFIGS = Path(__file__).parents[1] / "configs"
 BRIEF = [
     "--trainer.max_epochs=2",
@@ -44,5 +52,19 @@ def _run(command: str, config: Path, folder: Path, *options: str) -> int:
         return main([command, "--config", str(config), "--trainer.default_root_dir", str(folder), *options])
 
 
-if __name__ == "__main__":
-    sys.exit(run("fit", Path(sys.argv[1]), *sys.argv[2:]))
+def begin_fit(output: Path, config: str, folder: Path, *options: str, first: Sequence[Callable] = ()) -> BaseProcess:
+    """A process that fits the configuration `config`, prints to the file `output`, and calls what is `first` before."""
+    (folder / "tiny.yaml").write_text(config)
+    begun = _FORKS.Process(target=_fit, args=(output, folder, options, first))
+    begun.start()
+    return begun
+
+
+def _fit(output: Path, folder: Path, options: Sequence[str], first: Sequence[Callable]) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for change in first:
+        change()
+    sys.exit(_run("fit", folder / "tiny.yaml", folder, *options))

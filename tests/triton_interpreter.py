@@ -7,6 +7,7 @@ see that the tests themselves are sound, on small shapes, where there is none. I
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,6 +52,25 @@ def correct_bfloat16(setattr_: Any = setattr) -> None:
     setattr_(builder, "cast_impl", cast_impl)
 
 
+def without_repetition() -> None:
+    """Leave out, in this process, what takes half of the interpreter's time and changes no result."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *arguments, **named):
+        """A function that a kernel calls: what its module sees of the language is patched once, not for each call."""
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **named)
+
+    interpreter.InterpretedFunction.__call__ = call
+    # Every sum and product of indices is computed again in 64 bits. In tests none comes near what 32 bits can hold.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
 def pytest_configure() -> None:
     from efficient_densenet.adopt import decide
     from efficient_densenet.ops import triton as kernels
@@ -67,4 +87,5 @@ def pytest_configure() -> None:
     kernels.supports = supports
     decide.watched_calls = lambda: None  # the mode that takes the GPU's place changes nothing
     correct_bfloat16()
+    without_repetition()
     InPlaceOfAGpu().__enter__()

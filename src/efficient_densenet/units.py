@@ -33,5 +33,10 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Megabytes of a million bytes, with one decimal."""
-    return f"{nbytes / 1e6:,.1f} MB"
+    """``12_000_000`` → ``"12.0 MB"``."""
+    return f"{megabytes(nbytes)} MB"
+
+
+def megabytes(nbytes: float, decimals: int = 1) -> str:
+    """Megabytes of a million bytes, where the unit stands elsewhere."""
+    return f"{nbytes / 1e6:,.{decimals}f}"

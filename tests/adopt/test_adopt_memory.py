@@ -14,7 +14,6 @@ from efficient_densenet.execution import KEEP, pieces
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import convolution
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
 

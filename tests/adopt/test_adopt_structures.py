@@ -201,7 +201,7 @@ def test_a_block_by_itself_and_one_inside_another_module():
     assert_close(training_step(holder["inner"][0], x), training_step(block, x))
 
 
-def test_the_trial_leaves_no_trace():
+def test_the_trial_leaves_no_trace(monkeypatch):
     model = torchvision_small(drop_rate=0.3, memory_efficient=True)
     model.features.denseblock1.eval()
     calls = []
@@ -213,6 +213,7 @@ def test_the_trial_leaves_no_trace():
     modes = [module.training for module in model.modules()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     keys, random = list(model.state_dict()), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append("every GPU's random state"))
 
     assert make_efficient(model) is model
     str(report(model, image=(3, 32, 32)))

@@ -6,35 +6,38 @@ import pytest
 import torch
 from others import monai_small, timm_small, torchvision_small, unet
 
-from efficient_densenet import DenseNet, UserError, make_efficient, plan, restore
+from efficient_densenet import DenseNet, UserError, make_efficient, ops, plan, restore
+from efficient_densenet.adopt import planner
 from efficient_densenet.adopt.planner import ORDINARY, RECOMPUTE, WAYS
 from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.cli import main
 from efficient_densenet.measure.memory import peak_bytes
+from efficient_densenet.ops import convolution
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
-# Each with a batch whose activations outweigh the workspace of a few megabytes.
+USUAL, LITTLE = convolution.SCRATCH["cpu"], 1 << 16  # bytes of a scratch tensor
+# Each with a batch whose activations outweigh that of the scratch tensor.
 NETWORKS = {
-    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 96),
-    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 96),
-    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 32),
-    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 32),
-    "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16),
-    "U-Net": (unet, (3, 64, 64), 3),
+    "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 12, LITTLE),
+    "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 12, LITTLE),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 4, LITTLE),
+    "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 4, LITTLE),
+    "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16, USUAL),
+    "U-Net": (unet, (3, 64, 64), 3, USUAL),
 }
 
 
-def prepared(model, way):
-    restore(model)
+def run_as(model, way):
     if way == ORDINARY:
-        return model
-    return make_efficient(model, way="recompute") if way == RECOMPUTE else make_efficient(model, way)
+        restore(model)
+    elif way == RECOMPUTE:
+        make_efficient(model, way="recompute")
+    else:
+        make_efficient(model, way)
 
 
-@pytest.mark.parametrize(("name", "autocast"), [*((name, None) for name in NETWORKS), ("BC L=28", torch.bfloat16)])
-def test_the_planned_peak_is_the_peak(name, autocast):
-    build, image, batch_size = NETWORKS[name]
-    model, x = build(), torch.randn(batch_size, *image)
+def measured(model, image, batch_size, autocast=None):
+    """The peak of a step that runs."""
+    x = torch.randn(batch_size, *image)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -43,10 +46,28 @@ def test_the_planned_peak_is_the_peak(name, autocast):
             loss = model(x).float().square().sum()
         loss.backward()
 
+    return peak_bytes(step)
+
+
+@pytest.mark.parametrize(("name", "autocast"), [*((name, None) for name in NETWORKS), ("BC L=28", torch.bfloat16)])
+def test_the_planned_peak_is_the_peak(name, autocast, monkeypatch):
+    build, image, batch_size, scratch = NETWORKS[name]
+    monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)
+    model = build()
     for way in WAYS:
-        prepared(model, way)
+        run_as(model, way)
         planned = step_memory(model, image, batch_size, autocast).peak
-        assert planned == pytest.approx(peak_bytes(step), rel=0.1), way
+        assert planned == pytest.approx(measured(model, image, batch_size, autocast), rel=0.1), way
+
+
+@pytest.mark.parametrize("in_one_call", [True, False], ids=["in one call", "one after the other"])
+def test_layers_are_counted_as_they_run(in_one_call, monkeypatch):
+    build, image, batch_size, _ = NETWORKS["BC L=28"]
+    model = make_efficient(build())
+    if not in_one_call:
+        monkeypatch.setattr(ops, "runs_layers", lambda *_: False)
+    planned = step_memory(model, image, batch_size).peak
+    assert planned == pytest.approx(measured(model, image, batch_size), rel=2e-4)
 
 
 def test_nothing_runs_and_nothing_changes():
@@ -73,13 +94,23 @@ def test_parts_are_what_is_kept():
 
 
 def test_the_fastest_that_fits_is_recommended():
-    model, image, batch_size = DenseNet(3, 12, 12, (3, 3), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 37
+    model, image, batch_size = DenseNet(3, 12, 12, (3,), bn_size=4, num_classes=2), (3, 32, 32), 37
     for way in plan(model, image, batch_size=batch_size).ways[1:2]:
         found = plan(model, image, batch_size=30, memory=way.needed)
         assert found.recommended == way.name
         assert {w.name: w.largest_batch for w in found.ways}[way.name] == batch_size
     nothing = plan(model, image, memory="100kB")
     assert nothing.recommended is None and "32 images do not fit into 0.1 MB; 0 do" in str(nothing)
+
+
+def test_large_batches_lie_on_a_line(monkeypatch):
+    build, image, batch_size, scratch = NETWORKS["BC L=28"]
+    monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)
+    counted = plan(build(), image, batch_size=5 * batch_size)
+    monkeypatch.setattr(planner, "_MOST_COUNTED", 2 * batch_size)
+    for one, other in zip(plan(build(), image, batch_size=5 * batch_size).ways, counted.ways, strict=True):
+        assert one.needed == pytest.approx(other.needed, rel=0.01) and one.step.where == other.step.where
+    assert plan(build(), image, memory="999999TB").ways[0].largest_batch > 10**9
 
 
 @pytest.mark.parametrize(

@@ -217,33 +217,34 @@ def test_devices_without_the_tensor_cores_are_not_checked(gpu, monkeypatch):
     assert not checks() and "older than they need" in backends()["cuda"]
 
 
-def _rank(rank, folder, behaviours, names):
-    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache-{rank}"
+# What the checks of two processes would find, on which GPUs; where they are taken for wrong, and where they were run.
+GROUPS = [
+    (("wrong", "right"), ("A", "A"), (True, True), (True, False)),
+    (("right", "wrong"), ("A", "A"), (False, False), (True, False)),
+    (("right", "wrong"), ("A", "B"), (False, True), (True, True)),  # another GPU has to be right itself
+]
+
+
+def _rank(rank, folder):
+    """The groups one after the other, for it takes seconds to start a process."""
     os.environ.pop(trust.VARIABLE, None)
-    pretend(setattr, PROPERTIES | {"name": names[rank]})
-    trust.PROGRAM = [
-        sys.executable,
-        str(HERE / "fake_gpu_check.py"),
-        behaviours[rank],
-        f"{folder}/checks-{rank}",
-        check.READY,
-    ]
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    Path(f"{folder}/{rank}").write_text(obstacle())
-    torch.distributed.destroy_process_group()
+    for number, (behaviours, names, *_) in enumerate(GROUPS):
+        here = Path(f"{folder}/{number}")
+        os.environ["XDG_CACHE_HOME"] = f"{here}/cache-{rank}"
+        pretend(setattr, PROPERTIES | {"name": names[rank]})
+        fake = str(HERE / "fake_gpu_check.py")
+        trust.PROGRAM = [sys.executable, fake, behaviours[rank], f"{here}/checks-{rank}", check.READY]
+        store = torch.distributed.FileStore(f"{here}/store", 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        (here / str(rank)).write_text(obstacle())
+        torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("behaviours", "names", "wrong", "checked"),
-    [
-        (("wrong", "right"), ("A", "A"), (True, True), (True, False)),
-        (("right", "wrong"), ("A", "A"), (False, False), (True, False)),
-        (("right", "wrong"), ("A", "B"), (False, True), (True, True)),  # another GPU has to be right itself
-    ],
-)
-def test_all_processes_of_a_group_use_the_verdict_of_the_first(tmp_path, behaviours, names, wrong, checked):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), behaviours, names), nprocs=2)
-    for rank in range(2):
-        assert ("off by 3" in (tmp_path / str(rank)).read_text()) == wrong[rank]
-        assert (tmp_path / f"checks-{rank}").exists() == checked[rank]
+def test_all_processes_of_a_group_use_the_verdict_of_the_first(tmp_path):
+    for number in range(len(GROUPS)):
+        (tmp_path / str(number)).mkdir()
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    for number, (*_, wrong, checked) in enumerate(GROUPS):
+        here = tmp_path / str(number)
+        assert tuple("off by 3" in (here / str(rank)).read_text() for rank in range(2)) == wrong, GROUPS[number]
+        assert tuple((here / f"checks-{rank}").exists() for rank in range(2)) == checked, GROUPS[number]

@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 from operands import Operands, empty_statistics, slice_of_channels, weight_for
-from triton_interpreter import correct_bfloat16
+from triton_interpreter import correct_bfloat16, without_repetition
 
 from efficient_densenet.ops import reference
 from efficient_densenet.ops import triton as ops
@@ -26,6 +26,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from efficient_densenet.ops.triton import check, launch
+
+without_repetition()
 
 ERRORS = [
     OutOfResources(81920, 65536, "shared memory"),

@@ -48,13 +48,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
     def last(root):
         return run_folder(root) / "checkpoints" / "last.ckpt"
 
-    program = [sys.executable, "-m", "efficient_densenet", *command("killed")]
-    killed = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    from tiny_run import begin_fit  # which this file, as a program, could not import
+
+    (tmp_path / "killed").mkdir()
+    killed = begin_fit(tmp_path / "output", TINY, tmp_path / "killed", "--ckpt_path", "last")
     deadline = time.monotonic() + 120
-    while not last("killed").exists() and killed.poll() is None and time.monotonic() < deadline:
+    while not last("killed").exists() and killed.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert torch.load(last("killed"), weights_only=True)["epoch"] < 5  # whole, and from before the end
 
     for root in ("killed", "unbroken"):

@@ -1,24 +1,16 @@
-"""Fifteen kills, eight of them while a checkpoint is written over an older one. As a program: all runs, one by one.
-
-The runs are forks of one process, which has imported everything, so that each begins in a moment.
-"""
+"""Fifteen kills, eight of them while a checkpoint is written over an older one."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
-
-from efficient_densenet.cli import main
-from efficient_densenet.training import lightning_cli, plots  # before the forks: imports take seconds
-from efficient_densenet.training.data import Digits
+from tiny_run import begin_fit
 
 CONFIG = """
 model:
@@ -31,19 +23,15 @@ trainer: {accelerator: cpu, devices: 1, max_epochs: 50, limit_train_batches: 2, 
 """
 
 
-def run(root: Path, *changes) -> int:
-    """The process number of a run that goes on in the folder `root`; `changes` are called in it before."""
-    pid = os.fork()
-    if pid:
-        return pid
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    for change in changes:
-        change()
-    options = ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
-    with mock.patch.object(plots, "curves"), mock.patch.object(plots, "confusion_matrix"):
-        os._exit(main(["fit", "--config", str(root.parent / "tiny.yaml"), *options]))
+def run(root: Path, *first):
+    """The process of a run that goes on in the folder `root`."""
+    root.mkdir(exist_ok=True)
+    return begin_fit(root.parent / "output", CONFIG, root, "--ckpt_path", "last", first=first)
+
+
+def exit_code(process) -> int:
+    process.join(100)
+    return process.exitcode
 
 
 def die_at_checkpoint(number: int, share: float) -> None:
@@ -66,15 +54,8 @@ def written(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 def all_runs(folder: Path) -> None:
-    assert lightning_cli  # imported
-    Digits().setup()  # and what reads the data
-    (folder / "tiny.yaml").write_text(CONFIG)
-    assert os.waitstatus_to_exitcode(os.waitpid(run(folder / "unbroken"), 0)[1]) == 0
+    assert exit_code(run(folder / "unbroken")) == 0, (folder / "output").read_text()
     generator = random.Random(3)
     kills = ["writing"] * 8 + ["anywhere"] * 7
     generator.shuffle(kills)
@@ -82,27 +63,24 @@ def all_runs(folder: Path) -> None:
     for kill in kills:
         if kill == "writing":
             number, share = generator.choice((1, 2)) + (not last.exists()), generator.random()
-            pid = run(folder / "killed", lambda n=number, s=share: die_at_checkpoint(n, s))
+            process = run(folder / "killed", partial(die_at_checkpoint, number, share))
         else:
-            pid, before = run(folder / "killed"), written(last)
+            process, before = run(folder / "killed"), written(last)
             if generator.random() < 0.7:  # later than when it begins
-                while written(last) == before and not has_ended(pid):
+                while written(last) == before and process.is_alive():
                     time.sleep(0.001)
             time.sleep(0.05 * generator.random())
-            os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status == -signal.SIGKILL, (kill, status)
+            os.kill(process.pid, signal.SIGKILL)
+        status = exit_code(process)
+        assert status == -signal.SIGKILL, (kill, status, (folder / "output").read_text())
         if kill == "writing":
             torch.load(last, weights_only=True)  # the older one is whole
             assert list(last.parent.glob(".last.*.partial.ckpt"))
-    assert os.waitstatus_to_exitcode(os.waitpid(run(folder / "killed"), 0)[1]) == 0
+    assert exit_code(run(folder / "killed")) == 0, (folder / "output").read_text()
 
 
 def test_a_run_that_was_killed_fifteen_times_ends_as_the_unbroken_one(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    program = [sys.executable, __file__, str(tmp_path)]
-    result = subprocess.run(program, capture_output=True, text=True, timeout=280, env=environment)
-    assert result.returncode == 0, result.stderr
+    all_runs(tmp_path)
     unbroken, killed = (tmp_path / name / "tiny" / "version_0" for name in ("unbroken", "killed"))
     assert (killed / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
     for name in ("best", "last"):
@@ -112,7 +90,3 @@ def test_a_run_that_was_killed_fifteen_times_ends_as_the_unbroken_one(tmp_path):
             assert torch.equal(b["state_dict"][key], tensor), key
     assert [path.name for path in killed.parent.iterdir()] == ["version_0"]
     assert not list(tmp_path.rglob("*.partial*"))
-
-
-if __name__ == "__main__":
-    all_runs(Path(sys.argv[1]))

@@ -11,10 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny_run
 import torch
 from PIL import Image
-from tiny_run import run
+from tiny_run import CONFIG, begin_fit, run
 
 from efficient_densenet import DenseNet
 from efficient_densenet.files import _HOST, remove_left_over, replacing
@@ -44,20 +43,15 @@ def test_the_folder_is_printed_and_can_be_named(tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_exit_code(tmp_path, number, code):
     options = ["--trainer.max_epochs=100000", "--model.scheduler=null"]
-    process = subprocess.Popen(
-        [sys.executable, tiny_run.__file__, str(tmp_path), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = begin_fit(tmp_path / "output", CONFIG, tmp_path, *options)
     last = tmp_path / "tiny/version_0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 100
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not last.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
+    os.kill(process.pid, number)
+    process.join(60)
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == code, output
     assert "Traceback" not in output
     assert f"this run was stopped; it is in {tmp_path}/tiny/version_0; --ckpt_path last goes on" in output
     torch.load(last, weights_only=True)
@@ -144,11 +138,10 @@ def test_label_smoothing_has_a_column_of_its_own(tmp_path):
     assert "train/loss_minimised" not in plain
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_processes_that_are_spawned_read_what_lightning_writes_for_them(tmp_path):
     options = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.max_epochs=1"]
-    program = [sys.executable, tiny_run.__file__, str(tmp_path), *options]
-    result = subprocess.run(program, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert run("fit", tmp_path, *options) == 0
     assert (tmp_path / "tiny/version_0/checkpoints/last.ckpt").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -21,8 +23,20 @@ from efficient_densenet.execution.library import run_stage
 from efficient_densenet.execution.stem_library import run_stem
 
 
-def convert(model: nn.Module, keep: Keep, way: Way = "shared", tried: bool = True) -> None:
-    """`make_efficient`; without a trial for a model whose parts are known to be what they look like."""
+def convert(
+    model: nn.Module,
+    keep: Keep,
+    way: Way = "shared",
+    tried: bool = True,
+    findings: Sequence[Finding] | None = None,
+) -> None:
+    """`make_efficient`.
+
+    Args:
+        model, keep, way: as there.
+        tried: False for a model whose parts are known to be what they look like.
+        findings: of `survey`, where they are known.
+    """
     if not isinstance(model, nn.Module):
         raise UserError(f"make_efficient takes a torch.nn.Module, not {type(model).__name__}{_graph_advice(model)}")
     for passes in (run_stage, run_stem):
@@ -31,7 +45,8 @@ def convert(model: nn.Module, keep: Keep, way: Way = "shared", tried: bool = Tru
         for adoption in adoptions(model):
             adoption.keep, adoption.way = keep, way
         return
-    findings = survey(model, tried)
+    if findings is None:
+        findings = survey(model, tried)
     if not any(finding.looks and finding.chain.made for finding in findings):
         raise UserError(_nothing_found(model, findings))
     segments: dict[nn.Module, list[Segment]] = {}
@@ -55,7 +70,7 @@ def convert(model: nn.Module, keep: Keep, way: Way = "shared", tried: bool = Tru
         adopt(sequence, AdoptedSequence, Adoption(way, keep, segments=tuple(some)))
 
 
-def _nothing_found(model: nn.Module, findings: list[Finding]) -> str:
+def _nothing_found(model: nn.Module, findings: Sequence[Finding]) -> str:
     missed = [f"{f.name or 'the model'} ({type(f.module).__name__}): {f.reason}" for f in findings if f.reason]
     graph = next(filter(None, map(_graph_advice, model.modules())), "")
     return (

@@ -26,7 +26,7 @@ from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
-from efficient_densenet.adopt.tools import needs_ordinary, watched_calls
+from efficient_densenet.adopt.tools import needs_ordinary, replaced_calls, watched_calls
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.adopt.turns import alone
 from efficient_densenet.errors import EfficiencyWarning
@@ -133,7 +133,7 @@ def decide(
         own_hooks: whether the hooks of `roots` are called in any case.
         while_compiling: `standing_now` of them, as a compiler can call it; None: they are not compiled.
     """
-    decision = at_call(x, roots[0], adoption)
+    decision = at_call(x, roots, adoption)
     if decision is not None:
         return decision
     if torch.compiler.is_compiling():
@@ -141,11 +141,11 @@ def decide(
     return standing(roots, adoption, own_hooks, x)
 
 
-def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
-    """How it runs if the call itself decides that, whatever the modules are."""
+def at_call(x: Any, roots: Sequence[nn.Module], adoption: Adoption) -> Decision | None:
+    """How they run if the call itself decides that, whatever the modules are."""
     reason = needs_ordinary(x)
-    if reason is not None:
-        return Decision(ORDINARY, reason, tell=bool(reason) and module.training)
+    if reason is not None and (reason or not _others_wait(x, roots, adoption)):
+        return Decision(ORDINARY, reason, tell=bool(reason) and roots[0].training)
     if torch.compiler.is_compiling():
         return None
     if not isinstance(x, Tensor):
@@ -157,6 +157,16 @@ def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
         return Decision(RECOMPUTE)
     slower = watched_calls() or ops.slower_than_recomputing(x)
     return None if slower is None else Decision(RECOMPUTE, slower)
+
+
+def _others_wait(x: Tensor, roots: Sequence[nn.Module], adoption: Adoption) -> bool:
+    """Whether other processes, which have images, wait for the statistics of this one, which has none.
+
+    They run on the shared buffer, and what they send is not what SyncBatchNorm sends.
+    """
+    if x.numel() or adoption.way != "shared" or torch.compiler.is_compiling():
+        return False
+    return shared.sync_group(parts(roots)) is not None
 
 
 def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x: Tensor | None = None) -> Decision:
@@ -275,9 +285,10 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
 def standing_now(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Standing:
     """See `Standing`."""
     decision = standing(roots, adoption, own_hooks)
+    usual = decision.way == SHARED and replaced_calls() is None
     watched = tuple(tuple(compared(module)) for module in parts(roots))
     for number, one in enumerate(adoption.looks):
-        if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
+        if usual and one.chain is decision.chain and not one.sizes:
             return number, watched
     return -1, watched
 

@@ -179,7 +179,7 @@ def _look(
     values = [b.clone() for b in buffers]
     x = output = tensors.activation(*shape)
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's: nothing here runs on a GPU, whose state nobody restores
         for module in roots:
             output = record.run(module, output)
         chain = conclude(record, output, head)
@@ -205,7 +205,7 @@ def _look(
     elif tried and chain.plan is not None:
         if head:
             output = output.relu().mean(tuple(range(2, output.dim())))
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             made = shared.run(x, chain.plan, modules, "features")
         except UnsuitableError as error:  # what a parametrization computes is not known before

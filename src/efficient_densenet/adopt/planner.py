@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from efficient_densenet import ops
 from efficient_densenet.adopt.adopted import restore
 from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE
-from efficient_densenet.adopt.report import entries_of
-from efficient_densenet.adopt.step import StepMemory, step_memory
+from efficient_densenet.adopt.report import entries_of, pixels_of
+from efficient_densenet.adopt.step import StepMemory, count_step, without_values
+from efficient_densenet.adopt.survey import Finding, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP, Keep
-from efficient_densenet.units import parse_bytes
+from efficient_densenet.units import format_bytes, megabytes, parse_bytes
 
 Optimizer = Literal["none", "sgd", "adam"]
 _STATES: dict[Optimizer, int] = {"none": 0, "sgd": 1, "adam": 2}  # values for each of a parameter; sgd with momentum
@@ -26,6 +29,7 @@ WAYS = (*KEEP, RECOMPUTE, ORDINARY)
 """The shared buffer's `keep`, the fastest first, and the two other ways."""
 
 _MOST_TRIALS = 6  # a step's memory is nearly a straight line in its batch
+_MOST_COUNTED = 1024  # images; larger batches run in more pieces, which take time to count, but not in larger ones
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,19 @@ class Plan:
 
     def __str__(self) -> str:
         about = (
-            f"A training step of {self.batch_size} images, in MB: parameters {_mb(self.parameters)}, gradients "
-            f"{_mb(self.gradients)}, optimizer {_mb(self.state)}, images {_mb(self.images)}, and what follows."
+            f"A training step of {self.batch_size} images, in MB: parameters {megabytes(self.parameters)}, gradients "
+            f"{megabytes(self.gradients)}, optimizer {megabytes(self.state)}, images {megabytes(self.images)}, and "
+            "what follows."
         )
         rows = [["", *(way.name for way in self.ways)]]
         for part in dict.fromkeys(part for way in self.ways for part in way.parts):
-            rows.append([part or "(the model)", *(_mb(way.parts.get(part, 0)) for way in self.ways)])
-        rows.append(["the rest, by difference", *(_mb(way.step.kept - sum(way.parts.values())) for way in self.ways)])
-        rows.append(["kept for backward", *(_mb(way.step.kept) for way in self.ways)])
-        rows.append(["peak of the step", *(_mb(way.step.peak) for way in self.ways)])
-        rows.append(["everything", *(_mb(way.needed) for way in self.ways)])
+            rows.append([part or "(the model)", *(megabytes(way.parts.get(part, 0)) for way in self.ways)])
+        rows.append(
+            ["the rest, by difference", *(megabytes(way.step.kept - sum(way.parts.values())) for way in self.ways)]
+        )
+        rows.append(["kept for backward", *(megabytes(way.step.kept) for way in self.ways)])
+        rows.append(["peak of the step", *(megabytes(way.step.peak) for way in self.ways)])
+        rows.append(["everything", *(megabytes(way.needed) for way in self.ways)])
         if self.ways[0].largest_batch is not None:
             rows.append(["largest batch", *(str(way.largest_batch) for way in self.ways)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -119,10 +126,13 @@ def plan(
     """
     memory = _checked(model, batch_size, memory)
     shorter = (autocast or next(model.parameters()).dtype).itemsize / 4  # parts are told in float32
+    twin = restore(copy.deepcopy(model))
+    findings, pixels = survey(twin), pixels_of(twin, image)
     ways = []
-    for name, twin in _as_every_way(model):
+    for name in _as_every_way(twin, findings):
         steps = _Steps(twin, image, optimizer, autocast)
-        told = entries_of(twin, image=image)
+        with ops.nothing_computed():
+            told = entries_of(twin, findings, KEEP[0], pixels)
         of_one = {e.name: (e.bytes_before if name == ORDINARY else e.bytes_after) or 0.0 for e in told}
         parts = {part: nbytes * shorter * batch_size for part, nbytes in of_one.items() if nbytes}
         largest = None if memory is None else steps.largest_batch(memory, batch_size)
@@ -164,16 +174,15 @@ def fastest_that_fits(
     batch_size, *image = batch
     limit = _checked(model, batch_size, memory)
     assert limit is not None
-    twin = copy.deepcopy(model)
+    twin = restore(copy.deepcopy(model))
     before = ""
-    for keep in KEEP:
-        convert(twin, keep)
+    for keep in islice(_as_every_way(twin, survey(twin)), len(KEEP)):
         steps = _Steps(twin, image, optimizer, autocast)
         needed = steps.needed(batch_size)
         if needed <= limit:
-            why = f"a step of {batch_size} images needs {_mb(needed)} of {_mb(limit)} MB{before}"
+            why = f"a step of {batch_size} images needs {format_bytes(needed)} of {format_bytes(limit)}{before}"
             return keep, f'keep="{keep}": {why}'
-        before = f", and {_mb(needed)} MB with {keep!r}"
+        before = f", and {format_bytes(needed)} with {keep!r}"
     largest = steps.largest_batch(limit, batch_size)
     raise DoesNotFitError(batch_size, needed, limit, largest)
 
@@ -185,24 +194,33 @@ class DoesNotFitError(UserError):
         self.largest_batch = largest_batch
         way_out = f"use a batch of at most {largest_batch}" if largest_batch else "use smaller images, or more memory"
         super().__init__(
-            f"a training step of {batch_size} images needs {_mb(needed)} MB of memory with keep={KEEP[-1]!r}, the "
-            f"least, and {_mb(memory)} MB are allowed: {way_out}"
+            f"a training step of {batch_size} images needs {format_bytes(needed)} with keep={KEEP[-1]!r}, the least, "
+            f"and {format_bytes(memory)} are allowed: {way_out}"
         )
 
 
 class _Steps:
-    """What training steps of a model need, by their batches; each is counted once."""
+    """What training steps of a model need, by their batches; each is counted once, up to `_MOST_COUNTED` images."""
 
     def __init__(
         self, model: nn.Module, image: Sequence[int], optimizer: Optimizer, autocast: torch.dtype | None
     ) -> None:
         if optimizer not in _STATES:
             raise UserError(f"optimizer must be one of {', '.join(map(repr, get_args(Optimizer)))}, not {optimizer!r}")
-        self.step = cache(lambda batch_size: step_memory(model, image, batch_size, autocast))
+        self.counted = cache(lambda batch_size: count_step(model, image, batch_size, autocast))
         self.gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.parameters = _bytes([*model.parameters(), *model.buffers()])
         self.state = _STATES[optimizer] * self.gradients
         self.per_image = torch.Size(image).numel() * next(model.parameters()).element_size()
+
+    def step(self, batch_size: int) -> StepMemory:
+        """Counted, or, for a larger batch, on the straight line through two that are."""
+        if batch_size <= _MOST_COUNTED:
+            return self.counted(batch_size)
+        few, many = self.counted(_MOST_COUNTED // 2), self.counted(_MOST_COUNTED)
+        more = (batch_size - many.batch_size) / (many.batch_size - few.batch_size)
+        kept, peak = (b + int(more * (b - a)) for a, b in ((few.kept, many.kept), (few.peak, many.peak)))
+        return replace(many, batch_size=batch_size, kept=kept, peak=peak, trace=())
 
     def needed(self, batch_size: int) -> int:
         """Bytes of everything."""
@@ -223,14 +241,17 @@ class _Steps:
         return batch_size
 
 
-def _as_every_way(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    twin = copy.deepcopy(model)
+def _as_every_way(model: nn.Module, findings: Sequence[Finding]) -> Iterator[str]:
+    """Have a model, of which that is what `survey` finds, run in each of `WAYS`, on tensors without values."""
+    convert(model, KEEP[0], findings=findings)
+    without_values(model)
     for keep in KEEP:
-        convert(twin, keep)
-        yield keep, twin
-    convert(twin, KEEP[0], "recompute")
-    yield RECOMPUTE, twin
-    yield ORDINARY, restore(twin)
+        convert(model, keep)
+        yield keep
+    convert(model, KEEP[0], "recompute")
+    yield RECOMPUTE
+    restore(model)
+    yield ORDINARY
 
 
 def _recommended(ways: Sequence[PlannedWay], batch_size: int, memory: int | None) -> tuple[str | None, str]:
@@ -240,15 +261,11 @@ def _recommended(ways: Sequence[PlannedWay], batch_size: int, memory: int | None
         return shared[0].name, "the fastest; a memory limit would tell whether it fits"
     for i, way in enumerate(shared):
         if way.needed <= memory:
-            reason = "the fastest" if i == 0 else f"for {shared[i - 1].name} needs {_mb(shared[i - 1].needed)} MB"
-            return way.name, f"{reason}; {way.largest_batch} images fit into {_mb(memory)} MB"
+            reason = "the fastest" if i == 0 else f"for {shared[i - 1].name} needs {format_bytes(shared[i - 1].needed)}"
+            return way.name, f"{reason}; {way.largest_batch} images fit into {format_bytes(memory)}"
     most = max(shared, key=lambda way: way.largest_batch or 0)
-    return None, f"{batch_size} images do not fit into {_mb(memory)} MB; {most.largest_batch} do with {most.name}"
+    return None, f"{batch_size} images do not fit into {format_bytes(memory)}; {most.largest_batch} do with {most.name}"
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _mb(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f}"

@@ -16,12 +16,13 @@ from efficient_densenet.adopt.conversion import convert
 from efficient_densenet.adopt.decide import ORDINARY, RECOMPUTE, SHARED, Decision, standing
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, modules_of, original_class
 from efficient_densenet.adopt.memory import Values, of_part, of_stem
-from efficient_densenet.adopt.step import step_memory
-from efficient_densenet.adopt.survey import survey
+from efficient_densenet.adopt.step import count_step, without_values
+from efficient_densenet.adopt.survey import Finding, survey
 from efficient_densenet.adopt.trial import Tensors, on_trial
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep, check_keep
 from efficient_densenet.execution.plan import parts
+from efficient_densenet.units import megabytes
 
 _JOINS = "joins stem and transitions"
 _BATCHES = (32, 64)  # each more than fits into the workspaces that do not grow
@@ -80,9 +81,9 @@ class Report:
         if self.image is not None:
             known = [(e.bytes_before, e.bytes_after) for e in self.entries]
             totals = (sum(filter(None, column)) for column in zip(*known, strict=True))
-            rows.append(("together", "", "", "", *(f"{total / 1e6:.2f}" for total in totals)))
+            rows.append(("together", "", "", "", *(megabytes(total, 2) for total in totals)))
         if self.peak is not None:
-            rows.append(("peak of a training step", "", "", "", *(f"{total / 1e6:.2f}" for total in self.peak)))
+            rows.append(("peak of a training step", "", "", "", *(megabytes(total, 2) for total in self.peak)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"Kept for the backward pass, before and after: {unit}.", ""]
         for row in rows:
@@ -101,7 +102,7 @@ class Report:
         if self.image is None:
             memory = ["", ""] if entry.values is None else [f"{v:g}" for v in entry.values[:2]]
         else:
-            memory = ["" if b is None else f"{b / 1e6:.2f}" for b in (entry.bytes_before, entry.bytes_after)]
+            memory = ["" if b is None else megabytes(b, 2) for b in (entry.bytes_before, entry.bytes_after)]
         return (entry.name or "(the model)", entry.was, now, entry.channels, *memory)
 
 
@@ -122,30 +123,42 @@ def report(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | No
     """
     if keep is not None:
         check_keep(keep)
-    entries = entries_of(model, keep, image)
+    keep = keep or "bottleneck"
+    findings = survey(model)
     if image is None:
-        return Report(entries)
-    return Report(entries, tuple(image), _peaks(model, keep, image))
+        return Report(entries_of(model, findings, keep))
+    entries = entries_of(model, findings, keep, pixels_of(model, image))
+    return Report(entries, tuple(image), _peaks(model, findings, keep, image))
 
 
-def entries_of(model: nn.Module, keep: Keep | None = None, image: Sequence[int] | None = None) -> tuple[Entry, ...]:
-    """Those of `report`."""
-    pixels = None if image is None else _pixels(model, image)
+def entries_of(
+    model: nn.Module, findings: Sequence[Finding], keep: Keep, pixels: dict[nn.Module, int] | None = None
+) -> tuple[Entry, ...]:
+    """Those of `report`.
+
+    Args:
+        model: adopted, or not.
+        findings: of `survey`, of this model; of one that is adopted, what is left.
+        keep: for a model that is not adopted.
+        pixels: see `pixels_of`.
+    """
     entries = []
-    for part in _parts(model, keep or "bottleneck"):
+    for part in _parts(model, findings, keep):
         if pixels is not None and part.way and part.module not in pixels:
             part = part._replace(way=ORDINARY, reason="the model does not call it in one piece")
         entries.append(_entry(part, None if pixels is None else pixels.get(part.first)))
     return tuple(entries)
 
 
-def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[float, float] | None:
+def _peaks(
+    model: nn.Module, findings: Sequence[Finding], keep: Keep, image: Sequence[int]
+) -> tuple[float, float] | None:
     """Bytes of a training step for one image, before and after; None where that needs values of tensors."""
     try:
         twin = copy.deepcopy(model).float()
         if not adopted_modules(twin):
-            convert(twin, keep or "bottleneck")
-        after = _peak_of_one(twin, image)
+            convert(twin, keep, findings=[f._replace(module=twin.get_submodule(f.name)) for f in findings])
+        after = _peak_of_one(without_values(twin), image)
         return _peak_of_one(restore(twin), image), after
     except (UserError, RuntimeError):  # the latter where a module holds what PyTorch cannot copy
         return None
@@ -153,7 +166,7 @@ def _peaks(model: nn.Module, keep: Keep | None, image: Sequence[int]) -> tuple[f
 
 def _peak_of_one(model: nn.Module, image: Sequence[int]) -> float:
     """Of a larger batch, without what does not grow with it."""
-    few, many = (step_memory(model, image, n) for n in _BATCHES)
+    few, many = (count_step(model, image, n) for n in _BATCHES)
     return (many.peak - few.peak) / (many.batch_size - few.batch_size)
 
 
@@ -175,11 +188,11 @@ class _Part(NamedTuple):
     stem_way: str = ""
 
 
-def _parts(model: nn.Module, keep: str) -> list[_Part]:
+def _parts(model: nn.Module, findings: Sequence[Finding], keep: str) -> list[_Part]:
     found: list[_Part] = []
     joining: dict[nn.Module, _Part] = {}
     whole: set[nn.Module] = set()
-    for name, module, segment, decision, kept in _findings(model, keep):
+    for name, module, segment, decision, kept in _each(model, findings, keep):
         way, reason, chain = decision.way, decision.reason or "", decision.chain
         if segment is None:
             whole.add(module)
@@ -198,10 +211,12 @@ def _parts(model: nn.Module, keep: str) -> list[_Part]:
     return [*found, *joining.values()]
 
 
-def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
+def _each(
+    model: nn.Module, findings: Sequence[Finding], keep: str
+) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
     """Name, module, its segment if it is a sequence, how that runs, and what it keeps."""
     if not adopted_modules(model):
-        for name, module, looks, segment, reason in survey(model):
+        for name, module, looks, segment, reason in findings:
             way = "" if not looks else SHARED if reason is None else RECOMPUTE
             yield name, module, segment, Decision(way, reason, looks[0].chain if looks else None), keep
         return
@@ -216,7 +231,7 @@ def _findings(model: nn.Module, keep: str) -> Iterator[tuple[str, nn.Module, tup
         for start, stop, adoption in sequence.adoption.segments:
             roots = modules_of(sequence)[start:stop]
             yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
-    for finding in survey(model):
+    for finding in findings:
         if not finding.looks:
             yield finding.name, finding.module, None, Decision("", finding.reason), keep
 
@@ -238,7 +253,7 @@ def _entry(part: _Part, pixels: int | None) -> Entry:
     return Entry(part.name, was, part.way, kept, part.reason, channels, values, pixels)
 
 
-def _pixels(model: nn.Module, image: Sequence[int]) -> dict[nn.Module, int]:
+def pixels_of(model: nn.Module, image: Sequence[int]) -> dict[nn.Module, int]:
     """The pixels that each module of `model` gets for one image; without those that are not called.
 
     Found without computing anything; where the model looks at the values of its images, from random ones.

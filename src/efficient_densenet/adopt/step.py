@@ -13,18 +13,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from efficient_densenet import ops
-from efficient_densenet.adopt.adopted import adoptions
 from efficient_densenet.errors import UserError
 
 _aten = torch.ops.aten
@@ -39,7 +38,7 @@ class StepMemory:
         kept: alive between forward and backward.
         peak: the most that is alive at one time, with the workspaces of PyTorch's convolutions.
         where: when that is.
-        trace: alive after each operation of the step, in their order.
+        trace: alive after each operation that makes tensors, in their order; empty for a batch that was not counted.
         forward: how many of these operations are those of forward.
     """
 
@@ -64,24 +63,47 @@ def step_memory(
     Raises:
         UserError: the model cannot run on such images, or looks at the values of its tensors.
     """
-    fake = FakeTensorMode()
-    with FakeCopyMode(fake):
-        twin = copy.deepcopy(model)
-    _without_effect_of_hooks(twin)
-    for adoption in adoptions(twin):
-        adoption.promised = False  # a warning would be about the plan
-    with fake, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
-        twin.train()
-        like = next(twin.parameters())
-        x = torch.empty((batch_size, *image), dtype=like.dtype, device=like.device)
-        for parameter in twin.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        gradients = [parameter.grad for parameter in twin.parameters()]
-        live = _Live([x, *twin.parameters(), *twin.buffers(), *gradients])
-        with live, _gradients_told(twin, live):
+    return count_step(without_values(copy.deepcopy(model)), image, batch_size, autocast)
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """Give a model, in place, tensors without values and hooks without effect, for `count_step`; returns the model."""
+    made: dict[Tensor, Tensor] = {}  # one that is tied stays tied
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors that are neither parameters nor buffers have values
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if tensor not in made:
+                            made[tensor] = _without_values(tensor)
+                        tensors[name] = made[tensor]
+    _without_effect_of_hooks(model)
+    return model
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    parameter = nn.Parameter(empty, tensor.requires_grad)
+    parameter.grad = torch.empty_like(parameter)
+    return parameter
+
+
+def count_step(
+    model: nn.Module, image: Sequence[int], batch_size: int, autocast: torch.dtype | None = None
+) -> StepMemory:
+    """`step_memory` of a model that is `without_values`, which is in training mode afterwards."""
+    like: Any = next(model.parameters())
+    with like.fake_mode, ops.nothing_computed(), warnings.catch_warnings(action="ignore"):
+        model.train()
+        x = torch.empty((batch_size, *image), dtype=like.dtype, device=like.fake_device)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        live = _Live([x, *model.parameters(), *model.buffers(), *gradients])
+        with live, _gradients_told(model, live):
             try:
-                with torch.autocast(like.device.type, autocast, enabled=autocast is not None):
-                    output = twin(x)
+                with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                    output = model(x)
                     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
                     loss = sum(t.float().square().sum() for t in tensors)
                 kept, forward = live.now, len(live.trace)
@@ -126,7 +148,7 @@ class _Live(TorchDispatchMode):
         phase: of the step.
         now, peak: bytes.
         where: the peak is.
-        trace: `now` after each operation.
+        trace: `now` after each operation that makes tensors.
     """
 
     def __init__(self, besides: Sequence[Tensor | None]) -> None:
@@ -141,6 +163,13 @@ class _Live(TorchDispatchMode):
         return False  # it would import the compiler, which takes seconds, and nothing here is compiled
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Most calls are these two, and PyTorch would take a long way to the same answer.
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device
+        if _only_writes(function) and getattr(args[0], "constant", None) is None:
+            return args[0]
+        if function is _aten._lazy_clone.default:  # it shares memory until somebody writes
+            function = _aten.alias.default
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -165,6 +194,14 @@ class _Live(TorchDispatchMode):
         """Of a parameter in this module: the peak, if it was in backward, was before that."""
         if self.where == "backward":
             self.where = f"backward of {module or 'the model'}"
+
+
+@cache
+def _only_writes(function: Any) -> bool:
+    """Whether an operation writes into its first argument and returns that, of the same shape."""
+    written = [value.alias_info is not None and value.alias_info.is_write for value in function._schema.arguments]
+    in_place = written[:1] == [True] and not any(written[1:]) and len(function._schema.returns) == 1
+    return in_place and torch.Tag.inplace_view not in function.tags
 
 
 def _workspace(function: Any, args: Sequence[Any], output: Any) -> int:

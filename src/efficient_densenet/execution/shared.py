@@ -219,24 +219,17 @@ def _norms(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> _Norms:
                 found.moving.append(_Moving(norm, mean, variance, None, norm.momentum))
             elif module.track_running_stats:
                 found.moving.append(_Moving(norm, mean, variance, module.num_batches_tracked, module.momentum))
-    group = _sync_group([modules[norm.part] for norm in plan.norms])
-    if any(found.uses_batch):
-        _check_values_per_channel(x, group)
+    group = sync_group([modules[norm.part] for norm in plan.norms])
     return found._replace(group="" if group is None else group.group_name)
 
 
-def _check_values_per_channel(x: Tensor, group: torch.distributed.ProcessGroup | None) -> None:
-    if group is None and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-
-
-def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
-    """The processes that share their statistics, if any do."""
+def sync_group(modules: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
+    """The processes that share the statistics of the norms among these modules, if any do."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
-    for norm in norms:
-        if isinstance(norm, nn.SyncBatchNorm) and norm.training:
-            group = norm.process_group or torch.distributed.distributed_c10d._get_default_group()
+    for module in modules:
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            group = module.process_group or torch.distributed.distributed_c10d._get_default_group()
             return group if group.size() > 1 else None
     return None
 

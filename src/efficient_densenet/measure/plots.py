@@ -52,15 +52,24 @@ def time_against_memory(figure: Any, records: Records) -> None:
 
 
 def errors_against_float64(figure: Any, records: Records) -> None:
-    """The gradient's error of each contender of a contest, as a share of the gradient's norm."""
-    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
-        found = [(row["contender"], row["errors"]["gradient"]) for row in reversed(record["summary"]) if row["errors"]]
-        names, errors = zip(*found, strict=True)
-        axes.barh(names, errors, color=["C0" if name in OURS else "C7" for name in names])
-        axes.set(
-            title=f"{record['network']}, batch {record['batch_size']}, float32",
-            xlabel="error of the gradient against float64, as a share of its norm",
-        )
+    """The errors of outputs and gradients, as shares of their norms: the ways to run a network, by type."""
+    types = list(dict.fromkeys(record["dtype"] for record in records))
+    ways = list(dict.fromkeys(record["contender"] for record in records))
+    titles = {"output": "output in evaluation", "gradient": "gradient of a training step"}
+    about = f"{records[0]['network']}, batch {records[0]['batch_size']}"
+    for axes, (what, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for i, way in enumerate(ways):
+            aside = (i - (len(ways) - 1) / 2) / 9  # or the points of a type would lie on each other
+            x = [types.index(record["dtype"]) + aside for record in records if record["contender"] == way]
+            y = [record[what] for record in records if record["contender"] == way]
+            style = (
+                {"marker": "s", "color": f"{0.3 + 0.3 * i}"} if way in ORDINARY else {"marker": "o", "color": f"C{i}"}
+            )
+            axes.plot(x, y, linestyle="", label=way, **style)
+        axes.set(title=f"{about}: {title}", xticks=range(len(types)), xticklabels=types, yscale="log")
+        axes.grid(axis="y", color="0.9")
+    figure.axes[0].set_ylabel("error against float64, as a share of the norm")
+    figure.axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def memory_over_a_step(figure: Any, records: Records) -> None:

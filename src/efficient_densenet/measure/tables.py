@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficient_densenet.units import format_bytes
+from efficient_densenet.units import format_bytes, megabytes
 
 Rows = Sequence[Sequence[str]]
 Records = Sequence[Mapping[str, Any]]
@@ -25,11 +25,6 @@ def columns(header: Sequence[str], rows: Rows) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def megabytes(nbytes: float) -> str:
-    """Millions of bytes, with two decimals."""
-    return f"{nbytes / 1e6:,.2f}"
 
 
 def source(section: Mapping[str, Any], dtype: str = "float32") -> str:
@@ -117,8 +112,8 @@ def _peers(summary: Records, batch_size: int) -> Rows:
             *(f"{row[part]['median']:,.0f}" for part in ("F", "B")),
             f"{1e3 * batch_size / row['F+B']:,.1f}",
             "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["pairs"]) if row["pairs"] else "–",
-            megabytes(row["step_bytes_per_image"]),
-            f"{row['process_bytes'] / 1e6:,.0f}",
+            megabytes(row["step_bytes_per_image"], 2),
+            megabytes(row["process_bytes"], 0),
             f"{row['ready_s']:,.1f}",
             *_errors(row["errors"]),
         ]
@@ -179,8 +174,8 @@ def memory(records: Records) -> str:
         batch_size, peak = list(r["peak_bytes"].items())[-1]
         per_image = r["bytes_per_image"]
         less = f"{ordinary[r['network']] / per_image:.1f}"
-        whole = f"{megabytes(peak)} ({batch_size})"
-        rows.append([r["network"] + image, r["contender"], megabytes(per_image), less, whole])
+        whole = f"{megabytes(peak, 2)} ({batch_size})"
+        rows.append([r["network"] + image, r["contender"], megabytes(per_image, 2), less, whole])
     return markdown(["network", "contender", "MB per image", "times less", "whole peak, MB (batch)"], rows)
 
 
@@ -192,7 +187,7 @@ def depth(records: Records) -> str:
     rows = [
         [
             r["contender"],
-            *(megabytes(r["points"][layers]["bytes_per_image"]) for layers in depths),
+            *(megabytes(r["points"][layers]["bytes_per_image"], 2) for layers in depths),
             f"{r['bytes_per_layer'] / 1e3:.1f}",
             f"{r['largest_residual']:.1%}",
         ]

@@ -31,10 +31,19 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
-    if _plans and isinstance(x, FakeTensor):  # other threads go on computing
-        return shapes
+    return shapes if _is_planned(x) else _computing(x)
+
+
+def _is_planned(x: Tensor) -> bool:
+    return _plans > 0 and isinstance(x, FakeTensor)  # other threads go on computing
+
+
+def _computing(x: Tensor) -> Backend:
+    """The backend for tensors with values like `x`."""
     if _alone is not None:
         return _alone
+    if not x.numel():
+        return eager  # there is nothing to be fast at
     if triton.supports(x):
         return triton
     return cpu if cpu.supports(x) else eager
@@ -42,7 +51,7 @@ def _choose(x: Tensor) -> Backend:
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
-    chosen = _choose(x)
+    chosen = _computing(x)
     if chosen is triton:
         return triton.runs_layers(x, weights)
     return chosen is cpu and cpu_layers.supports(x, weights)
@@ -59,6 +68,8 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers(layers)
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
         return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
@@ -69,6 +80,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
+    if _is_planned(layers.features):
+        return shapes.run_layers_backward(layers, operands)
     again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):

@@ -180,6 +180,10 @@ class _Moments:
             self.variances.append(variance.view(-1, channels).to(_double(piece)))
 
     def merge(self, into: Statistics) -> None:
+        if not self.means:  # without images
+            into.mean.zero_()
+            into.variance.zero_()
+            return
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
         found = Statistics.merged(means, torch.cat(self.variances), counts)
@@ -265,7 +269,8 @@ def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
     for d in range(grad.dim() - 2, 0, -1):
         grad = grad.unsqueeze(d + 1).expand(*[-1] * (d + 1), pool, *[-1] * (grad.dim() - d - 1)).flatten(d, d + 1)
     if grad.shape == channels_last(s).shape:
-        return channels_first(grad)
+        # A copy, where the pool left a single line: what is made of it by `expand` is still one place in memory.
+        return channels_first(grad.contiguous())
     return channels_first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
 
 

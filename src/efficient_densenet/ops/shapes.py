@@ -14,6 +14,7 @@ from torch import Tensor
 
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
 from efficient_densenet.ops.cpu.tensors import own_convolution
+from efficient_densenet.ops.layers import Layers, LayersBackward
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
 
 
@@ -75,6 +76,15 @@ def finish_norm_relu_conv_backward(
     operands: BackwardOperands, unfinished: Unfinished
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     return norm_relu_conv_backward(operands)
+
+
+def run_layers(layers: Layers) -> int:
+    """All of them, as far as shapes can tell: the native call allocates no tensors."""
+    return len(layers.readers) // layers.per_layer
+
+
+def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
+    return run_layers(layers) - operands.start
 
 
 def _pooled(scratch: Tensor, pool: int) -> Tensor:
