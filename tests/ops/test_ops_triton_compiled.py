@@ -148,20 +148,21 @@ def test_a_product_and_a_sum_are_fused():
 
 
 def test_one_compiled_kernel_for_all_layers():
-    """Channel counts, strides, sizes and batches are run-time arguments; layers differ in nothing else."""
+    """Channel counts, strides, sizes and batches are run-time arguments; large layers differ in nothing else."""
     layers = [
         ahead_of_time.Shape("", images, (size, size), channels, 32, 3)
-        for images, size, channels in [(256, 56, 128), (255, 56, 160), (1, 7, 992), (64, 29, 480)]
+        for images, size, channels in [(256, 56, 128), (255, 56, 160), (33, 64, 992), (64, 59, 480)]
     ]
     assert len({frozenset(ahead_of_time.kernels_of(layer, "bf16")) for layer in layers}) == 1
 
 
 @functools.cache
 def known(kind):
-    return set().union(*(ahead_of_time.kernels_of(shape, kind) for shape in ahead_of_time.SHAPES))
+    shapes = ahead_of_time.SHAPES + ahead_of_time.FEW_PIXELS
+    return set().union(*(ahead_of_time.kernels_of(shape, kind) for shape in shapes))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tf32"])
+@pytest.mark.parametrize(("kind", "images", "size"), [("bf16", 256, 56), ("bf16", 1, 8), ("tf32", 64, 32)])
 @pytest.mark.parametrize(
     "network",
     [
@@ -173,8 +174,8 @@ def known(kind):
         densenet264,
     ],
 )
-def test_what_networks_use_is_among_what_is_compiled(network, kind):
+def test_what_networks_use_is_among_what_is_compiled(network, kind, images, size):
     with torch.device("meta"):
-        layers = ahead_of_time.shapes_of(network())
+        layers = ahead_of_time.shapes_of(network(), images, size)
     missing = {layer: names for layer in layers if (names := ahead_of_time.kernels_of(layer, kind) - known(kind))}
     assert not missing, sorted(layer.name for layer in missing)

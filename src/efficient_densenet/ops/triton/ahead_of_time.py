@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -75,6 +75,7 @@ SHAPES = (
     Shape("bottleneck, C=64", 256, (56, 56), 64, 128),
     Shape("3×3, k=12", 64, (32, 32), 48, 12, 3),
     Shape("3×3, k=12, C=24", 128, (32, 32), 24, 12, 3),
+    Shape("3×3, k=12, C=36", 128, (32, 32), 36, 12, 3),
     Shape("3×3, k=12, unaligned", 64, (32, 32), 48, 12, 3, begin=12),
     Shape("3×3, k=24", 64, (32, 32), 96, 24, 3),
     Shape("3×3, k=32", 256, (56, 56), 128, 32, 3),
@@ -85,10 +86,14 @@ SHAPES = (
     Shape("transition, k=12", 128, (32, 32), 168, 168, 1, 2),
     *(Shape(f"bottleneck, k=12, C={channels}", 64, (32, 32), channels, 48) for channels in (24, 48, 72, 84, 150)),
     *(Shape(f"bottleneck, k=40, C={channels}", 64, (32, 32), channels, 160) for channels in (660, 950)),
-    Shape("transition, C=216", 64, (32, 32), 216, 108, 1, 2),
+    Shape("transition, C=216", 128, (32, 32), 216, 108, 1, 2),
     Shape("transition, C=300", 64, (32, 32), 300, 150, 1, 2),
     Shape("odd channels", 3, (35, 35), 37, 5, 3),
 )
+FEW_PIXELS = tuple(
+    replace(shape, name=f"{shape.name}, few pixels", images=1, size=(8,) * len(shape.size)) for shape in SHAPES
+)
+"""The same where a grid has fewer programs than there are multiprocessors."""
 
 
 PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_x_pointwise_kernel", "grad_weight_kernel")
@@ -208,10 +213,18 @@ def kernels_of(shape: Shape, kind: str) -> set[str]:
     return {launched.key for launched in launched_by(shape, kind, device_of("sm_90"))}
 
 
-def shapes_of(network: nn.Module) -> list[Shape]:
-    """Every norm–relu–convolution of a network of this library: all convolutions but the first."""
+def shapes_of(network: nn.Module, images: int, size: int) -> list[Shape]:
+    """Every norm–relu–convolution of a network of this library: all convolutions but the first, of this size."""
     return [
-        Shape(name, 64, (32, 32), m.in_channels, m.out_channels, m.kernel_size[0], 2 if "transition" in name else 1)
+        Shape(
+            name,
+            images,
+            (size, size),
+            m.in_channels,
+            m.out_channels,
+            m.kernel_size[0],
+            2 if "transition" in name else 1,
+        )
         for name, m in network.named_modules()
         if isinstance(m, nn.Conv2d) and not name.endswith("conv0")
     ]
@@ -233,7 +246,9 @@ def compile_here(shape: Shape, kind: str) -> int:
 def compile_everything_here() -> None:
     """As many at a time as there are processors; a kernel that does not compile is for those that want it to tell."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for attempt in [pool.submit(compile_here, shape, kind) for kind in ("bf16", "tf32") for shape in SHAPES]:
+        for attempt in [
+            pool.submit(compile_here, shape, kind) for kind in ("bf16", "tf32") for shape in (*SHAPES, *FEW_PIXELS)
+        ]:
             attempt.exception()
 
 
