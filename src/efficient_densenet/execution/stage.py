@@ -26,7 +26,7 @@ from efficient_densenet.execution.block import Stage
 from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
 from efficient_densenet.execution.norms import Folded, Norms, empty_folded
 from efficient_densenet.ops.layers import Layers, LayersBackward
-from efficient_densenet.ops.protocol import BackwardOperands, Statistics, Unfinished, statistics_dtype
+from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
 class Kept(NamedTuple):
@@ -220,15 +220,15 @@ def backward(
         source, grad_made = features.narrow(-1, 0, width), grad.narrow(-1, width, stop - width)
         if stage.masks:
             _drop(grad_made, stage, layer)
-        unfinished = None
         if stage.per_layer == 2:
             bottleneck = remaining.pop(i) if i in remaining else _bottleneck_again(norms, i, stage, source)
             grad_bottleneck = empty_like(bottleneck)
             readers.backward(last, grad_made, bottleneck, grad_bottleneck, False)
-            grad_made, unfinished = grad_bottleneck, norms.unfinished(bottleneck, *norms.sources[last])
+            grad_made = grad_bottleneck
+            norms.finish(grad_made, bottleneck, *norms.sources[last], grad_made)
             del bottleneck, grad_bottleneck  # or they would still be there when the next layer makes its own
-        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True, unfinished=unfinished)
-        del grad_made, unfinished
+        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True)
+        del grad_made
         _finish_made(norms, stage, features, grad, width, layer - 1)
     grad_x = empty_like(grad, width)
     norms.finish(grad.narrow(-1, 0, width), features.narrow(-1, 0, width), 0, width, grad_x)
@@ -260,26 +260,15 @@ class _Readers:
         grad_source: Tensor,
         accumulate: bool,
         pool: int = 1,
-        unfinished: Unfinished | None = None,
     ) -> None:
-        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`.
-
-        What is `unfinished` of `grad_out` is subtracted before.
-        """
-        run = self.norms_of_stage.run
+        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`."""
         if self.stage.biases:
-            if unfinished is not None:
-                run.finish(grad_out, *unfinished, grad_out)
-                unfinished = None
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
         norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
         weight, need_weight = self.stage.weights[i], self.need_weights[i]
         operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
-        if unfinished is None:
-            self.weights[i], *of_norm = run.norm_relu_conv_backward(operands)
-        else:
-            self.weights[i], *of_norm = run.finish_norm_relu_conv_backward(operands, unfinished)
+        self.weights[i], *of_norm = self.norms_of_stage.run.norm_relu_conv_backward(operands)
         self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
 
     def run_layers_backward(self, features: Tensor, grad: Tensor, kept: dict[int, Tensor]) -> int:

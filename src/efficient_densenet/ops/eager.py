@@ -26,7 +26,7 @@ from efficient_densenet.ops.convolution import (
     convolve_pooled,
     pieces,
 )
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, statistics_dtype
 
 _aten = torch.ops.aten
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -138,13 +138,6 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     for images, _ in pieces(x):
         centred = x[images] - mean
         out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    finish(operands.grad_out, *unfinished, operands.grad_out)
-    return norm_relu_conv_backward(operands)
 
 
 def norm_gradients(norm: Affine, sums: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
