@@ -29,7 +29,7 @@ INTERPRETER = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH, "
 
 
 @needs_interpreter
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_fallback_cases.py"])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_fallback_cases.py", "triton_recording_cases.py"])
 def test_every_kernel_in_the_interpreter(cases):
     """In a process of its own: the interpreter must be on before the kernels are defined."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
