@@ -17,8 +17,8 @@ import triton
 def describe(compiled: Any) -> dict[str, Any]:
     """Registers of a thread, bytes that spill to memory, whether tensor cores multiply, and what overtakes a product.
 
-    The kernels have no arrays of their own, so that whatever is on a thread's stack was spilled. It counts as spilled in
-    the loop, unless the loop that holds the product is known not to touch it.
+    The kernels have no arrays of their own, so that whatever is on a thread's stack was spilled: in the
+    loop that holds the product, unless that is known not to touch it.
     """
     if "cubin" in compiled.asm:
         used = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
