@@ -85,7 +85,7 @@ class Started(TorchDispatchMode):
 
 @pytest.mark.parametrize(("bottleneck", "forward", "backward"), [(False, 4, 5), (True, 7, 10)])
 def test_a_layer_starts_its_kernels_and_nothing_else(bottleneck, forward, backward, monkeypatch):
-    """Forward: fold, rectify for a window, convolve, merge statistics. Backward: both gradients and what sums them up; finishing."""
+    """Forward: fold, rectify for a window, convolve, merge. Backward: both gradients, what sums them up; finishing."""
     counts, launched = [], []
 
     def counting(run):
