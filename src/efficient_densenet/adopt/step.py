@@ -71,12 +71,13 @@ def without_values(model: nn.Module) -> nn.Module:
     made: dict[Tensor, Tensor] = {}  # one that is tied stays tied
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors that are neither parameters nor buffers have values
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        if tensor not in made:
-                            made[tensor] = _without_values(tensor)
-                        tensors[name] = made[tensor]
+            parameters, buffers = (
+                of(recurse=False, remove_duplicate=False) for of in (module.named_parameters, module.named_buffers)
+            )
+            for name, tensor in [*parameters, *buffers]:
+                if tensor not in made:
+                    made[tensor] = _without_values(tensor)
+                setattr(module, name, made[tensor])
     _without_effect_of_hooks(model)
     return model
 

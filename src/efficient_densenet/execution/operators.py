@@ -127,7 +127,11 @@ class Passes(ABC):
         if not torch.is_grad_enabled():
             return self.forward(x, arguments)
         lengths = [len(group) for group in arguments[: self.lists]]
-        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *chain(*arguments[: self.lists])))
+        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *self.tensors(arguments)))
+
+    def tensors(self, arguments: Any) -> Iterator[Tensor]:
+        """All that are in lists among these arguments."""
+        return chain.from_iterable(arguments[: self.lists])
 
     def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor]) -> None:
         """Have autograd save what backward needs."""
@@ -268,7 +272,7 @@ def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
     On a GPU each operation costs a start of a kernel and the time of the host. Where somebody watches or transforms
     single operations, they are cast one by one, as everywhere in PyTorch.
     """
-    single = torch.compiler.is_compiling() or _watched() or forward_ad._current_level >= 0
+    single = torch.compiler.is_compiling() or is_observed()
     if single or len(tensors) < 2 or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
     return list(_Cast.apply(dtype, *tensors))
@@ -349,6 +353,11 @@ def _watched() -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
+
+
+def is_observed() -> bool:
+    """Whether somebody watches or transforms single operations, or wants derivatives in forward mode."""
+    return _watched() or forward_ad._current_level >= 0
 
 
 def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:

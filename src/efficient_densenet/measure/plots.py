@@ -55,8 +55,7 @@ def errors_against_float64(figure: Any, records: Records) -> None:
     """The errors of outputs and gradients, as shares of their norms: the ways to run a network, by type."""
     types = list(dict.fromkeys(record["dtype"] for record in records))
     ways = list(dict.fromkeys(record["contender"] for record in records))
-    titles = {"output": "output in evaluation", "gradient": "gradient of a training step"}
-    about = f"{records[0]['network']}, batch {records[0]['batch_size']}"
+    titles = {"output": "Output in evaluation", "gradient": "Gradient of a training step"}
     for axes, (what, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for i, way in enumerate(ways):
             aside = (i - (len(ways) - 1) / 2) / 9  # or the points of a type would lie on each other
@@ -66,8 +65,9 @@ def errors_against_float64(figure: Any, records: Records) -> None:
                 {"marker": "s", "color": f"{0.3 + 0.3 * i}"} if way in ORDINARY else {"marker": "o", "color": f"C{i}"}
             )
             axes.plot(x, y, linestyle="", label=way, **style)
-        axes.set(title=f"{about}: {title}", xticks=range(len(types)), xticklabels=types, yscale="log")
+        axes.set(title=title, xticks=range(len(types)), xticklabels=types, yscale="log")
         axes.grid(axis="y", color="0.9")
+    figure.suptitle(f"{records[0]['network']}, batch {records[0]['batch_size']}")
     figure.axes[0].set_ylabel("error against float64, as a share of the norm")
     figure.axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
