@@ -29,7 +29,7 @@ INTERPRETER = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH, "
 
 
 @needs_interpreter
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_fallback_cases.py"])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_fallback_cases.py", "triton_recording_cases.py"])
 def test_every_kernel_in_the_interpreter(cases):
     """In a process of its own: the interpreter must be on before the kernels are defined."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
@@ -83,9 +83,9 @@ class Started(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("bottleneck", "forward", "backward"), [(False, 3, 5), (True, 6, 10)])
+@pytest.mark.parametrize(("bottleneck", "forward", "backward"), [(False, 4, 5), (True, 7, 10)])
 def test_a_layer_starts_its_kernels_and_nothing_else(bottleneck, forward, backward, monkeypatch):
-    """Forward: fold, convolve, merge statistics. Backward: both gradients and what sums them up; finishing."""
+    """Forward: fold, rectify for a window, convolve, merge. Backward: both gradients, what sums them up; finishing."""
     counts, launched = [], []
 
     def counting(run):

@@ -100,8 +100,7 @@ def main():
     assert [name for name, _ in twice(lambda: moments.statistics(x, found))] == ["moments_kernel", "merge_kernel"]
     shifted = torch.randn(3 * 5 * 7 * 16 + 1)[1:].view(x.shape)  # not at a multiple of 16 bytes
     assert twice(lambda: moments.statistics(x, found))[0] != twice(lambda: moments.statistics(shifted, found))[0]
-    of_x, weight, out = Affine(*torch.randn(4, 16)), torch.randn(8, 16, 3, 3), torch.empty(3, 5, 7, 8)
-    weight = weight.to(memory_format=torch.channels_last)
+    of_x, weight, out = Affine(*torch.randn(4, 16)), torch.randn(8, 16, 1, 1), torch.empty(3, 5, 7, 8)
     operation = lambda: forward.norm_relu_conv(x, of_x, weight, out, 1, None)  # noqa: E731
     assert [name for name, _ in twice(operation)] == ["norm_relu_conv_kernel"]
     print("the same")

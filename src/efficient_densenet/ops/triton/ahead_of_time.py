@@ -42,8 +42,9 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_89": 99 << 10, "sm_120": 99 << 10}
 """What a program may have of it on each device of NVIDIA's; on AMD's it is `ROCM_SHARED_BYTES`."""
 ROCM_SHARED_BYTES = 64 << 10
-MOST_SPILLED = {"sm_100": 8, "sm_120": 8, "gfx1100": 160}
-"""Bytes of a thread, where it is not 0. Blackwell's assembler spills although it has registers left; in RDNA's widest
+MOST_SPILLED = {"sm_90": 16, "sm_100": 8, "sm_120": 8, "gfx1100": 160}
+"""Bytes of a thread, where it is not 0; on Hopper, in the loop that holds the product. There the fastest of the tiles
+that were timed spill outside of it. Blackwell's assembler spills although it has registers left; in RDNA's widest
 forward tiles a few registers are missing."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
@@ -201,7 +202,7 @@ def faults(record: dict[str, Any]) -> list[str]:
     found = [f"it is overtaken: {instruction}" for instruction in record["overtaken"]]
     if shared > SHARED_BYTES.get(target, ROCM_SHARED_BYTES):
         found.append(f"it needs {shared} bytes of shared memory")
-    if spilled > MOST_SPILLED.get(target, 0):
+    if spilled > MOST_SPILLED.get(target, 0) and (target != "sm_90" or record["spills_in_loop"]):
         found.append(f"it spills {spilled} bytes")
     if record["kernel"] in PRODUCTS and record["type"] != "fp32" and not record["tensor_cores"]:
         found.append("it does without tensor cores")

@@ -17,21 +17,26 @@ import triton
 def describe(compiled: Any) -> dict[str, Any]:
     """Registers of a thread, bytes that spill to memory, whether tensor cores multiply, and what overtakes a product.
 
-    The kernels have no arrays of their own, so that whatever is on a thread's stack was spilled.
+    The kernels have no arrays of their own, so that whatever is on a thread's stack was spilled: in the
+    loop that holds the product, unless that is known not to touch it.
     """
     if "cubin" in compiled.asm:
         used = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
         registers, stack, local = (int(_search(rf"\b{name}:(\d+)", used)) for name in ("REG", "STACK", "LOCAL"))
         products, code, spilled = r"\b(wgmma|mma|tcgen05\.mma)\.", compiled.asm["ptx"], stack + local
         found = overtaken(_tool("nvdisasm", "--print-code", compiled.asm["cubin"])) if "wgmma." in code else []
+        loop = product_loop(compiled)[1] if spilled else []
+        in_loop = bool(spilled) and (not loop or any(i.name.startswith(("LDL", "STL")) for i in loop))
     else:
         products, code, found = r"\bv_(mfma|wmma)_", compiled.asm["amdgcn"], []
         registers, spilled = (
             int(_search(rf"\.{name}:\s+(\d+)", code)) for name in ("vgpr_count", "private_segment_fixed_size")
         )
+        in_loop = bool(spilled)
     return {
         "registers": registers,
         "spilled_bytes": spilled,
+        "spills_in_loop": in_loop,
         "tensor_cores": bool(re.search(products, code)),
         "overtaken": found,
     }

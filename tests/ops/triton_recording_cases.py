@@ -1,0 +1,168 @@
+"""Recorded launches against the same started one by one, in Triton's interpreter: run by `test_ops_triton`.
+
+In a process of its own, as `triton_cases`.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+from triton_interpreter import correct_bfloat16
+
+from efficient_densenet import DenseNet
+from efficient_densenet import ops as backends
+from efficient_densenet.ops import triton as ops
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
+
+from efficient_densenet.ops.triton import forward, launch, layers, moments, recording, tiles
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(ops, "supports", lambda x: True)
+    monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
+    monkeypatch.setattr(forward, "_MUST_WAIT", False)  # the interpreter has no instructions to insert
+    monkeypatch.setattr(layers, "_recordings", recording.Recordings())
+    monkeypatch.setattr(layers, "_left", set())
+    correct_bfloat16(monkeypatch.setattr)
+
+
+def steps(keep, bottleneck, count=2):
+    """What each of some training steps makes: the loss, all gradients and buffers."""
+    torch.manual_seed(0)
+    options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "num_classes": 5, "input_size": 16}
+    network = DenseNet(**options, bn_size=2 if bottleneck else None, efficient=True, keep=keep)
+    made = []
+    for i in range(count):
+        torch.manual_seed(i)
+        network.zero_grad()
+        loss = network(torch.randn(2, 3, 5, 5)).square().sum()
+        loss.backward()
+        made.append([loss, *(p.grad for p in network.parameters()), *(b.clone() for b in network.buffers())])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("keep", "bottleneck", "device"),
+    [
+        ("bottleneck", True, tiles.OTHER),
+        ("features", True, tiles.DEVICES[9, 0]),
+        ("inputs", True, tiles.OTHER),
+        ("bottleneck", False, tiles.DEVICES[9, 0]),
+    ],
+)
+def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monkeypatch):
+    monkeypatch.setattr(tiles, "device_of", lambda x: device)
+    started, start = [], recording.Recording.start
+
+    def noted(self, given):
+        started.append(self)
+        start(self, given)
+
+    monkeypatch.setattr(recording.Recording, "start", noted)
+    found = steps(keep, bottleneck)
+    kept = layers._recordings._found.values()
+    assert started and {*started} == {*kept}  # each was started again
+    monkeypatch.setattr(backends, "runs_layers", lambda x, weights: False)
+    started.clear()
+    for a, b in zip(found, steps(keep, bottleneck), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not started
+    assert not all(torch.equal(x, y) for a, b in pairwise(found) for x, y in zip(a, b, strict=True))
+
+
+def recorded(operation, given):
+    made = recording.Recording(given)
+    with launch.operation(torch.device("cpu")) as launches:
+        operation()
+    made.add(launches)
+    return made
+
+
+def test_operations_share_the_scratch():
+    """Each begins at its start, which is aligned; several tensors of one lie behind each other."""
+    x, mean, variance = torch.randn(2, 5, 7, 8), torch.empty(8), torch.empty(8)
+    given = [x, mean, variance]
+    made = recorded(lambda: moments.statistics(x, (mean, variance)), given)
+    size = made._scratch
+    with launch.operation(torch.device("cpu")) as launches:
+        for _ in range(2):
+            moments.statistics(x, (mean, variance))
+    made.add(launches)
+    assert made.operations == 2 and size % recording._ALIGNMENT == 0 and made._scratch == 2 * size > 0
+    others = [torch.randn(2, 5, 7, 8), torch.empty(8), torch.empty(8)]
+    before = mean.clone(), variance.clone()
+    made.start(others)
+    assert torch.equal(mean, before[0]) and torch.equal(variance, before[1])  # nothing goes where it went before
+    moments.statistics(others[0], (mean, variance))
+    assert torch.equal(others[1], mean) and torch.equal(others[2], variance)
+
+
+def test_tensors_that_share_memory_are_not_recorded():
+    """A pointer into both could not be told from one into either."""
+    whole = torch.zeros(4, 6)
+    left, right = whole[:, :3], whole[:, 3:]
+    assert recording.overlap([left, right])  # one lies in the gaps of the other
+    assert recording.overlap([whole, whole[1:2]]) and not recording.overlap([whole[:2], whole[2:], torch.zeros(3)])
+
+
+def test_what_lies_elsewhere_has_the_same_layout_and_what_is_aligned_otherwise_has_not():
+    x = torch.zeros(2, 8)
+    assert recording.layout([x]) == recording.layout([torch.ones(2, 8)])
+    others = [x.double(), x[:1], x.T.contiguous().T, torch.zeros(17)[1:].view(2, 8)]
+    assert len({recording.layout([other]) for other in [x, *others]}) == 5
+
+
+def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeypatch):
+    captured, capturing = [], False
+
+    def capture(self, addresses):
+        captured.append(addresses)
+        return f"graph of {addresses}"
+
+    monkeypatch.setattr(recording.Recording, "_captured", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    made = recording.Recording([])
+    assert made._graph_of((1,)) is None
+    assert made._graph_of((1,)) == made._graph_of((1,)) == "graph of (1,)" and captured == [(1,)]
+    for i in range(2, 2 + recording._MOST_GRAPHS):
+        assert made._graph_of((i,)) is None and made._graph_of((i,)) == f"graph of {(i,)}"
+    assert len(made._graphs) == recording._MOST_GRAPHS and (1,) not in made._graphs
+    for i in range(100, 100 + 2 * recording._MOST_SEEN):
+        assert made._graph_of((i,)) is None
+    assert len(made._seen) == recording._MOST_SEEN and len(captured) == 1 + recording._MOST_GRAPHS
+    capturing = True  # somebody else's graph gets the launches themselves
+    assert made._graph_of((5,)) is None
+
+
+def test_the_latest_recordings_are_kept(monkeypatch):
+    monkeypatch.setattr(recording, "_MOST", 2)
+    kept = recording.Recordings()
+    for key in "ab":
+        kept.keep(key, recording.Recording([]))
+    assert kept.get("a") is not None
+    kept.keep("c", recording.Recording([]))
+    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_a_layer_that_cannot_start_is_left_to_the_operations(monkeypatch):
+    """From then on for all such layers, without another attempt; and with the results of plain PyTorch."""
+    attempts = []
+
+    def fail(*arguments, **options):
+        attempts.append(1)
+        raise RuntimeError("PassManager::run failed")
+
+    expected = steps("features", True, 1)
+    monkeypatch.setattr(layers, "_recordings", recording.Recordings())
+    monkeypatch.setattr(forward.norm_relu_conv_kernel, "warmup", fail)
+    with pytest.warns(UserWarning, match="norm_relu_conv for torch.float32: norm_relu_conv_kernel cannot be compiled"):
+        found = steps("features", True, 1)
+    assert layers._left
+    for a, b in zip(found[0], expected[0], strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(b.abs().max().item(), 1)
