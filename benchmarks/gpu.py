@@ -30,7 +30,6 @@ from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 
 OURS = ("bottleneck-channels-last", "features-channels-last", "inputs-channels-last")
-CANDIDATES = ("bottleneck-candidates-channels-last", "bottleneck-cudnn-channels-last")
 COMPILED = ("compiled-channels-last", "compiled-budget-0.5", "compiled-budget-0.1", "compiled-max-autotune")
 EAGER = ("ordinary", "ordinary-channels-last", "ordinary-cudnn-benchmark")
 
@@ -46,14 +45,14 @@ SECTIONS = {
     KERNELS: GpuSection((KERNELS,)),
     "L40": GpuSection(
         (
-            *(*EAGER, *OURS, *CANDIDATES, "bottleneck-graph", "bottleneck-reduce-overhead"),
+            *(*EAGER, *OURS, "bottleneck-graph", "bottleneck-reduce-overhead"),
             *("ordinary-graph", *COMPILED),
         ),
         *(cifar(40), 128),
     ),
     "DenseNet-121": GpuSection(
         (
-            *(*torchvision(*EAGER), *FLAG, "timm-channels-last", *OURS, *CANDIDATES, "bottleneck-graph"),
+            *(*torchvision(*EAGER), *FLAG, "timm-channels-last", *OURS, "bottleneck-graph"),
             *("resnet50-channels-last", *torchvision(*COMPILED)),
         ),
         *(imagenet("densenet121"), 256, "amp-bf16"),
@@ -76,14 +75,14 @@ def compile_only(output: Path, targets: Sequence[str] | None) -> int:
     """Compile every kernel for these devices; those of others stay in the file of results as they are."""
     import triton
 
-    from efficient_densenet.ops.triton import ahead_of_time, tiles
+    from efficient_densenet.ops.triton import ahead_of_time
 
     targets = targets or tuple(ahead_of_time.TARGETS)
     file = output / "triton_kernels.json"
     found = json.loads(file.read_text())["records"] if file.exists() else []
     found = [record for record in found if record.get("target") not in (None, *targets)]
     for target in targets:
-        for kind, launched in ahead_of_time.distinct(target, candidates=("", *tiles.OURS)):
+        for kind, launched in ahead_of_time.distinct(target, (*ahead_of_time.SHAPES, *ahead_of_time.FEW_PIXELS)):
             progress(f"{target} {kind} {launched.shape.name}: {launched.name}")
             found.append(ahead_of_time.record(target, kind, launched))
     about = machine.describe("cpu")

@@ -5,8 +5,6 @@
 #   benchmarks/gpu_first.sh 2 FOLDER    # how fast? kernels, and L = 40, k = 12
 #   benchmarks/gpu_first.sh 3 FOLDER    # DenseNet-121 at 224 in bfloat16
 #
-# Each looks at the kernels as they are, and at the candidates of ops/triton/tiles.py beside them.
-#
 # Nothing needs to be installed but PyTorch, Triton and pytest; torchvision and timm for the contenders of that name.
 # Results go to FOLDER, beside those that exist there. The code is 0 if every step was.
 # QUICK=1 makes everything tiny, to try this program. Tests run on real kernels, never in Triton's interpreter, which in

@@ -2,9 +2,8 @@
 
     python benchmarks/gpu_model.py            # compiles for a minute or two
 
-For DenseNet-121 at 224, batch 256, bfloat16: each part of the step with the device's line of the table and with each
-candidate (`ops/triton/tiles.py`) of ours. What the model assumes is in `ops/triton/estimate.py`. Results:
-``results/gpu_model.json``; ``redraw.py`` makes the table in docs/gpu.md of it.
+For each part of the step of DenseNet-121 at 224, batch 256, bfloat16. What the model assumes is in
+`ops/triton/estimate.py`. Results: ``results/gpu_model.json``; ``redraw.py`` makes the table in docs/gpu.md of it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import triton
 
 from efficient_densenet import densenet121
 from efficient_densenet.measure import machine, results
-from efficient_densenet.measure.processes import progress
-from efficient_densenet.ops.triton import estimate, tiles
+from efficient_densenet.ops.triton import estimate
 
 NOTE = "a model, nothing was run: DenseNet-121 at 224, batch 256, bfloat16, one H100"
 
@@ -31,11 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with torch.device("meta"):
         layers = estimate.layers_of(densenet121(), 256, 56)
-    records = []
-    for candidates in ((), *((name,) for name in tiles.OURS), tiles.OURS):
-        progress(", ".join(candidates) or "as it is")
-        parts = estimate.costs(layers, candidates=candidates)
-        records += [{"candidates": candidates, "part": part, **cost._asdict()} for part, cost in parts.items()]
+    records = [{"part": part, **cost._asdict()} for part, cost in estimate.costs(layers).items()]
     about = machine.describe("cpu")
     about["versions"]["triton"] = triton.__version__
     results.write_json(arguments.output / "gpu_model.json", {"note": NOTE, **about, "records": records})

@@ -1,11 +1,10 @@
-"""Are the kernels right on a full GPU: as they are, without the wait for Hopper's products, and the candidates?
+"""Are the kernels right on a full GPU: as they are, and without the wait for Hopper's products?
 
     python benchmarks/gpu_race.py --output FOLDER
 
 Every operation runs nine times, in grids of four programs for each multiprocessor, and is compared bit for bit with
 itself and with float64. Without the wait, a device of compute capability 9.0 and Triton before 3.9 may show faults: see
-``forward.norm_relu_conv_kernel``. Elsewhere both are the same kernels. Candidates are what `tiles` lists and no device
-does yet. Results: ``race.json``, beside those that exist.
+``forward.norm_relu_conv_kernel``. Elsewhere both are the same kernels. Results: ``race.json``, beside those that exist.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import triton
 
 from efficient_densenet.measure import machine, results
 from efficient_densenet.ops import triton as kernels
-from efficient_densenet.ops.triton import check, forward, tiles
+from efficient_densenet.ops.triton import check, forward
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,15 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shipped, records = forward._MUST_WAIT, []
     for kind in kinds:
         torch.backends.cudnn.conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"  # type: ignore[attr-defined]
-        for wait, candidates in ((True, ()), (False, ()), (shipped, tiles.OURS), (shipped, tiles.CUDNN)):
+        for wait in (True, False):
             forward._MUST_WAIT = wait
-            tiles.choose(*candidates)
             faults = check.faults(kernels, torch.device("cuda"), kind, rows, shapes)
-            of_kind = {"kind": kind, "wait": wait, "candidates": candidates}
-            records.append(of_kind | {"shipped": wait == shipped and not candidates, "faults": faults})
-            name = f"{'with' if wait else 'without'} the wait{', ' * bool(candidates)}{', '.join(candidates)}"
-            print(f"{kind:10}{name}: {'; '.join(faults) or 'right'}", flush=True)
-        tiles.choose()
+            records.append({"kind": kind, "wait": wait, "shipped": wait == shipped, "faults": faults})
+            print(f"{kind:10}{'with' if wait else 'without'} the wait: {'; '.join(faults) or 'right'}", flush=True)
     file = arguments.output / "race.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
     about = machine.describe("cuda")

@@ -127,29 +127,12 @@ def planned() -> str:
 
 
 def gpu_model() -> str:
-    """Milliseconds of each part of a step on an H100, by a model: as it is, with each candidate, with all together."""
-    found: dict[tuple[str, ...], dict[str, Record]] = {}
-    for record in json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["records"]:
-        found.setdefault(tuple(record["candidates"]), {})[record["part"]] = record
-    usual = found[()]
-
-    def takes(part: str, candidates: tuple[str, ...]) -> str:
-        parts = found[candidates]
-        changed = not candidates or parts.get(part) is None or parts[part]["takes"] != usual[part]["takes"]
-        return f"{parts[part]['takes']:.1f}" if changed and part in parts else "–" if changed else ""
-
-    rows = [
-        [
-            part,
-            *(f"{bound[key]:.1f}" for key in ("memory", "cache", "instructions")),
-            *(takes(part, way) for way in found),
-        ]
-        for part, bound in usual.items()
-    ]
-    sums = [f"{sum(record['takes'] for record in parts.values()):.1f}" for parts in found.values()]
-    rows.append(["together", "", "", "", *sums])
-    names = ["as it is", *(f"“{way[0]}”" if len(way) == 1 else "all of these" for way in found if way)]
-    return tables.markdown(["kernels", "memory", "cache", "instructions", *names], rows, names=1)
+    """Milliseconds of each part of a step on an H100, by a model."""
+    keys = ("memory", "cache", "instructions", "takes")
+    found = json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["records"]
+    rows = [[record["part"], *(f"{record[key]:.1f}" for key in keys)] for record in found]
+    rows.append(["together", "", "", "", f"{sum(record['takes'] for record in found):.1f}"])
+    return tables.markdown(["kernels", *keys], rows, names=1)
 
 
 def side_by_side() -> str:

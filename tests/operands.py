@@ -11,12 +11,13 @@ from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.protocol import Affine, Backend, Statistics, statistics_dtype
 
-# Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels and pixels.
+# Images, spatial size, channels: odd sizes, batch 1, prime channel counts, single channels, single pixels, and a line
+# that is single after a pool.
 SHAPES = [
     (3, (5, 7), 13),
     (1, (5, 7), 16),
     (2, (1, 1), 5),
-    (4, (6, 4), 1),
+    (4, (2, 4), 1),
     (2, (9,), 7),
     (1, (16,), 8),
     (2, (3, 4, 5), 11),

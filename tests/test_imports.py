@@ -33,14 +33,15 @@ INSIDE = {
     "execution": [
         "__init__ buffers operands pieces synchronise plan profiling recompute",
         "norms",
+        "block",
         "operators stage stem_convolutions stem_pools",
         "library stem",
-        "stem_library",
+        "stem_library ready",
         "shared",
     ],
     "adopt": [
         "conditions kinds turns tools meanings",
-        "trial",
+        "trial unchanged",
         "record",
         "chain",
         "head look",

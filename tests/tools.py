@@ -22,6 +22,7 @@ from comparison import buffers, gradients, training_step, weighted_sum
 from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
 from torch.nn.modules import module as on_all_modules
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -133,7 +134,8 @@ def per_sample(make):
 @row("Opacus' `GradSampleModule` (with the norms that it demands)")
 def opacus(make):
     opacus = pytest.importorskip("opacus")
-    network = opacus.validators.ModuleValidator.fix(make())
+    network = opacus.validators.ModuleValidator.fix(make().features).double()
+    not_in_place(network)
     wrapped = opacus.GradSampleModule(network)
     weighted_sum(wrapped(IMAGES)).backward()
     return {name: p.grad_sample for name, p in network.named_parameters()}
@@ -159,7 +161,7 @@ def batched(make):
     return found
 
 
-@row("gradients of gradients (`create_graph=True`)")
+@row("gradients of gradients (`create_graph=True`; `torch.autograd.functional.jvp`, `hvp`)")
 def twice(make):
     network = make().eval()
 
@@ -251,9 +253,7 @@ def global_hooks(make):
     found = []
     for kind in kinds:
         network, seen = make(), Counter()
-        for module in network.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # or PyTorch refuses hooks on gradients
+        not_in_place(network)
         register = getattr(on_all_modules, f"register_module_{kind}")
         handle = register(lambda module, *_, seen=seen: seen.update([type(module).__name__.replace("Efficient", "")]))
         try:
@@ -262,6 +262,13 @@ def global_hooks(make):
             handle.remove()
         found.append(dict(seen))
     return found
+
+
+def not_in_place(network):
+    """PyTorch refuses hooks on gradients of what is changed in place."""
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
 
 
 @row("hooks on modules inside a block")
@@ -296,6 +303,22 @@ def optimiser_in_backward(make):
     for _ in range(2):
         weighted_sum(network(IMAGES)).backward()
     return parameters(network)
+
+
+@row("functions and classes of PyTorch that are replaced for the whole process")
+def patched(make):
+    found = []
+    owners = (functional, "relu"), (nn.Conv2d, "_conv_forward"), (nn.BatchNorm2d.__mro__[1], "forward")
+    for owner, name in owners:
+        network, original = make(), getattr(owner, name)
+
+        def changed(*arguments, original=original, **named):
+            return original(*arguments, **named) * 1.25
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, changed)
+            found.append(step(network))
+    return found
 
 
 # Graphs
@@ -421,6 +444,23 @@ def other_inputs(make):
     network = make()
     output = network(IMAGES.as_subclass(Subclass))
     return type(output).__name__, output.detach().as_subclass(Tensor)
+
+
+@row("gradients of other classes")
+def other_gradients(make):
+    network = make()
+    try:
+        return _backward_of_wrapped(network)
+    except RuntimeError as error:
+        assert "make_efficient(model, way='recompute')" in str(error)
+        return _backward_of_wrapped(make_efficient(network, way="recompute"))
+
+
+def _backward_of_wrapped(network):
+    output = network(IMAGES)
+    network.zero_grad()
+    output.backward(Wrapped(torch.ones_like(output)))
+    return gradients(network)
 
 
 @row("tensors of other classes as parameters, buffers or attributes (quantised weights)")
@@ -594,9 +634,10 @@ def no_saved_tensors_hooks(make):
 
 @row("`torch.utils.checkpoint` around parts")
 def checkpointed(make):
+    """How often averages move is another question: see `test_a_checkpoint_around_a_block_moves_averages_once`."""
     found = []
     for reentrant in (False, True):
-        network, x = make().eval(), FEATURES.clone().requires_grad_()
+        network, x = make(), FEATURES.clone().requires_grad_()
         weighted_sum(checkpoint(network.features.denseblock1, x, use_reentrant=reentrant)).backward()
         found.append((x.grad, gradients(network)))
     return found
@@ -713,14 +754,19 @@ def empty_batch(make):
 def small(make):
     found = []
     for training in (True, False):
-        for shape in ((1, 33, 33), (2, 5, 6), (2, 1, 1), (1, 1, 2), (2, 3, 9), (1, 9, 9)):
+        for shape in ((1, 33, 33), (2, 5, 6), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 3, 9), (1, 9, 9)):
             network = make().train(training)
             network.min_input_size = 1
-            found.append(outcome(step, network, IMAGES[: shape[0], :, : shape[1], : shape[2]]))
+            found += [outcome(step, network, IMAGES[: shape[0], :, : shape[1], : shape[2]]), averages(network)]
             few = FEATURES[: shape[0], :, : shape[1], : shape[2]]
             found.append(outcome(step, network.features[4:6], few))
             found.append(outcome(step, network.features[4:6].float(), few.float()))
     return found
+
+
+def averages(network):
+    """All, also where an error came in between, but not the counts: the ordinary norm counts before it fails."""
+    return {name: t for name, t in buffers(network).items() if t.is_floating_point()}
 
 
 @row("wrong inputs: other types, dimensions, channels, arguments")
@@ -740,15 +786,15 @@ def outcome(function, *arguments, **named):
         return type(error).__name__, str(error)[:60]
 
 
-def networks() -> dict[str, nn.Module]:
+def networks(block_config: tuple[int, ...] = (2, 3)) -> dict[str, nn.Module]:
     """One as others have it, one of ours, with nothing trivial in their norms."""
     from others import randomised, torchvision_small
     from twins import IMAGENET
 
     from efficient_densenet import DenseNet
 
-    ours = DenseNet(**IMAGENET | {"growth_rate": 4, "block_config": (2, 3)})
-    return {"torchvision": randomised(torchvision_small()), "ours": randomised(ours)}
+    ours = DenseNet(**IMAGENET | {"growth_rate": 4, "block_config": block_config})
+    return {"torchvision": randomised(torchvision_small(block_config=block_config)), "ours": randomised(ours)}
 
 
 def quietly(program: Callable[[Make], Any], make: Make) -> Any:

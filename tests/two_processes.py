@@ -16,8 +16,10 @@ from twins import BOTTLENECK, IMAGENET, PLAIN, images, pair
 
 from efficient_densenet.execution import KEEP
 
+EMPTY = "without images in one process"
 SYNCHRONISED = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
 SHARDS = (slice(0, 2), slice(2, 5))  # of five images; of unequal size, as the last batch of an epoch may be
+NOTHING_IN_ONE = (slice(0, 0), slice(0, 5))
 
 
 def run(folder: Path) -> list[dict[str, dict]]:
@@ -39,7 +41,8 @@ def _work(rank: int, folder: str) -> None:
     results = {
         "data parallel": {name: _data_parallel(rank, name) for name in ("ordinary", *KEEP)},
         "sharded": {keep: _sharded(rank, keep) for keep in KEEP},
-        "synchronised": {f"{name} {keep}": _synchronised(rank, name, keep) for name in SYNCHRONISED for keep in KEEP},
+        "synchronised": {f"{name} {keep}": _synchronised(rank, name, keep) for name in SYNCHRONISED for keep in KEEP}
+        | {f"{name} {EMPTY}": _synchronised(rank, name, "features", shards=NOTHING_IN_ONE) for name in SYNCHRONISED},
         "frozen": _synchronised(rank, "bottleneck", "bottleneck", training=False),
     }
     torch.save(results, f"{folder}/{rank}.pt")
@@ -68,14 +71,14 @@ def _sharded(rank: int, keep: str) -> dict[str, Tensor]:
     return {name: gradient.full_tensor() for name, gradient in gradients(network).items()}
 
 
-def _synchronised(rank: int, name: str, keep: str, training: bool = True) -> dict:
+def _synchronised(rank: int, name: str, keep: str, training: bool = True, shards: tuple[slice, slice] = SHARDS) -> dict:
     """One step with SyncBatchNorm, and how many collective operations forward and backward took.
 
     SyncBatchNorm itself refuses to run on a CPU: nothing here calls it.
     """
     _, efficient = pair(SYNCHRONISED[name], keep, training)
     network = nn.SyncBatchNorm.convert_sync_batchnorm(efficient)
-    x = images(5)[SHARDS[rank]].requires_grad_()
+    x = images(5)[shards[rank]].requires_grad_()
     gather, reduce = distributed.all_gather_into_tensor, distributed.all_reduce
     with (
         mock.patch.object(distributed, "all_gather_into_tensor", side_effect=gather) as gathered,
@@ -83,7 +86,7 @@ def _synchronised(rank: int, name: str, keep: str, training: bool = True) -> dic
     ):
         output = network(x)
         collectives = [gathered.call_count, reduced.call_count]
-        loss(output, SHARDS[rank]).backward()
+        loss(output, shards[rank]).backward()
         collectives += [gathered.call_count, reduced.call_count]
     return {
         "collectives": collectives,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from others import randomised, torchvision_small
-from tools import PROGRAMS, networks, quietly
+from tools import FEATURES, PROGRAMS, networks, quietly
 from tools_compiled import COMPILED, Compiler
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet import make_efficient
 from efficient_densenet.adopt import decide
@@ -68,13 +68,34 @@ def test_a_tool_sees_the_ordinary_network(name, how, kind, way, monkeypatch):
             assert (how in ways) == (how != "ordinary") and (how == "shared buffer" or "shared buffer" not in ways)
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_what_is_compiled_computes_the_same_in_one_graph(name):
-    network, compiler = randomised(torchvision_small(block_config=(1, 1))), Compiler(really=True)
-    efficient = make_efficient(copy.deepcopy(network), "features")
+@pytest.mark.parametrize(
+    ("name", "kind", "way"),
+    [
+        *[(name, "torchvision", "features") for name in COMPILED],
+        *[
+            ("a step of training, with the optimiser", "torchvision", way)
+            for way in ("bottleneck", "inputs", "recompute")
+        ],
+        ("a step of training, with the optimiser", "ours", "features"),
+    ],
+)
+def test_what_is_compiled_computes_the_same_in_one_graph(name, kind, way):
+    network, compiler = networks(block_config=(1, 1))[kind], Compiler(really=True)
+    efficient = make_efficient(copy.deepcopy(network), **WAYS[way])
     actual = COMPILED[name](efficient, compiler)
     assert_same(actual, COMPILED[name](network, Compiler(really=False)))
     assert compiler.again == 0
+
+
+@pytest.mark.parametrize("way", ["ordinary", *WAYS])
+def test_a_checkpoint_around_a_block_moves_averages_once(way):
+    """The ordinary block moves them again in backward. Reentrant checkpoints run anything again."""
+    tracked = []
+    for reentrant in (False, True):
+        block, x = copy.deepcopy(made("torchvision", way)).features.denseblock1, FEATURES.clone().requires_grad_()
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        tracked.append({int(t) for name, t in block.named_buffers() if "tracked" in name})
+    assert tracked == [{2 if way == "ordinary" else 1}, {2}]
 
 
 def assert_same(actual: object, expected: object) -> None:

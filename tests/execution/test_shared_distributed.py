@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import assert_close, assert_identical, buffers, gradients
 from twins import images, pair
-from two_processes import SYNCHRONISED, loss, run
+from two_processes import EMPTY, SYNCHRONISED, loss, run
 
 from efficient_densenet.execution import KEEP
 
@@ -31,16 +31,16 @@ def test_sharded_parameters_get_the_same_gradients(results, keep):
         assert_close(result["sharded"][keep], {k: t for k, t in expected.items() if k.startswith("gradient")})
 
 
-@every_keep
+@pytest.mark.parametrize("how", [*KEEP, EMPTY])
 @pytest.mark.parametrize("name", SYNCHRONISED)
-def test_synchronised_norms_equal_one_process_on_the_whole_batch(results, name, keep):
+def test_synchronised_norms_equal_one_process_on_the_whole_batch(results, name, how):
     """Outputs, all gradients and the running averages, with shards of unequal size."""
     ordinary, _ = pair(SYNCHRONISED[name])
     x = images(5).requires_grad_()
     output = ordinary(x)
     loss(output, slice(None)).backward()
 
-    first, second = (result["synchronised"][f"{name} {keep}"] for result in results)
+    first, second = (result["synchronised"][f"{name} {how}"] for result in results)
     assert_close(
         {k: torch.cat([first["each"][k], second["each"][k]]) for k in first["each"]},
         {"output": output.detach(), "input gradient": x.grad},

@@ -100,7 +100,7 @@ def test_a_layer_starts_its_kernels_and_nothing_else(bottleneck, forward, backwa
 
     monkeypatch.setattr(launch, "run", lambda kernel, *arguments: launched.append(kernel))
     monkeypatch.setattr(ops, "backend", lambda x: kernels)
-    monkeypatch.setattr(ops, "runs_layers", lambda x, weights: False)
+    monkeypatch.setattr(ops, "runs_layers", lambda x, readers, memo: False)
     for name in ("forward", "backward"):
         monkeypatch.setattr(stage, name, counting(getattr(stage, name)))
     for layers in (2, 7):

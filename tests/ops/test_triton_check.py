@@ -34,7 +34,7 @@ def with_one_changed(name, change):
 
 def written(name, arguments, result):
     """A tensor that the operation writes or returns."""
-    if name in ("norm_relu_conv_backward", "finish_norm_relu_conv_backward"):
+    if name == "norm_relu_conv_backward":
         return arguments[0].grad_x
     where = {"norm_relu_conv": 3, "norm_relu_max_pool": 2, "norm_relu_mean": 2, "finish": 5, "statistics": 1}
     where |= {"norm_relu_max_pool_backward": 3, "norm_relu_mean_backward": 3, "fold_norm": 4}

@@ -18,14 +18,14 @@ from triton_interpreter import correct_bfloat16, without_repetition
 
 from efficient_densenet.ops import reference
 from efficient_densenet.ops import triton as ops
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from efficient_densenet.ops.triton import check, launch, tiles
+from efficient_densenet.ops.triton import check, launch
 
 without_repetition()
 
@@ -36,13 +36,9 @@ ERRORS = [
     FileNotFoundError("no C compiler"),
 ]
 KERNELS = {
-    "norm_relu_conv": ["forward.norm_relu_conv_kernel", "moments.merge_kernel"],
+    "norm_relu_conv": ["rectifier.rectify_kernel", "forward.norm_relu_conv_kernel", "moments.merge_kernel"],
     "norm_relu_conv_backward": [
         *("backward.grad_x_kernel", "norms.norm_gradients_kernel"),
-        *("backward.grad_weight_kernel", "backward.sum_parts_kernel"),
-    ],
-    "finish_norm_relu_conv_backward": [
-        *("backward.finishing_grad_x_kernel", "norms.norm_gradients_kernel"),
         *("backward.grad_weight_kernel", "backward.sum_parts_kernel"),
     ],
     "norm_relu_max_pool": ["max_pool.max_pool_kernel"],
@@ -58,7 +54,6 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch):
     monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
-    monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(finishes=True))
     correct_bfloat16(monkeypatch.setattr)
 
 
@@ -72,15 +67,11 @@ def results(run, operation, dtype=torch.float32):
     )
     out, of_out, weight = torch.zeros(2, 6, 8, 4, dtype=dtype), torch.zeros(2, 4), weight_for(x, 4, 3)
     halved, pooled = torch.randn(2, 3, 4, 8).to(dtype), torch.randn(2, 8).to(dtype)
-    into, grad_made = Affine(*torch.zeros(4, 8)), torch.ones_like(out)
+    into = Affine(*torch.zeros(4, 8))
     returned = {
         "norm_relu_conv": lambda: run.norm_relu_conv(x, norm, weight, out, 1, Statistics(*of_out)),
         "norm_relu_conv_backward": lambda: run.norm_relu_conv_backward(
             BackwardOperands(torch.ones_like(out), x, norm, weight, grad_x, True, through)
-        ),
-        "finish_norm_relu_conv_backward": lambda: run.finish_norm_relu_conv_backward(
-            BackwardOperands(grad_made, x, norm, weight_for(x, 4, 1), grad_x, True, through),
-            Unfinished(out + 1, torch.ones(4), torch.ones(2, 4), torch.tensor(3.0)),
         ),
         "norm_relu_max_pool": lambda: run.norm_relu_max_pool(x, norm, halved),
         "norm_relu_max_pool_backward": lambda: run.norm_relu_max_pool_backward(halved, x, norm, grad_x, through),
@@ -90,7 +81,7 @@ def results(run, operation, dtype=torch.float32):
         "finish": lambda: run.finish(grad_x, x, norm.mean, through, torch.tensor(3.0), grad_x),
         "fold_norm": lambda: run.fold_norm(Statistics(*norm[:2]), norm.scale, norm.shift, 1e-5, into),
     }[operation]()
-    return [out, of_out, grad_made, grad_x, through, halved, pooled, *found, *into, *(returned or ())]
+    return [out, of_out, grad_x, through, halved, pooled, *found, *into, *(returned or ())]
 
 
 def assert_right(found, operation):

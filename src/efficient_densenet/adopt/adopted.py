@@ -90,7 +90,7 @@ class AdoptedSequence(Adopted):
 
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
         x = one_tensor(self.adoption, arguments, named)
-        decision = at_call(x, self, self.adoption)
+        decision = at_call(x, [self], self.adoption)
         if decision is None:
             return as_ordinary(*self.run_modules(list(self), x))
         return run_as(decision, x, [self], self.adoption, lambda: self.original.forward(self, *arguments, **named))
@@ -122,7 +122,7 @@ class AdoptedNetwork(Adopted):
         features: Any = getattr(self, self.adoption.features, None)
         usual = isinstance(features, AdoptedSequence) and len(features._modules) > 1
         # While compiling there is nothing to look at.
-        if usual and at_call(x, self, self.adoption) is None and not torch.compiler.is_compiling():
+        if usual and at_call(x, [self], self.adoption) is None and not torch.compiler.is_compiling():
             head = head_of(self, features, self.adoption.heads, x.shape)
             if head is not None:
                 return self.run_head(features, head, x)

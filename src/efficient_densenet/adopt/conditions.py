@@ -25,7 +25,7 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"} | {
     *("adoption", "_is_replica", "_former_parameters", "_compiled_call_impl", "_is_hf_initialized")
 }  # fmt: skip
 MOST_LOOKS = 50  # how many conditions are met before it is given up to look again
-_OF_TORCH = "torch.nn.modules."
+OF_TORCH = "torch.nn.modules."
 _OF_CLASSES = frozenset({property, classmethod, staticmethod})
 _LAZY = frozenset({UninitializedParameter, UninitializedBuffer})  # which have no shape yet
 _NO_DATA = (Tensor, nn.Module, type, types.ModuleType)
@@ -81,7 +81,7 @@ def conditions(
             for base in kind.__mro__:
                 if base is nn.Module:
                     break
-                if not base.__module__.startswith(_OF_TORCH):
+                if not base.__module__.startswith(OF_TORCH):
                     for name, value in base.__dict__.items():
                         if not name.startswith("__"):
                             of = type(value)

@@ -26,15 +26,17 @@ from efficient_densenet.adopt.head import Head
 from efficient_densenet.adopt.kinds import original_class
 from efficient_densenet.adopt.look import Look, NotTriedError, look, look_at_size
 from efficient_densenet.adopt.meanings import NotDenseError
-from efficient_densenet.adopt.tools import needs_ordinary, watched_calls
+from efficient_densenet.adopt.tools import needs_ordinary, replaced_calls, watched_calls
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.adopt.turns import alone
+from efficient_densenet.adopt.unchanged import Unchanged
 from efficient_densenet.errors import EfficiencyWarning
 from efficient_densenet.execution import Keep, shared
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.operands import unsuitable
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.profiling import labelled
+from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import obstacle, recomputing
 
 Way = Literal["shared", "recompute"]
@@ -54,6 +56,21 @@ class Segment(NamedTuple):
     adoption: Adoption
 
 
+class Last(NamedTuple):
+    """What was found at a call on tensors of this device, for as long as the modules stay as they were.
+
+    Attributes:
+        types: of all tensors of the modules.
+        ready: what the engine keeps for the next call.
+    """
+
+    unchanged: Unchanged
+    device: torch.device | None
+    known: Look
+    types: set[torch.dtype]
+    ready: Ready
+
+
 @dataclass
 class Adoption:
     """What is remembered of modules that run in a row, or of one.
@@ -69,6 +86,7 @@ class Adoption:
         segments: of a sequence, what runs as one; of a network, its last block and norm.
         features, heads: of a network, the name of its features, and how it was found to end.
         said: reasons that the user has been given.
+        last: what was found when modules were looked at last.
     """
 
     way: Way
@@ -83,24 +101,26 @@ class Adoption:
     features: str = ""
     heads: list[Head] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    last: Last | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Looks name classes and functions, which not every pickle can hold: a pickled module is looked at anew."""
-        return self.__dict__ | {"looks": [], "heads": [], "said": set()}
+        return self.__dict__ | {"looks": [], "heads": [], "said": set(), "last": None}
 
     def __deepcopy__(self, memo: Any) -> Adoption:
         segments = copy.deepcopy(self.segments, memo)
-        return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set())
+        return replace(self, looks=list(self.looks), heads=list(self.heads), segments=segments, said=set(), last=None)
 
 
 class Decision(NamedTuple):
-    """How to run; why not on the shared buffer, if so; what it is; and whether the reason is worth telling."""
+    """How to run; why not on the shared buffer, if so; what it is; whether to tell the reason; what is ready."""
 
     way: str
     reason: str | None = None
     chain: Chain | None = None
     modules: Sequence[nn.Module] = ()
     tell: bool = True
+    ready: Ready | None = None
 
     @property
     def plan(self) -> Plan:
@@ -133,7 +153,7 @@ def decide(
         own_hooks: whether the hooks of `roots` are called in any case.
         while_compiling: `standing_now` of them, as a compiler can call it; None: they are not compiled.
     """
-    decision = at_call(x, roots[0], adoption)
+    decision = at_call(x, roots, adoption)
     if decision is not None:
         return decision
     if torch.compiler.is_compiling():
@@ -141,11 +161,11 @@ def decide(
     return standing(roots, adoption, own_hooks, x)
 
 
-def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
-    """How it runs if the call itself decides that, whatever the modules are."""
+def at_call(x: Any, roots: Sequence[nn.Module], adoption: Adoption) -> Decision | None:
+    """How they run if the call itself decides that, whatever the modules are."""
     reason = needs_ordinary(x)
-    if reason is not None:
-        return Decision(ORDINARY, reason, tell=bool(reason) and module.training)
+    if reason is not None and (reason or not _others_wait(x, roots, adoption)):
+        return Decision(ORDINARY, reason, tell=bool(reason) and roots[0].training)
     if torch.compiler.is_compiling():
         return None
     if not isinstance(x, Tensor):
@@ -159,17 +179,35 @@ def at_call(x: Any, module: nn.Module, adoption: Adoption) -> Decision | None:
     return None if slower is None else Decision(RECOMPUTE, slower)
 
 
+def _others_wait(x: Tensor, roots: Sequence[nn.Module], adoption: Adoption) -> bool:
+    """Whether other processes, which have images, wait for the statistics of this one, which has none.
+
+    They run on the shared buffer, and what they send is not what SyncBatchNorm sends.
+    """
+    if x.numel() or adoption.way != "shared" or torch.compiler.is_compiling():
+        return False
+    return shared.sync_group(parts(roots)) is not None
+
+
 def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x: Tensor | None = None) -> Decision:
     """How these modules run, as they are now, on this tensor if there is one."""
-    modules, tensors, found = conditions(roots)
-    if hooked(modules[1:] if own_hooks else modules):
-        return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")
     if hooked_globally():
         return Decision(RECOMPUTE, "there are hooks on all modules, which must take effect")
-    other = unsuitable(tensors, None if x is None else x.device)
-    if other is not None:
-        return Decision(ORDINARY, f"among its parameters and buffers is {other}")
-    known = _known(roots, adoption, found)
+    last, device = adoption.last, None if x is None else x.device
+    if last is not None and last.device == device and last.unchanged.holds(roots, own_hooks):
+        modules, known, types = [roots[0], *last.unchanged.others], last.known, last.types
+    else:
+        modules, tensors, found = conditions(roots)
+        if hooked(modules[1:] if own_hooks else modules):
+            return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")
+        other = unsuitable(tensors, device)
+        if other is not None:
+            return Decision(ORDINARY, f"among its parameters and buffers is {other}")
+        known = _known(roots, adoption, found)
+        types = {tensor.dtype for tensor in tensors}
+        unchanged = Unchanged.of(modules, roots, own_hooks) if device is not None and known.reason is None else None
+        last = None if unchanged is None else Last(unchanged, device, known, types, Ready(tensors))
+        adoption.last = last
     reason = known.reason
     if reason is None and known.sizes and x is not None:
         error = _differs_at(known, roots, x.shape)
@@ -180,8 +218,8 @@ def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x:
         return Decision(RECOMPUTE, None, known.chain)
     if reason is not None:
         return Decision(RECOMPUTE, reason, known.chain, modules)
-    decision = Decision(SHARED, None, known.chain, modules)
-    if x is not None and not _fits(x, decision, {tensor.dtype for tensor in tensors}):
+    decision = Decision(SHARED, None, known.chain, modules, ready=None if last is None else last.ready)
+    if x is not None and not _fits(x, decision, types):
         return Decision(ORDINARY, "its input does not fit", tell=False)  # an error, which it explains itself
     return decision
 
@@ -210,7 +248,7 @@ def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last:
     plan, modules = decision.plan, decision.modules
     if channels_last is None:
         channels_last = is_channels_last(x)
-    made = shared.run(x, plan, modules, adoption.keep, channels_last, adoption.where)
+    made = shared.run(x, plan, modules, adoption.keep, channels_last, adoption.where, decision.ready)
     # Made by convolutions alone, without the input.
     if plan.pool or (plan.entry and plan.convolutions) or (plan.output and 0 not in dict(plan.output)):
         channels_last = channels_last or shared.makes_channels_last(plan, modules)
@@ -275,9 +313,10 @@ def _say(decision: Decision, module: nn.Module, adoption: Adoption) -> None:
 def standing_now(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool) -> Standing:
     """See `Standing`."""
     decision = standing(roots, adoption, own_hooks)
+    usual = decision.way == SHARED and replaced_calls() is None
     watched = tuple(tuple(compared(module)) for module in parts(roots))
     for number, one in enumerate(adoption.looks):
-        if decision.way == SHARED and one.chain is decision.chain and not one.sizes:
+        if usual and one.chain is decision.chain and not one.sizes:
             return number, watched
     return -1, watched
 

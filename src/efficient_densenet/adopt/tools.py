@@ -6,22 +6,38 @@ tool by tool, what happens.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from efficient_densenet import ops
+from efficient_densenet.adopt.kinds import CONVOLUTIONS
 from efficient_densenet.execution.recompute import Recorder
 
 _TRACED = "it is traced, as the ordinary operations"
 # Modes that count what runs and change nothing: they may see an operation that is computed again.
 _COUNTERS = "torch.utils.flop_counter"
+
+# What the parts of a DenseNet call. (Patching tools put functions of their own there, for the whole process.)
+_FUNCTIONS = itemgetter(
+    *("batch_norm", "conv1d", "conv2d", "conv3d", "relu", "relu_", "pad"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+)
+_TENSOR_FUNCTIONS = itemgetter("batch_norm", "cat", "conv1d", "conv2d", "conv3d", "relu", "relu_")
+_CLASSES = (
+    *(nn.Sequential, nn.ReLU, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *CONVOLUTIONS),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+)
 
 
 def needs_ordinary(x: Any) -> str | None:
@@ -55,4 +71,19 @@ def watched_calls() -> str | None:
         for mode in _get_current_function_mode_stack():
             if not isinstance(mode, DeviceContext):
                 return f"{type(mode).__name__} watches each call of PyTorch, or replaces it"
-    return None
+    return replaced_calls()
+
+
+def replaced_calls() -> str | None:
+    """Why each function of PyTorch must be called as it is now, if somebody has replaced one."""
+    return None if _called() == _CALLED else "functions or classes of PyTorch were replaced, and must be called"
+
+
+def _called() -> list[Any]:
+    """What is called now."""
+    methods = [kind.forward for kind in _CLASSES]
+    convolutions = [kind._conv_forward for kind in CONVOLUTIONS]
+    return [*_FUNCTIONS(vars(F)), *_TENSOR_FUNCTIONS(vars(torch)), nn.Module.__call__, *methods, *convolutions]
+
+
+_CALLED = _called()

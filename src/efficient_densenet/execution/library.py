@@ -69,6 +69,9 @@ class _StagePasses(Passes):
     name = "stage"
     arguments = StageArguments
 
+    def read(self, x: Tensor, arguments: StageArguments) -> torch.Size:
+        return x.shape
+
     def forward(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
         stage = arguments.stage()
         output, (folded, bottlenecks, features) = engine.forward(x, stage)

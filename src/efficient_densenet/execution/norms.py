@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efficient_densenet import ops
 from efficient_densenet.execution.synchronise import all_sums, share_statistics
-from efficient_densenet.ops.protocol import Affine, Statistics, Unfinished, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, Statistics, statistics_dtype
 
 
 class Norm(NamedTuple):
@@ -106,18 +106,11 @@ class Norms:
 
     def finish(self, grad: Tensor, x: Tensor, start: int, stop: int, out: Tensor) -> None:
         """`grad` of these channels of `x` less what flows through their statistics, once all their readers are in."""
-        unfinished = self.unfinished(x, start, stop)
-        if unfinished is None:
-            out.copy_(grad)
-        else:
-            self.run.finish(grad, *unfinished, out)
-
-    def unfinished(self, x: Tensor, start: int, stop: int) -> Unfinished | None:
-        """What `finish` would subtract from a gradient of `x`, if anything flows through its statistics."""
         through = self.all_through(start, stop)
-        if through is None:
-            return None
-        return Unfinished(x, self.means.narrow(0, start, stop - start), through, self.total)
+        if through is not None:
+            self.run.finish(grad, x, self.means.narrow(0, start, stop - start), through, self.total, out)
+        elif out is not grad:
+            out.copy_(grad)
 
     def all_through(self, start: int, stop: int) -> Tensor | None:
         """What flows through the statistics of these channels in all processes, if anything does."""

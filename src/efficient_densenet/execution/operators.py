@@ -13,6 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from math import prod
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -69,7 +70,7 @@ class Passes(ABC):
             mutates_args=(),
             schema=f"(Tensor x, {schema}) -> Tensor[]",
         )
-        self.forward_operator.register_fake(lambda x, *arguments: self.forward_fake(x, self.arguments(*arguments)))
+        self.forward_operator.register_fake(self._forward_fake)
         self.forward_operator.register_autograd(self._operators_gradients, setup_context=self._save_of_operator)
         given = "Tensor[] grad_output, Tensor[] x, Tensor[] packed"
         self.backward_operator = torch.library.custom_op(
@@ -81,6 +82,10 @@ class Passes(ABC):
         self.backward_operator.register_fake(self._backward_fake)
         self.backward_operator.register_autograd(_refuse)
         self.backward_operator.register_vmap(_one_by_one(self.backward_operator))
+
+    @abstractmethod
+    def read(self, x: Tensor, arguments: Any) -> torch.Size:
+        """The shape of what the first norm reads."""
 
     @abstractmethod
     def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
@@ -118,10 +123,15 @@ class Passes(ABC):
         if _watched():
             return self.forward_operator(x, *arguments)
         _check(x, *arguments)
+        self._check_values(x, arguments)
         if not torch.is_grad_enabled():
             return self.forward(x, arguments)
         lengths = [len(group) for group in arguments[: self.lists]]
-        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *chain(*arguments[: self.lists])))
+        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *self.tensors(arguments)))
+
+    def tensors(self, arguments: Any) -> Iterator[Tensor]:
+        """All that are in lists among these arguments."""
+        return chain.from_iterable(arguments[: self.lists])
 
     def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor]) -> None:
         """Have autograd save what backward needs."""
@@ -175,9 +185,23 @@ class Passes(ABC):
         given = Given(list(grad_output), list(x), list(packed))
         return self.backward_flops(given, need_x, need_weights, self.arguments(*arguments))
 
-    def _forward(self, x: Tensor, *arguments: Any) -> list[Tensor]:
-        _check(x, *arguments)
-        return self.forward(x, self.arguments(*arguments))
+    def _forward(self, x: Tensor, *given_arguments: Any) -> list[Tensor]:
+        _check(x, *given_arguments)
+        arguments = self.arguments(*given_arguments)
+        self._check_values(x, arguments)
+        return self.forward(x, arguments)
+
+    def _forward_fake(self, x: Tensor, *given_arguments: Any) -> list[Tensor]:
+        arguments = self.arguments(*given_arguments)
+        self._check_values(x, arguments)
+        return self.forward_fake(x, arguments)
+
+    def _check_values(self, x: Tensor, arguments: Any) -> None:
+        """As batch norms do it; for tensors without values too, so that a compiler has the same error."""
+        if any(arguments.uses_batch) and not arguments.group:
+            shape = self.read(x, arguments)
+            if prod(shape) == shape[1]:
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
     def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         x, *arguments = inputs
@@ -248,7 +272,7 @@ def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]
     On a GPU each operation costs a start of a kernel and the time of the host. Where somebody watches or transforms
     single operations, they are cast one by one, as everywhere in PyTorch.
     """
-    single = torch.compiler.is_compiling() or _watched() or forward_ad._current_level >= 0
+    single = torch.compiler.is_compiling() or is_observed()
     if single or len(tensors) < 2 or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
     return list(_Cast.apply(dtype, *tensors))
@@ -331,6 +355,11 @@ def _watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
 
 
+def is_observed() -> bool:
+    """Whether somebody watches or transforms single operations, or wants derivatives in forward mode."""
+    return _watched() or forward_ad._current_level >= 0
+
+
 def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:
     """What `run` makes of a gradient, or of each in a batch of ``is_grads_batched``: operators have no rules for it."""
     if not torch._C._functorch.is_legacy_batchedtensor(given.grad_output[0]):
@@ -354,7 +383,7 @@ def _check(*arguments: Any) -> None:
     tensors = [*_tensors(arguments)]
     reason = unsuitable(tensors, tensors[0].device)
     if reason is not None:
-        raise UnsuitableError(f"the shared buffer cannot take {reason}")
+        raise UnsuitableError(f"the shared buffer cannot take {reason}: make_efficient(model, way='recompute') can")
     if forward_ad._current_level < 0:
         return
     # Below `torch.func.jvp` an operator meets the primals alone.

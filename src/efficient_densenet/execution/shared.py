@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import cast_together
+from efficient_densenet.execution.operators import cast_together, is_observed
 from efficient_densenet.execution.plan import Dropout, Norm, Plan, Ranges
 from efficient_densenet.execution.profiling import label_backward, labelled
+from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import unrecorded
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
 
@@ -30,7 +31,13 @@ _WITH_AUTOCAST = frozenset(
 
 
 def run(
-    x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool = False, name: str = ""
+    x: Tensor,
+    plan: Plan,
+    modules: Sequence[nn.Module],
+    keep: str,
+    channels_last: bool = False,
+    name: str = "",
+    ready: Ready | None = None,
 ) -> Tensor:
     """Run what `plan` describes on one buffer.
 
@@ -48,16 +55,32 @@ def run(
         keep: one of `KEEP`.
         channels_last: whether `x` would be so in the ordinary network: dropout draws in the order of the memory.
         name: what a profiler's trace calls it.
+        ready: what earlier calls with the same modules have left.
     """
     label = f"{name}: shared buffer, keep={keep}"
     with labelled(label), unrecorded():
-        return _run(x, plan, modules, keep, channels_last, label)
+        return _run(x, plan, modules, keep, channels_last, label, ready)
 
 
-def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool, label: str) -> Tensor:
+def _run(
+    x: Tensor,
+    plan: Plan,
+    modules: Sequence[nn.Module],
+    keep: str,
+    channels_last: bool,
+    label: str,
+    ready: Ready | None,
+) -> Tensor:
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch.is_grad_enabled() or casts_automatically(x) or is_observed():
+        ready = None
+    contiguous = not (channels_last or plan.output)
+    if ready is not None and ready.engine is not None:
+        return _finished(ready.run(x, contiguous), plan, modules, channels_last)
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
-    compiling = torch.compiler.is_compiling()
+    if any(norms.uses_batch):
+        ready = None
     if plan.entry is not None:
         blur = plan.blur
         of_stem = StemArguments(
@@ -74,6 +97,8 @@ def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channel
             norms.group,
             keep == "bottleneck" and x.is_cuda,
         )
+        if ready is not None and ready.owns(run_stem.tensors(of_stem)):
+            ready.engine = of_stem.stem()
         output, statistics, count, *_ = stem_forward(x, *of_stem) if compiling else run_stem(x, of_stem)
         label_backward(output, label)
         _move_running_averages(norms.moving, statistics, count)
@@ -89,16 +114,23 @@ def _run(x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channel
         norms.uses_batch,
         norms.eps,
         [channel for norm in plan.norms for channel in norm.source],
-        not (channels_last or plan.output),
+        contiguous,
         scales,
         plan.per_layer,
         plan.pool,
         keep if plan.layers and torch.is_grad_enabled() else "inputs",  # without layers, the features are the input
         norms.group,
     )
+    if ready is not None and ready.owns(run_stage.tensors(arguments)):
+        ready.engine = arguments.stage()
     output, statistics, count, *_ = stage_forward(x, *arguments) if compiling else run_stage(x, arguments)
     label_backward(output, label)
     _move_running_averages(norms.moving, statistics, count)
+    return _finished(output, plan, modules, channels_last)
+
+
+def _finished(output: Tensor, plan: Plan, modules: Sequence[nn.Module], channels_last: bool) -> Tensor:
+    """What is handed out, of what the engine has made."""
     for step in plan.steps:
         if step.function is F.dropout and not (channels_last or makes_channels_last(plan, modules)):
             output = output.contiguous()
@@ -219,24 +251,17 @@ def _norms(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> _Norms:
                 found.moving.append(_Moving(norm, mean, variance, None, norm.momentum))
             elif module.track_running_stats:
                 found.moving.append(_Moving(norm, mean, variance, module.num_batches_tracked, module.momentum))
-    group = _sync_group([modules[norm.part] for norm in plan.norms])
-    if any(found.uses_batch):
-        _check_values_per_channel(x, group)
+    group = sync_group([modules[norm.part] for norm in plan.norms])
     return found._replace(group="" if group is None else group.group_name)
 
 
-def _check_values_per_channel(x: Tensor, group: torch.distributed.ProcessGroup | None) -> None:
-    if group is None and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-
-
-def _sync_group(norms: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
-    """The processes that share their statistics, if any do."""
+def sync_group(modules: Sequence[Any]) -> torch.distributed.ProcessGroup | None:
+    """The processes that share the statistics of the norms among these modules, if any do."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
-    for norm in norms:
-        if isinstance(norm, nn.SyncBatchNorm) and norm.training:
-            group = norm.process_group or torch.distributed.distributed_c10d._get_default_group()
+    for module in modules:
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            group = module.process_group or torch.distributed.distributed_c10d._get_default_group()
             return group if group.size() > 1 else None
     return None
 

@@ -16,98 +16,17 @@ Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from efficient_densenet import ops
+from efficient_densenet.execution.block import Stage
 from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
-from efficient_densenet.execution.norms import Folded, Norm, Norms, empty_folded
-from efficient_densenet.execution.plan import is_cheap_again
-from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
-from efficient_densenet.ops.protocol import BackwardOperands, Statistics, Unfinished, statistics_dtype
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A block's norms and convolutions in their order, layer by layer, those of the transition last.
-
-    Attributes:
-        norms: a head is one norm more than there are convolutions.
-        weights: of the convolutions.
-        biases: of the convolutions, or nothing where none has one.
-        masks: the layers' dropout masks, false or true, or nothing: ``(N, k, *spatial)``, or ``(N, k, 1, …)`` where
-            whole channels are dropped.
-        mask_scales: what remains is multiplied by this, for each layer.
-        sources: first and last channel (exclusive) that each norm reads, numbered through: the features, then the
-            outputs of each bottleneck.
-        per_layer: convolutions of each layer: 1 without and 2 with a bottleneck.
-        pool: window and stride of the transition's average pool, 1 if it has none; 0: there is no transition.
-        keep: what stays for backward: "bottleneck" (features and bottleneck outputs), "features", or "inputs" (only
-            the input, where a transition follows).
-        group: names the processes that share their statistics; "" if none do.
-    """
-
-    norms: Sequence[Norm]
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor]
-    masks: Sequence[Tensor]
-    mask_scales: Sequence[float]
-    sources: Sequence[tuple[int, int]]
-    per_layer: int
-    pool: int
-    keep: str
-    group: str
-
-    @cached_property
-    def layers(self) -> range:
-        """The index of each layer's first norm and convolution."""
-        return range(0, len(self.weights) - (self.pool > 0), self.per_layer)
-
-    @cached_property
-    def growth(self) -> int:
-        """The channels that all layers add."""
-        return sum([self.weights[i + self.per_layer - 1].shape[0] for i in self.layers])
-
-    @cached_property
-    def bottlenecks(self) -> int:
-        """The channels of all bottleneck outputs."""
-        return sum([self.weights[i].shape[0] for i in self.layers]) if self.per_layer == 2 else 0
-
-    @cached_property
-    def head(self) -> bool:
-        """Whether it ends with one."""
-        return len(self.norms) > len(self.weights)
-
-    @cached_property
-    def kept_bottlenecks(self) -> list[int]:
-        """Of `layers`, those whose bottleneck outputs stay for backward.
-
-        Not those that are cheap to make again: the first ones of a block of volumes, whose windows have 27 pixels.
-        """
-        if self.keep != "bottleneck" or self.per_layer == 1:
-            return []
-        sizes = [weight.numel() for weight in self.weights]
-        return [i for i in self.layers if not is_cheap_again(sizes[i], sizes[i + 1])]
-
-    @cached_property
-    def keeps_features(self) -> bool:
-        """Not where a transition comes between them and the rest; a head needs them at once when backward begins."""
-        return self.keep != "inputs" or not self.pool
-
-    @cached_property
-    def uses_batch(self) -> bool:
-        return None in [norm.constants for norm in self.norms]
-
-    def runs_layers(self, features: Tensor) -> bool:
-        """Whether several layers run in one call: there is nothing else in them, and no other process to ask."""
-        weights = self.weights[: len(self.layers) * self.per_layer]
-        if self.per_layer == 2 and any(weight[0, 0].numel() > 1 for weight in weights[::2]):
-            return False  # a 1×1 convolution takes all values; of two larger ones, the second might be done twice
-        return bool(weights) and not (self.biases or self.masks or self.group) and ops.runs_layers(features, weights)
+from efficient_densenet.execution.norms import Folded, Norms, empty_folded
+from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
 class Kept(NamedTuple):
@@ -211,13 +130,18 @@ def _layers(
     features: Tensor, stage: Stage, norms: Norms, bottlenecks: Sequence[Tensor | None], stop: int | None = None
 ) -> Layers:
     """The layers before number `stop`, for a backend that runs several in one call."""
-    count = len(stage.layers[:stop]) * stage.per_layer
-    readers = [
-        Reader(weight, *norm, start)
-        for weight, norm, (start, _) in zip(stage.weights[:count], stage.norms, norms.sources, strict=False)
-    ]
+    readers = stage.readers[: len(stage.layers[:stop]) * stage.per_layer]
     width = features.shape[-1] - stage.growth
-    return Layers(features, width, readers, stage.per_layer, bottlenecks, norms.folded.statistics, norms.folded.vectors)
+    return Layers(
+        features,
+        width,
+        readers,
+        stage.per_layer,
+        bottlenecks,
+        norms.folded.statistics,
+        norms.folded.vectors,
+        stage.memo,
+    )
 
 
 def _convolve(
@@ -296,15 +220,15 @@ def backward(
         source, grad_made = features.narrow(-1, 0, width), grad.narrow(-1, width, stop - width)
         if stage.masks:
             _drop(grad_made, stage, layer)
-        unfinished = None
         if stage.per_layer == 2:
             bottleneck = remaining.pop(i) if i in remaining else _bottleneck_again(norms, i, stage, source)
             grad_bottleneck = empty_like(bottleneck)
             readers.backward(last, grad_made, bottleneck, grad_bottleneck, False)
-            grad_made, unfinished = grad_bottleneck, norms.unfinished(bottleneck, *norms.sources[last])
+            grad_made = grad_bottleneck
+            norms.finish(grad_made, bottleneck, *norms.sources[last], grad_made)
             del bottleneck, grad_bottleneck  # or they would still be there when the next layer makes its own
-        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True, unfinished=unfinished)
-        del grad_made, unfinished
+        readers.backward(i, grad_made, source, grad.narrow(-1, 0, width), True)
+        del grad_made
         _finish_made(norms, stage, features, grad, width, layer - 1)
     grad_x = empty_like(grad, width)
     norms.finish(grad.narrow(-1, 0, width), features.narrow(-1, 0, width), 0, width, grad_x)
@@ -336,26 +260,15 @@ class _Readers:
         grad_source: Tensor,
         accumulate: bool,
         pool: int = 1,
-        unfinished: Unfinished | None = None,
     ) -> None:
-        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`.
-
-        What is `unfinished` of `grad_out` is subtracted before.
-        """
-        run = self.norms_of_stage.run
+        """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`."""
         if self.stage.biases:
-            if unfinished is not None:
-                run.finish(grad_out, *unfinished, grad_out)
-                unfinished = None
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
         norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
         weight, need_weight = self.stage.weights[i], self.need_weights[i]
         operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
-        if unfinished is None:
-            self.weights[i], *of_norm = run.norm_relu_conv_backward(operands)
-        else:
-            self.weights[i], *of_norm = run.finish_norm_relu_conv_backward(operands, unfinished)
+        self.weights[i], *of_norm = self.norms_of_stage.run.norm_relu_conv_backward(operands)
         self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
 
     def run_layers_backward(self, features: Tensor, grad: Tensor, kept: dict[int, Tensor]) -> int:
@@ -393,8 +306,9 @@ class _Readers:
             grad_weights, grad_norms,
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
-        # Copies, for an operator's results must not share memory.
-        of_weights, of_biases = [torch.split_with_sizes_copy(line, sizes) for line in grad_norms]
+        # Copies, for an operator's results must not share memory. (Its annotation knows only the form with `out`.)
+        copies: Any = torch.split_with_sizes_copy
+        of_weights, of_biases = [copies(line, sizes) for line in grad_norms]
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
             self.weights[i] = grad_weights[i]
             self.norms[i] = norms.parameter_gradients(i, of_weights[i], of_biases[i])

@@ -7,6 +7,7 @@ from itertools import chain
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stem as engine
@@ -58,6 +59,10 @@ class StemArguments(NamedTuple):
 class _StemPasses(Passes):
     name = "stem"
     arguments = StemArguments
+
+    def read(self, x: Tensor, arguments: StemArguments) -> torch.Size:
+        images, *size, _ = arguments.stem().like(x).shape
+        return torch.Size((images, len(arguments.norm_weights[0]), *size))
 
     def forward(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
         output, (folded, made) = engine.forward(x, arguments.stem())

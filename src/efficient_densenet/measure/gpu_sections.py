@@ -124,7 +124,6 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             of_copy, of_product = f"{row['share_of_copy']:.0%} of a copy", f"{row['share_of_product']:.0%} of a product"
             lines.append(
                 f"{row['operation']:22} {row['shape']:28} {row['dtype']:5} {row['ms']:8.3f} ms  {of_copy}, {of_product}"
-                + (f"  {row['candidate']}: {row['share_of_usual']:.2f} of the time" if row["candidate"] else "")
             )
     return "\n".join(lines)
 

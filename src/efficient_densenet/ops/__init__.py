@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
-from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
@@ -42,17 +42,19 @@ def _computing(x: Tensor) -> Backend:
     """The backend for tensors with values like `x`."""
     if _alone is not None:
         return _alone
+    if not x.numel():
+        return eager  # there is nothing to be fast at
     if triton.supports(x):
         return triton
     return cpu if cpu.supports(x) else eager
 
 
-def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether layers with these weights, on features like `x`, run in one call: see `run_layers`."""
+def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
+    """Whether layers of these readers, on features like `x`, run in one call: see `run_layers`, and `Layers.memo`."""
     chosen = _computing(x)
     if chosen is triton:
-        return triton.runs_layers(x, weights)
-    return chosen is cpu and cpu_layers.supports(x, weights)
+        return triton.runs_layers(x, [reader.weight for reader in readers])
+    return chosen is cpu and cpu_layers.supports(x, readers, memo)
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:

@@ -26,7 +26,7 @@ from efficient_densenet.ops.convolution import (
     convolve_pooled,
     pieces,
 )
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, statistics_dtype
 
 _aten = torch.ops.aten
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -140,13 +140,6 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
         out[images].copy_(torch.addcmul(grad[images], centred, slope, value=-1).sub_(constant))
 
 
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    finish(operands.grad_out, *unfinished, operands.grad_out)
-    return norm_relu_conv_backward(operands)
-
-
 def norm_gradients(norm: Affine, sums: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
     """From ``Σ g`` and ``Σ g·(x − mean)``, ``(2, C)``: add to `through`; the gradients of weight and bias."""
     g, g_centred = sums.to(norm.scale.dtype)
@@ -180,6 +173,10 @@ class _Moments:
             self.variances.append(variance.view(-1, channels).to(_double(piece)))
 
     def merge(self, into: Statistics) -> None:
+        if not self.means:  # without images
+            into.mean.zero_()
+            into.variance.zero_()
+            return
         means = torch.cat(self.means)
         counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
         found = Statistics.merged(means, torch.cat(self.variances), counts)
@@ -265,7 +262,8 @@ def _average_pool_backward(grad: Tensor, s: Tensor, pool: int) -> Tensor:
     for d in range(grad.dim() - 2, 0, -1):
         grad = grad.unsqueeze(d + 1).expand(*[-1] * (d + 1), pool, *[-1] * (grad.dim() - d - 1)).flatten(d, d + 1)
     if grad.shape == channels_last(s).shape:
-        return channels_first(grad)
+        # A copy, where the pool left a single line: what is made of it by `expand` is still one place in memory.
+        return channels_first(grad.contiguous())
     return channels_first(F.pad(grad, [0, 0, *(r for n in reversed(s.shape[2:]) for r in (0, n % pool))]))
 
 

@@ -7,7 +7,7 @@ CPU that spares the time between the operations, which is a third of the evaluat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -40,6 +40,7 @@ class Layers(NamedTuple):
         bottlenecks: ``(N, *spatial, O)`` for each layer that is run and has one; layers may share one.
         statistics: ``(2, channels)``, means and variances of all that readers read.
         folded: ``(3, ΣC)``, inverse, scale and shift of all norms in sequence, `Affine`.
+        memo: what a backend keeps for other calls with the same readers.
     """
 
     features: Tensor
@@ -49,6 +50,7 @@ class Layers(NamedTuple):
     bottlenecks: Sequence[Tensor | None]
     statistics: Tensor
     folded: Tensor
+    memo: dict[Any, Any]
 
 
 class LayersBackward(NamedTuple):

@@ -77,15 +77,6 @@ class BackwardOperands(NamedTuple):
     need_weight: bool = True
 
 
-class Unfinished(NamedTuple):
-    """What `Backend.finish` wants between a gradient and its place: x, mean, through and count, `total` here."""
-
-    x: Tensor
-    mean: Tensor
-    through: Tensor
-    total: Tensor
-
-
 class Backend(Protocol):
     """The operations; a backend is a module with these functions. They return small tensors and write large ones."""
 
@@ -150,8 +141,3 @@ class Backend(Protocol):
         Shapes: grad, x and out ``(N, *spatial, C)``, mean ``(C,)``; through ``(2, C)``: ``A·M`` and ``B·M``, added up
         by all readers; count ``()``: M.
         """
-
-    def finish_norm_relu_conv_backward(
-        self, operands: BackwardOperands, unfinished: Unfinished
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """`finish` ``operands.grad_out`` in place, and `norm_relu_conv_backward`: where one pass can do both."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished, statistics_dtype
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, statistics_dtype
 
 _CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -81,13 +81,6 @@ def statistics(x: Tensor, into: Statistics) -> None:
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     constant, slope = through / count
     out.copy_(grad - constant - slope * (x - mean))
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    finish(operands.grad_out, *unfinished, operands.grad_out)
-    return norm_relu_conv_backward(operands)
 
 
 def _prologue(x: Tensor, norm: Affine) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
 from efficient_densenet.ops.cpu.tensors import own_convolution
 from efficient_densenet.ops.layers import Layers, LayersBackward
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
 def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, into: Affine) -> None:
@@ -70,12 +70,6 @@ def statistics(x: Tensor, into: Statistics) -> None:
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     pass
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    return norm_relu_conv_backward(operands)
 
 
 def run_layers(layers: Layers) -> int:

@@ -35,7 +35,7 @@ from efficient_densenet.ops.cpu.tensors import (
     rows_of,
     volume_of,
 )
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
 def supports(x: Tensor) -> bool:
@@ -207,13 +207,6 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
         rows_of(grad), rows_of(x), rows, channels, *_constants(mean, constant, slope), rows_of(out),
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    finish(operands.grad_out, *unfinished, operands.grad_out)
-    return norm_relu_conv_backward(operands)
 
 
 def _prologue(x: Tensor, norm: Affine, pool: int, scratch: Tensor) -> Tensor:

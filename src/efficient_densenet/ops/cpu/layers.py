@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of
-from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
 
 
-def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
     """Whether all convolutions are kernels of ours."""
-    return x.dim() == 4 and all(own_convolution(x, weight) for weight in weights)
+    if x.dim() != 4:
+        return False
+    key, loaded = (supports, x.shape, x.dtype), library.load()
+    if memo.get(key) is not loaded:
+        if not all(own_convolution(x, reader.weight) for reader in readers):
+            return False
+        memo[key] = loaded
+    return True
 
 
 def run(layers: Layers, fold: bool, measure: bool) -> int:
@@ -34,6 +43,30 @@ def run_backward(layers: Layers, operands: LayersBackward) -> int:
 
 def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[library.Layers, list[Tensor]]:
     """As the kernels want it; and tensors that must live as long."""
+    features, count = layers.features, len(layers.readers)
+    alive: list[Tensor] = []
+    key = _readers, features.shape, features.dtype, count
+    if key not in layers.memo:
+        made, alive = _readers(layers)
+        if not alive:  # copies, of values that may change
+            layers.memo[key] = made
+    else:
+        made = layers.memo[key]
+    readers = type(made).from_buffer_copy(made)  # other threads may run the same layers
+    for layer, bottleneck in enumerate(layers.bottlenecks):
+        if bottleneck is not None:
+            readers[2 * layer].bottleneck = bottleneck.data_ptr()
+    if operands is not None:
+        for described, grad_weight in zip(readers, operands.grad_weights, strict=True):
+            described.grad_weight = None if grad_weight is None else grad_weight.data_ptr()
+    return library.Layers(
+        rows_of(features), layers.width, readers, count, layers.per_layer,
+        *_lines(layers.statistics), *_lines(layers.folded),
+    ), alive  # fmt: skip
+
+
+def _readers(layers: Layers) -> tuple[ctypes.Array[library.Reader], list[Tensor]]:
+    """All readers, without what changes from call to call; and tensors that must live as long."""
     dtype, alive = layers.statistics.dtype, []
 
     def vector(values: Tensor) -> int:
@@ -43,23 +76,14 @@ def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[
         return values.data_ptr()
 
     readers = (library.Reader * len(layers.readers))()
-    for i, (reader, described) in enumerate(zip(layers.readers, readers, strict=True)):
+    for reader, described in zip(layers.readers, readers, strict=True):
         described.convolution = convolution_of(layers.features, reader.weight)
         described.weight = reader.weight.data_ptr()
         described.norm_weight, described.norm_bias = vector(reader.norm_weight), vector(reader.norm_bias)
         if reader.constants is not None:
             described.mean, described.variance = [vector(values) for values in reader.constants]
         described.eps, described.first = reader.eps, reader.first
-        layer, of_layer = divmod(i, layers.per_layer)
-        bottleneck = layers.bottlenecks[layer] if of_layer < layers.per_layer - 1 else None
-        grad_weight = None if operands is None else operands.grad_weights[i]
-        described.bottleneck, described.grad_weight = [
-            None if x is None else x.data_ptr() for x in (bottleneck, grad_weight)
-        ]
-    return library.Layers(
-        rows_of(layers.features), layers.width, readers, len(readers), layers.per_layer,
-        *_lines(layers.statistics), *_lines(layers.folded),
-    ), alive  # fmt: skip
+    return readers, alive
 
 
 def _lines(matrix: Tensor) -> list[int]:

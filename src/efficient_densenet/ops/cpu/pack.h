@@ -57,13 +57,15 @@ template <int S = 1> inline __attribute__((always_inline)) void transpose(Words 
 }
 #endif
 
-// to[k·width + i] = from[i·stride + k], elements of one word each.
+// to[k·width + i] = from[i·stride + k], elements of one word each. A few rows at a time, for the processor fetches ahead
+// of a few only.
 template <class T> void copy_transposed(const T *from, Index stride, Index depth, Index n, Index width, T *to) {
   static_assert(sizeof(T) == 4);
-  Index k = 0;
+  Index whole = 0;
 #if SHUFFLES
-  for (; k + kW <= depth; k += kW)
-    for (Index i = 0; i < n; i += kW) {
+  whole = depth / kW * kW;
+  for (Index i = 0; i < n; i += kW)
+    for (Index k = 0; k < whole; k += kW) {
       Words rows[kW] = {};
       for (Index r = 0; r < kW && i + r < n; ++r)
         std::memcpy(&rows[r], from + (i + r) * stride + k, sizeof(Words));
@@ -72,7 +74,7 @@ template <class T> void copy_transposed(const T *from, Index stride, Index depth
         std::memcpy(to + (k + r) * width + i, &rows[r], sizeof(Words));
     }
 #endif
-  for (; k < depth; ++k)
+  for (Index k = whole; k < depth; ++k)
     for (Index i = 0; i < n; ++i)
       to[k * width + i] = from[i * stride + k];
 }

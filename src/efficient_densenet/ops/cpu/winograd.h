@@ -144,39 +144,86 @@ template <class E> struct OutputTransform {
   }
 };
 
-// The window of one output for `n` channels, a vector each for its 9 taps; `tap` values from tap to tap.
-template <class E> inline void load_windows(const E *from, Index in_stride, Index tap, Index n, Vector (&g)[9]) {
-  float values[9][kW] = {};
-  for (Index i = 0; i < n; ++i)
-    for (Index t = 0; t < 9; ++t)
-      values[t][i] = value(from[i * in_stride + t * tap]);
-  std::memcpy(g, values, sizeof values);
+// G g Gᵀ of windows, a vector for each tap; store(position, values) takes them.
+template <class Store> inline void transform_windows(const Vector (&g)[9], const Store &store) {
+  Vector rows[4][3];
+  UNROLL for (int j = 0; j < 3; ++j) {
+    Vector ends = (g[j] + g[6 + j]) * 0.5f, middle = g[3 + j] * 0.5f;
+    rows[0][j] = g[j], rows[1][j] = ends + middle, rows[2][j] = ends - middle, rows[3][j] = g[6 + j];
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    Vector ends = (rows[i][0] + rows[i][2]) * 0.5f, middle = rows[i][1] * 0.5f;
+    store(4 * i, rows[i][0]), store(4 * i + 1, ends + middle), store(4 * i + 2, ends - middle);
+    store(4 * i + 3, rows[i][2]);
+  }
 }
 
-// G g Gᵀ of every window, (positions, out, in); the windows turned round where `turned`.
-template <class E> Buffer<float> transformed(const Weight<E> &weight, bool turned, int threads) {
-  Buffer<float> result(kPositions * weight.out * weight.in);
-  Index plane = weight.out * weight.in, first = turned ? 8 * weight.tap_stride : 0;
-  Index tap = turned ? -weight.tap_stride : weight.tap_stride;
+// to[k][i] = from[i][k], `depth` values of `n` rows, a vector for each k; in single precision.
+template <class E> inline void transpose_rows(const E *from, Index stride, Index depth, Index n, float *to) {
+  if constexpr (std::is_same<E, float>::value)
+    copy_transposed(from, stride, depth, n, kW, to);
+  else
+    for (Index k = 0; k < depth; ++k)
+      for (Index i = 0; i < n; ++i)
+        to[k * kW + i] = value(from[i * stride + k]);
+}
+
+// G g Gᵀ of every window, packed as the factor of `multiply_positions`: the sum is over the channels of the prefix.
+template <class E> Buffer<float> transformed(const Weight<E> &weight, int threads) {
+  Index all = vectors_of(weight.out), blocks = vectors_of(weight.in);
+  Buffer<float> result(kPositions * weight.in * all * kW);
+  bool taps_last = weight.in_stride != 1; // the taps of a channel lie side by side, or the channels of a tap
+  int chunks = chunks_for(blocks, kPositions * weight.out * weight.in, threads);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(blocks, chunk, chunks);
+    alignas(64) float taps[9 * kW * kW] = {};
+    for (Index c = range.begin * kW; c < range.end * kW && c < weight.in; c += kW) {
+      Index channels = weight.in - c < kW ? weight.in - c : kW;
+      for (Index j = 0, vectors; j < all; j += vectors) {
+        vectors = group_of(j, all);
+        for (Index v = j; v < j + vectors; ++v) {
+          Index n = weight.out - v * kW < kW ? weight.out - v * kW : kW;
+          const E *from = weight.data + v * kW * weight.out_stride + c * weight.in_stride;
+          if (taps_last)
+            transpose_rows(from, weight.out_stride, 9 * channels, n, taps);
+          else
+            for (Index t = 0; t < 9; ++t)
+              transpose_rows(from + t * weight.tap_stride, weight.out_stride, channels, n, taps + t * kW * kW);
+          float *to = result.data() + (j * kPositions * weight.in + c * vectors + (v - j)) * kW;
+          for (Index i = 0; i < channels; ++i, to += vectors * kW) {
+            Vector g[9];
+            UNROLL for (Index t = 0; t < 9; ++t) g[t] = load<kW>(taps + (taps_last ? 9 * i + t : t * kW + i) * kW);
+            transform_windows(g, [&](Index position, Vector values) {
+              store<kW>(to + position * weight.in * vectors * kW, values);
+            });
+          }
+        }
+      }
+    }
+  });
+  return result;
+}
+
+// G g Gᵀ of every window turned round, (positions, out, in).
+template <class E> Buffer<float> transformed_and_turned(const Weight<E> &weight, int threads) {
+  Index plane = weight.out * weight.in;
+  Buffer<float> result(kPositions * plane);
   int chunks = chunks_for(weight.out, kPositions * plane, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(weight.out, chunk, chunks);
     for (Index o = range.begin; o < range.end; ++o)
       for (Index c = 0; c < weight.in; c += kW) {
         Index n = weight.in - c < kW ? weight.in - c : kW;
-        Vector g[9], rows[4][3];
-        load_windows(weight.data + o * weight.out_stride + c * weight.in_stride + first, weight.in_stride, tap, n, g);
-        for (int j = 0; j < 3; ++j) {
-          Vector ends = (g[j] + g[6 + j]) * 0.5f, middle = g[3 + j] * 0.5f;
-          rows[0][j] = g[j], rows[1][j] = ends + middle, rows[2][j] = ends - middle, rows[3][j] = g[6 + j];
-        }
-        float *to = result.data() + o * weight.in + c;
-        for (int i = 0; i < 4; ++i) {
-          Vector ends = (rows[i][0] + rows[i][2]) * 0.5f, middle = rows[i][1] * 0.5f;
-          Vector all[4] = {rows[i][0], ends + middle, ends - middle, rows[i][2]};
-          for (int j = 0; j < 4; ++j)
-            std::memcpy(to + (4 * i + j) * plane, &all[j], n * sizeof(float));
-        }
+        const E *from = weight.data + o * weight.out_stride + c * weight.in_stride;
+        float values[9][kW] = {};
+        for (Index i = 0; i < n; ++i)
+          for (Index t = 0; t < 9; ++t)
+            values[8 - t][i] = value(from[i * weight.in_stride + t * weight.tap_stride]);
+        Vector g[9];
+        std::memcpy(g, values, sizeof values);
+        transform_windows(g, [&](Index position, Vector one) {
+          std::memcpy(result.data() + position * plane + o * weight.in + c, &one, n * sizeof(float));
+        });
       }
   });
   return result;
@@ -265,9 +312,7 @@ bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
   Units units = winograd_units(grid, threads);
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.out);
   Positions at(units.tiles(), step), out_at(units.tiles(), weight.out);
-  Buffer<float> windows = transformed(weight, false, threads);
-  Buffer<float> b = packed<float>(windows.data(), kPositions, weight.out * weight.in, weight.in, 1, weight.out,
-                                       weight.in, threads);
+  Buffer<float> b = transformed(weight, threads);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   std::vector<int> all_finite(chunks);
@@ -314,7 +359,7 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
   Positions at(units.tiles(), step), grad_at(units.tiles(), weight.out), result_at(units.tiles(), kGroup * kW);
   Positions weight_at(weight.out, weight.in);
-  Buffer<float> windows = transformed(weight, true, threads);
+  Buffer<float> windows = transformed_and_turned(weight, threads);
   Buffer<float> b = packed<float>(windows.data(), kPositions, plane, weight.out, weight.in, weight.in, 1, threads,
                                        kGroup);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);

@@ -22,7 +22,7 @@ from torch import Tensor
 from efficient_densenet.ops import eager
 from efficient_densenet.ops.convolution import stride_of_rows
 from efficient_densenet.ops.layers import Layers, LayersBackward
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import check, launch, trust
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,13 +103,6 @@ def statistics(x: Tensor, into: Statistics) -> None:
 
 def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor, out: Tensor) -> None:
     _run("moments.finish", _covered(x, out), x, grad, x, mean, through, count, out)
-
-
-def finish_norm_relu_conv_backward(
-    operands: BackwardOperands, unfinished: Unfinished
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    finish(operands.grad_out, *unfinished, operands.grad_out)
-    return norm_relu_conv_backward(operands)
 
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:

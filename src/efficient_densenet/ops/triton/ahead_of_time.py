@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, Unfinished
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import (
     backward,
     forward,
@@ -75,6 +75,7 @@ SHAPES = (
     Shape("bottleneck, C=64", 256, (56, 56), 64, 128),
     Shape("3×3, k=12", 64, (32, 32), 48, 12, 3),
     Shape("3×3, k=12, C=24", 128, (32, 32), 24, 12, 3),
+    Shape("3×3, k=12, C=36", 128, (32, 32), 36, 12, 3),
     Shape("3×3, k=12, unaligned", 64, (32, 32), 48, 12, 3, begin=12),
     Shape("3×3, k=24", 64, (32, 32), 96, 24, 3),
     Shape("3×3, k=32", 256, (56, 56), 128, 32, 3),
@@ -85,13 +86,17 @@ SHAPES = (
     Shape("transition, k=12", 128, (32, 32), 168, 168, 1, 2),
     *(Shape(f"bottleneck, k=12, C={channels}", 64, (32, 32), channels, 48) for channels in (24, 48, 72, 84, 150)),
     *(Shape(f"bottleneck, k=40, C={channels}", 64, (32, 32), channels, 160) for channels in (660, 950)),
-    Shape("transition, C=216", 64, (32, 32), 216, 108, 1, 2),
+    Shape("transition, C=216", 128, (32, 32), 216, 108, 1, 2),
     Shape("transition, C=300", 64, (32, 32), 300, 150, 1, 2),
     Shape("odd channels", 3, (35, 35), 37, 5, 3),
 )
+FEW_PIXELS = tuple(
+    replace(shape, name=f"{shape.name}, few pixels", images=1, size=(8,) * len(shape.size)) for shape in SHAPES
+)
+"""The same where a grid has fewer programs than there are multiprocessors."""
 
 
-PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "finishing_grad_x_kernel", "grad_weight_kernel")
+PRODUCTS = ("norm_relu_conv_kernel", "grad_x_kernel", "grad_x_pointwise_kernel", "grad_weight_kernel")
 KERNELS = (
     *(
         *PRODUCTS,
@@ -162,18 +167,14 @@ class Launched:
 
 
 def distinct(
-    target: str, shapes: Sequence[Shape] = SHAPES, kinds: Sequence[str] = KINDS, candidates: Sequence[str] = ("",)
+    target: str, shapes: Sequence[Shape] = SHAPES, kinds: Sequence[str] = KINDS
 ) -> Iterator[tuple[str, Launched]]:
-    """Every distinct kernel that these shapes use on a device, each with its kind.
-
-    Args:
-        candidates: of `tiles.CANDIDATES`; "" is the device's own line.
-    """
+    """Every distinct kernel that these shapes use on a device, each with its kind."""
     seen: set[str] = set()
-    for kind, candidate, shape in itertools.product(kinds, candidates, shapes):
+    for kind, shape in itertools.product(kinds, shapes):
         if kind == "tf32" and TARGETS[target].backend == "hip":
             continue
-        for launched in launched_by(shape, kind, device_of(target, *filter(None, [candidate]))):
+        for launched in launched_by(shape, kind, device_of(target)):
             if launched.key not in seen:
                 seen.add(launched.key)
                 yield kind, launched
@@ -212,22 +213,30 @@ def kernels_of(shape: Shape, kind: str) -> set[str]:
     return {launched.key for launched in launched_by(shape, kind, device_of("sm_90"))}
 
 
-def shapes_of(network: nn.Module) -> list[Shape]:
-    """Every norm–relu–convolution of a network of this library: all convolutions but the first."""
+def shapes_of(network: nn.Module, images: int, size: int) -> list[Shape]:
+    """Every norm–relu–convolution of a network of this library: all convolutions but the first, of this size."""
     return [
-        Shape(name, 64, (32, 32), m.in_channels, m.out_channels, m.kernel_size[0], 2 if "transition" in name else 1)
+        Shape(
+            name,
+            images,
+            (size, size),
+            m.in_channels,
+            m.out_channels,
+            m.kernel_size[0],
+            2 if "transition" in name else 1,
+        )
         for name, m in network.named_modules()
         if isinstance(m, nn.Conv2d) and not name.endswith("conv0")
     ]
 
 
-def compile_here(shape: Shape, kind: str, candidates: Sequence[str] = ()) -> int:
+def compile_here(shape: Shape, kind: str) -> int:
     """Compile what a shape uses for the GPU that there is, so that later processes find it in Triton's cache.
 
     Returns:
         The number of kernels.
     """
-    launched = launched_by(shape, kind, tiles.device_of(torch.device("cuda")).changed(*candidates))
+    launched = launched_by(shape, kind, tiles.device_of(torch.device("cuda")))
     for one in launched:
         plain = [a.dtype if isinstance(a, Tensor) else a for a in one.arguments]
         one.kernel.warmup(*plain, grid=(1,), **one.tile.sizes, **launch.options(one.tile))
@@ -236,20 +245,18 @@ def compile_here(shape: Shape, kind: str, candidates: Sequence[str] = ()) -> int
 
 def compile_everything_here() -> None:
     """As many at a time as there are processors; a kernel that does not compile is for those that want it to tell."""
-    work = [
-        (shape, kind, candidates) for candidates in ((), tiles.OURS) for kind in ("bf16", "tf32") for shape in SHAPES
-    ]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for attempt in [pool.submit(compile_here, *item) for item in work]:
+        for attempt in [
+            pool.submit(compile_here, shape, kind) for kind in ("bf16", "tf32") for shape in (*SHAPES, *FEW_PIXELS)
+        ]:
             attempt.exception()
 
 
-def device_of(target: str, *candidates: str) -> tiles.Device:
-    """The line of a device in the table, with the changes of some candidates."""
-    line = tiles.ROCM
-    if TARGETS[target].backend != "hip":
-        line = tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
-    return line.changed(*candidates)
+def device_of(target: str) -> tiles.Device:
+    """The line of a device in the table."""
+    if TARGETS[target].backend == "hip":
+        return tiles.ROCM
+    return tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
 
 
 def launched_by(shape: Shape, kind: str, device: tiles.Device) -> list[Launched]:
@@ -285,17 +292,11 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     plain = shape.pool == 1
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
-    if plain and shape.kernel == 1:
-        backward.finish_norm_relu_conv_backward(
-            BackwardOperands(out, x, norm, weight, grad_x, True, through),
-            Unfinished(out, found, torch.empty(2, shape.outputs, device="meta"), count),
-        )
     for accumulate in {plain, False}:
         rectifier.rectify_backward(x, x, norm, grad_x, accumulate, through)
         backward.norm_relu_conv_backward(
             BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
         )
-    rectifier.rectify(x, norm)
     norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
     moments.statistics(x, Statistics(vector, vector))
     moments.finish(grad_x, x, vector, through, count, grad_x)

@@ -20,7 +20,6 @@ from efficient_densenet.ops.protocol import (
     Backend,
     BackwardOperands,
     Statistics,
-    Unfinished,
     statistics_dtype,
 )
 
@@ -129,20 +128,8 @@ class _Case:
             assert of_weight is not None
             return [grad_x, through, of_weight, *of_norm]
 
-        def finishing(backend: Backend, give: _Give) -> list[Tensor]:
-            grad_made, grad_x, through = give.copy(grad_out), give.copy(before), give.vectors(2, channels).zero_()
-            operands = BackwardOperands(grad_made, give(self.x), give.norm, give(weight), grad_x, True, through)
-            mean, through_made = give.wide(vectors[0]), give.wide(vectors[1:])
-            unfinished = Unfinished(give(made), mean, through_made, give.vectors(1, 1)[0, 0].fill_(64))
-            of_weight, *of_norm = backend.finish_norm_relu_conv_backward(operands, unfinished)
-            assert of_weight is not None
-            return [grad_made, grad_x, through, of_weight, *of_norm]
-
         yield "norm_relu_conv", forward
         yield "norm_relu_conv_backward", backward
-        if shape.kernel == shape.pool == 1:
-            vectors, made = self.random(3, shape.outputs), self.random(*size).to(self.dtype)
-            yield "finish_norm_relu_conv_backward", finishing
 
     def others(self) -> Iterator[tuple[str, _Operation]]:
         n, height, width, channels = self.x.shape

@@ -7,7 +7,7 @@ For each kernel of each layer three times are counted, and it takes the longest:
 - instructions: for those that all warps issue: outside of the loop that holds the product, and inside, times its steps.
 
 The model knows no latency, no instruction that waits for another, no multiprocessor that idles at the end of a grid.
-What it assumes of the hardware was not measured. It compares two ways to compute the same; a sum may be off by 30 %.
+It compares two ways to compute the same; docs/gpu.md has what an H200 took.
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ MEMORY, CACHE = 2.9e12, 5.5e12
 INSTRUCTIONS = 0.5 * 4 * 132 * 1.755e9
 """Of warps, per second: half of what four schedulers on each of 132 multiprocessors could start."""
 _VALUE = 2  # bytes, in half precision
+PARTS = {
+    False: {
+        "1×1 forward": ["norm_relu_conv_kernel"],
+        "1×1, gradient of the weight": ["grad_weight_kernel"],
+        "1×1, gradient of the prefix": ["grad_x_pointwise_kernel"],
+    },
+    True: {
+        "3×3 forward": ["rectify_kernel", "norm_relu_conv_kernel"],
+        "3×3, gradient of the weight": ["grad_weight_kernel"],
+        "3×3, gradient of the prefix": ["grad_x_kernel"],
+        "finishing bottleneck gradients": ["finish_kernel"],
+    },
+}
+"""The kernels of a convolution without a window and with one, by what they do."""
 
 
 class Cost(NamedTuple):
@@ -54,41 +68,20 @@ def layers_of(network: nn.Module, images: int, size: int) -> list[Shape]:
     return found
 
 
-def costs(layers: Sequence[Shape], kind: str = "bf16", candidates: Sequence[str] = ()) -> dict[str, Cost]:
-    """What the layers' kernels cost together, by what they do.
-
-    Args:
-        candidates: of `tiles.CANDIDATES`, whose changes a device's line gets; not those of cuDNN, which is no code of
-            ours.
-    """
-    device = ahead_of_time.device_of(TARGET, *candidates)
+def costs(layers: Sequence[Shape], kind: str = "bf16") -> dict[str, Cost]:
+    """What the layers' kernels cost together, by what they do."""
+    device = ahead_of_time.device_of(TARGET)
     found: dict[str, Cost] = {}
     for layer in layers:
         window = prod([layer.kernel] * len(layer.size)) > 1
         launched = ahead_of_time.launched_by(layer, kind, device)
-        for part, kernels in _parts(window, device.finishes, device.windows == "rectified").items():
+        for part, kernels in PARTS[window].items():
             for kernel in kernels:
                 # A bottleneck's prefix is added to, the gradient of its output is written.
                 wanted = [k for k in launched if k.name == kernel and k.flags.get("ACCUMULATE", not window) != window]
                 both = zip(found.get(part, [0.0] * len(Cost._fields)), _cost(wanted[0]), strict=True)
                 found[part] = Cost(*map(sum, both))
     return found
-
-
-def _parts(window: bool, finishes: bool, rectified: bool) -> dict[str, list[str]]:
-    """The kernels of a convolution with a window or without one, by the parts of the table."""
-    size = "3×3" if window else "1×1"
-    parts = {
-        f"{size} forward": ["rectify_kernel"] * (window and rectified) + ["norm_relu_conv_kernel"],
-        f"{size}, gradient of the weight": ["grad_weight_kernel"],
-    }
-    if window:
-        parts["3×3, gradient of the prefix"] = ["grad_x_kernel"]
-        if not finishes:
-            parts["finishing bottleneck gradients"] = ["finish_kernel"]
-    else:
-        parts["1×1, gradient of the prefix"] = ["finishing_grad_x_kernel" if finishes else "grad_x_kernel"]
-    return parts
 
 
 def _cost(launched: Launched) -> Cost:
@@ -109,9 +102,10 @@ def _cost(launched: Launched) -> Cost:
             (2 + values["ACCUMULATE"]) * large + small, taps * ceil(outputs / tile.depth),
             tile.rows * tile.depth + weights, (2 + values["ACCUMULATE"]) * large,
         ),
-        "finishing_grad_x_kernel": lambda: (
-            (2 + values["ACCUMULATE"]) * large + 3 * small, ceil(channels / tile.columns), weights,
-            (2 + values["ACCUMULATE"]) * large + 3 * small,
+        "grad_x_pointwise_kernel": lambda: (
+            (2 + values["ACCUMULATE"]) * large + small,
+            ceil(rows / tile.rows) * ceil(channels / tile.columns) / launched.programs, tile.rows * tile.depth,
+            (2 + values["ACCUMULATE"]) * large + launched.programs * weights * _VALUE,
         ),
         "grad_weight_kernel": lambda: (
             large + small, ceil(values["rows_per_part"] / tile.depth), (tile.rows + tile.columns) * tile.depth, 0

@@ -152,8 +152,8 @@ class _Block:
         """Backward through reader `i`."""
         reader, channels = self.layers.readers[i], self.weights[i].shape[1]
         at = sum([weight.shape[1] for weight in self.weights[:i]])
-        flows = operands.through is not None and reader.constants is None
-        through = operands.through.narrow(1, reader.first, channels) if flows else None
+        through = None if reader.constants else operands.through
+        through = None if through is None else through.narrow(1, reader.first, channels)
         of_norm = operands.grad_norms.narrow(1, at, channels)
         backward.norm_relu_conv_backward(
             BackwardOperands(

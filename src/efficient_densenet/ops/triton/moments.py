@@ -83,18 +83,6 @@ def merge_kernel(moments, mean_out, variance_out, rows, rows_per_block, blocks, 
     tl.store(variance_out + channel, tl.sum(total, 0) / rows)
 
 
-@triton.jit
-def finished(grad, x, mean, through, through_stride, count, channel, row_mask, known):
-    """``grad − through[0]/count − through[1]/count·(x − mean)`` of a tile: of rows of `grad` and `x`, and channels."""
-    g = tl.load(grad + channel, mask=row_mask & known, other=0.0).to(tl.float32)
-    centred = tl.load(x + channel, mask=row_mask & known, other=0.0).to(tl.float32)
-    centred -= tl.load(mean + channel, mask=known, other=0.0)
-    number = tl.load(count)
-    constant = tl.load(through + channel, mask=known, other=0.0) / number
-    slope = tl.load(through + through_stride + channel, mask=known, other=0.0) / number
-    return g - constant - slope * centred
-
-
 @triton.jit(do_not_specialize=launch.RUN_TIME, do_not_specialize_on_alignment=launch.VECTORS)
 def finish_kernel(
     grad, grad_stride, x, x_stride, mean, through, through_stride, count, out, out_stride, rows, channels,
@@ -106,9 +94,13 @@ def finish_kernel(
     row = (tl.program_id(0) // column_blocks) * ROWS + tl.arange(0, ROWS)
     channel = ((tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     known, row_mask, at = channel < channels, (row < rows)[:, None], row.to(tl.int64)[:, None]
-    value = finished(
-        grad + at * grad_stride, x + at * x_stride, mean, through, through_stride, count, channel, row_mask, known
-    )
+    g = tl.load(grad + at * grad_stride + channel, mask=row_mask & known, other=0.0).to(tl.float32)
+    centred = tl.load(x + at * x_stride + channel, mask=row_mask & known, other=0.0).to(tl.float32)
+    centred -= tl.load(mean + channel, mask=known, other=0.0)
+    number = tl.load(count)
+    constant = tl.load(through + channel, mask=known, other=0.0) / number
+    slope = tl.load(through + through_stride + channel, mask=known, other=0.0) / number
+    value = g - constant - slope * centred
     tl.store(out + at * out_stride + channel, value.to(out.dtype.element_ty), mask=row_mask & known)
 
 

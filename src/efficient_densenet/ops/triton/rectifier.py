@@ -1,4 +1,4 @@
-"""Norm and rectifier as passes of their own, for products that are made elsewhere; and the way back."""
+"""Norm and rectifier as a pass of its own, before a convolution with a window; and the way back, of a mean."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # (the compiler of the kernels knows the types of their arguments)

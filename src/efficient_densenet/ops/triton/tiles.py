@@ -131,7 +131,7 @@ def forward(of: Product) -> Tile:
         return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
     columns, stages = _cover(of.outputs, 16, of.device.widest), of.stages
     depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
-    if of.half and depth == 32 and (of.taps > 1 or of.device.warp_groups):
+    if of.half and depth == 32 and (of.taps > 1 or (of.device.warp_groups and of.channels % 4 == 0)):
         depth, stages = 64, stages - 1
     rows = 128
     if of.device.warp_groups and ceil(of.rows / rows) * ceil(of.outputs / columns) < of.device.programs // 2:

@@ -1,0 +1,36 @@
+"""What a call without gradients leaves for the next one, as long as nothing in the modules changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from efficient_densenet.execution import stage, stem
+
+
+class Ready:
+    """A stage or stem that is made of nothing but the modules' own tensors: values are read where they are.
+
+    Attributes:
+        engine: that; None: there is none so far.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """Of modules with these tensors, which live as long."""
+        self._own = {id(tensor) for tensor in tensors}
+        self.engine: stage.Stage | stem.Stem | None = None
+
+    def owns(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all of these are the modules' own: nothing is copied, computed or drawn."""
+        return self._own.issuperset(map(id, tensors))
+
+    def run(self, x: Tensor, contiguous: bool) -> Tensor:
+        """What it makes of ``x: (N, C, *spatial)``; features are channels-last in memory unless `contiguous`."""
+        if isinstance(self.engine, stem.Stem):
+            return stem.forward(x, self.engine)[0]
+        assert self.engine is not None
+        output, _ = stage.forward(x, self.engine)
+        copied = contiguous and not (self.engine.pool or self.engine.head)
+        return output.clone(memory_format=torch.contiguous_format) if copied else output
