@@ -135,6 +135,18 @@ def gpu_model() -> str:
     return tables.markdown(["kernels", *keys], rows, names=1)
 
 
+def gpu_times() -> str:
+    """Training steps on a GPU, of every contender that there was time for, the fastest first."""
+    rows = []
+    for sections in results.read(ROOT / "benchmarks" / "results" / "gpu.json").values():
+        for name, section in sections.items():
+            found = [record for record in section["records"] if "step_ms" in record]
+            for record in sorted(found, key=lambda record: record["step_ms"]):
+                images, peak = f"{record['images_per_second']:,.0f}", f"{record['peak_bytes'] / 1e9:.2f}"
+                rows.append([name, record["contender"], f"{record['step_ms']:.1f}", images, peak])
+    return tables.markdown(["network", "contender", "F+B ms", "images per second", "peak GB"], rows, names=2)
+
+
 def side_by_side() -> str:
     """Other libraries and compiled networks beside ours, and the pictures of that."""
     sections = [records("peers", section) for section in ("training", "evaluation")]
@@ -180,6 +192,7 @@ TABLES = (
     Table("README.md", "time", times),
     Table("docs/cpu.md", "nearest", nearest),
     Table("docs/gpu.md", "model", gpu_model),
+    Table("docs/gpu.md", "times", gpu_times),
     Table("docs/measuring.md", "side by side", side_by_side),
     Table("docs/adoption.md", "planned", planned),
 )
