@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from efficient_densenet import ops
 from efficient_densenet.errors import UserError
+from efficient_densenet.execution.buffers import is_channels_last
 
 _aten = torch.ops.aten
 
@@ -209,22 +210,22 @@ def _workspace(function: Any, args: Sequence[Any], output: Any) -> int:
     """Bytes that a convolution of PyTorch's needs inside, besides its results; on a CPU, where oneDNN runs it.
 
     Unless images are channels-last, oneDNN works on copies whose channels lie in blocks (`reorder_if_differ_in` in
-    ideep's `convolution_forward` and `convolution_backward_*`, from PyTorch's allocator): forward on one of the input,
-    into one of the output, which then becomes the output; backward on one of the input or its gradient, and, for the
-    weight, one of the output's gradient. Copies of weights, and what backward transposes in half precision, are left
-    out.
+    ideep's `convolution_forward` and `convolution_backward_*`, from PyTorch's allocator): of the input or its gradient,
+    of the output or its gradient, and of the weight or its gradient. What it has made there becomes the result when the
+    other two are free again. Backward finds the gradient of the input first. What it transposes in half precision is
+    left out.
     """
     if function is _aten.convolution.default:
         x, weight = args[:2]
-        if not _reorders(x, weight):
-            return 0
-        copy_of_output = _in_blocks(output)
-        return max(_copied(x) + copy_of_output - output.nbytes, copy_of_output)
+        made = _in_blocks(output)
+        return max(_copied(x) + weight.nbytes + made - output.nbytes, made) if _reorders(x, weight) else 0
     if function is _aten.convolution_backward.default:
         grad, x, weight = args[:3]
         if not _reorders(x, weight):
             return 0
-        return _copied(x) + (_in_blocks(grad) if args[-1][1] else 0)
+        copies = _copied(x) + _in_blocks(grad) + weight.nbytes
+        of_x, of_weight = (tensor.nbytes * wanted for tensor, wanted in zip((x, weight), args[-1], strict=False))
+        return max(copies, 2 * of_x, of_x + max(copies, 2 * of_weight) * (of_weight > 0)) - of_x - of_weight
     return 0
 
 
@@ -233,7 +234,7 @@ def _reorders(x: Tensor, weight: Tensor) -> bool:
 
     One thread multiplies 1×1 windows of few images elsewhere: `ConvParams::use_mkldnn` in aten's Convolution.cpp.
     """
-    if x.device.type != "cpu" or not x.is_contiguous():
+    if x.device.type != "cpu" or is_channels_last(x) or not x.is_contiguous():
         return False
     products = x.dtype == torch.float32 and set(weight.shape[2:]) == {1} and len(x) < 16
     return not (products and torch.get_num_threads() == 1)
