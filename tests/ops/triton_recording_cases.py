@@ -15,11 +15,13 @@ from triton_interpreter import correct_bfloat16
 from efficient_densenet import DenseNet
 from efficient_densenet import ops as backends
 from efficient_densenet.ops import triton as ops
+from efficient_densenet.ops.layers import Layers, Reader
+from efficient_densenet.ops.protocol import Statistics
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
-from efficient_densenet.ops.triton import forward, launch, layers, moments, recording, tiles
+from efficient_densenet.ops.triton import forward, launch, layers, moments, recording, tiles, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,6 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
     monkeypatch.setattr(forward, "_MUST_WAIT", False)  # the interpreter has no instructions to insert
     monkeypatch.setattr(layers, "_recordings", recording.Recordings())
-    monkeypatch.setattr(layers, "_left", set())
     correct_bfloat16(monkeypatch.setattr)
 
 
@@ -163,6 +164,50 @@ def test_a_layer_that_cannot_start_is_left_to_the_operations(monkeypatch):
     monkeypatch.setattr(forward.norm_relu_conv_kernel, "warmup", fail)
     with pytest.warns(UserWarning, match="norm_relu_conv for torch.float32: norm_relu_conv_kernel cannot be compiled"):
         found = steps("features", True, 1)
-    assert layers._left
+    assert any(not kept.operations for kept in layers._recordings._found.values())
     for a, b in zip(found[0], expected[0], strict=True):
         assert (a - b).abs().max() <= 1e-4 * max(b.abs().max().item(), 1)
+
+
+def evaluated(second, spread=False):
+    """What three layers make in evaluation, whose second convolutions and norms are these; None where they are left."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parts(inputs, outputs):
+        weight = torch.randn(outputs, inputs, 1, 1, generator=generator)
+        return weight, *torch.rand(4, inputs, generator=generator)
+
+    firsts, choices = [parts(4 + 4 * i, 8) for i in range(3)], [parts(8, 4) for _ in range(2)]
+    readers = []
+    for i, first in enumerate(firsts):
+        for (weight, scale, bias, mean, variance), start in ((first, 0), (choices[second[i]], 16 + 8 * i)):
+            norm_weight = scale.repeat_interleave(2)[::2] if spread else scale
+            readers.append(Reader(weight, norm_weight, bias, Statistics(mean, variance), 1e-5, start))
+    features = torch.zeros(1, 3, 3, 16)
+    features[..., :4] = torch.randn(1, 3, 3, 4, generator=generator)
+    folded = torch.empty(3, sum(reader.weight.shape[1] for reader in readers))
+    bottlenecks = [torch.empty(1, 3, 3, 8)] * 3
+    run = layers.run(Layers(features, 4, readers, 2, bottlenecks, torch.zeros(2, 40), folded, {}), True, False)
+    return features if run == 3 else None
+
+
+def test_layers_that_share_modules_in_another_way_are_not_the_same():
+    expected = evaluated([0, 1, 1])
+    layers._recordings._found.clear()
+    assert not torch.equal(evaluated([0, 1, 0]), expected)
+    assert torch.equal(evaluated([0, 1, 1]), expected) and torch.equal(evaluated([0, 1, 1]), expected)
+
+
+def test_layers_whose_vectors_would_be_copied_are_left():
+    assert evaluated([0, 1, 1], spread=True) is None and not layers._recordings._found
+
+
+def test_tuning_keeps_all_outputs_of_a_pointwise_gradient_in_a_tile(monkeypatch):
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "_found", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda attempt, tile, device: tile.depth)
+    x, device = torch.zeros(9, 64), tiles.DEVICES[9, 0]
+    of = tiles.product(x, 48, 1, 1)._replace(device=device, precision="tf32")
+    tile = tiles.grad_x_pointwise(of)
+    assert tuning.tuned(tile, lambda tile: None, "grad_x_pointwise", x, of).depth == tile.depth >= 48

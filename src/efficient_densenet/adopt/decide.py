@@ -197,6 +197,7 @@ def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x:
     if last is not None and last.device == device and last.unchanged.holds(roots, own_hooks):
         modules, known, types = [roots[0], *last.unchanged.others], last.known, last.types
     else:
+        adoption.last = None
         modules, tensors, found = conditions(roots)
         if hooked(modules[1:] if own_hooks else modules):
             return Decision(RECOMPUTE, "there are hooks on modules inside it, which must take effect")

@@ -65,7 +65,7 @@ class Norms:
             inverse, scale, shift = self.folded.vectors[:, first:end].unbind()
             constants = self.norms[i].constants
             mean = self.statistics(*self.sources[i]).mean if constants is None else constants.mean
-            self.affines[i] = Affine(mean.to(self.means.dtype), inverse, scale, shift)
+            self.affines[i] = Affine(mean.to(self.means.dtype).contiguous(), inverse, scale, shift)
         return self.affines[i]
 
     def statistics(self, start: int, stop: int) -> Statistics:

@@ -55,8 +55,8 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device, by_li
 
 
 def held_values(like: Tensor) -> int:
-    """How many values of pieces like `like`, and of their gradients, may wait for their second use: of two pieces."""
-    return 4 * _values(like.dtype, like.device)
+    """How many values of pieces like `like` may wait for their second use: two pieces."""
+    return 2 * _values(like.dtype, like.device)
 
 
 def _values(dtype: torch.dtype, device: torch.device) -> int:

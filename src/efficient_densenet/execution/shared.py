@@ -79,7 +79,7 @@ def _run(
         return _finished(ready.run(x, contiguous), plan, modules, channels_last)
     x, weights, biases = _convolutions(x, plan, modules)
     norms = _norms(x, plan, modules)
-    if any(norms.uses_batch):
+    if ready is not None and (any(norms.uses_batch) or not _are_held(plan, modules)):
         ready = None
     if plan.entry is not None:
         blur = plan.blur
@@ -179,6 +179,20 @@ def takes_types(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> bool:
         if types and not single and types != {activations}:
             return False
     return True
+
+
+def _are_held(plan: Plan, modules: Sequence[nn.Module]) -> bool:
+    """Whether all tensors are found by their names, and not by a property, which may find another at the next call."""
+    named = [
+        *[(part, names) for part, names, *_ in plan.convolutions],
+        *[(norm.part, norm.names) for norm in plan.norms],
+    ]
+    return all(
+        getattr(modules[part], name, None) is _held(modules[part], name)
+        for part, names in named
+        for name in names
+        if name is not None
+    )
 
 
 def _held(module: nn.Module, name: Any) -> Tensor | None:

@@ -13,6 +13,8 @@ from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of
 from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
 
+_MOST_KEPT = 32  # of the sizes of images that were met
+
 
 def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
     """Whether all convolutions are kernels of ours."""
@@ -22,7 +24,7 @@ def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool
     if memo.get(key) is not loaded:
         if not all(own_convolution(x, reader.weight) for reader in readers):
             return False
-        memo[key] = loaded
+        _remember(memo, key, loaded)
     return True
 
 
@@ -49,7 +51,7 @@ def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[
     if key not in layers.memo:
         made, alive = _readers(layers)
         if not alive:  # copies, of values that may change
-            layers.memo[key] = made
+            _remember(layers.memo, key, made)
     else:
         made = layers.memo[key]
     readers = type(made).from_buffer_copy(made)  # other threads may run the same layers
@@ -63,6 +65,12 @@ def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[
         rows_of(features), layers.width, readers, count, layers.per_layer,
         *_lines(layers.statistics), *_lines(layers.folded),
     ), alive  # fmt: skip
+
+
+def _remember(memo: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memo) >= _MOST_KEPT:
+        memo.clear()
+    memo[key] = value
 
 
 def _readers(layers: Layers) -> tuple[ctypes.Array[library.Reader], list[Tensor]]:

@@ -338,6 +338,7 @@ class Product:
         of_norm: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """As `grad_x`, of a 1×1 window without a pool and at most `tile.depth` outputs."""
+        assert self.outputs <= tile.depth
         grad_x, grad_x_stride = launch.matrix(grad_x)
         column_blocks = launch.ceil_div(self.channels, tile.columns)
         most = max(1, 2 * self.of.device.programs // column_blocks)  # they are small: four on a multiprocessor

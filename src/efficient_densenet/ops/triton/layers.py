@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,67 +16,74 @@ from efficient_densenet.ops.triton.backward import ParameterGradients
 from efficient_densenet.ops.triton.recording import Recording, Recordings, layout, overlap
 
 _recordings = Recordings()
-_left: set[Hashable] = set()
-"""Layers of which one cannot start."""
 
 
 def run(layers: Layers, fold: bool, measure: bool) -> int:
     block = _Block(layers)
-    given = [*block.tensors, *_present(layers.bottlenecks)]
+    tensors: list[Tensor | None] = [*block.tensors, *layers.bottlenecks]
     if fold:
-        given += [vector for reader in layers.readers for vector in (reader.norm_weight, reader.norm_bias)]
-        given += [reader.constants.variance for reader in layers.readers if reader.constants]
-    return _replayed((fold, measure), block, given, lambda: block.forward(fold, measure))
+        tensors += [vector for reader in layers.readers for vector in (reader.norm_weight, reader.norm_bias)]
+        tensors += [reader.constants.variance for reader in layers.readers if reader.constants]
+    return _replayed((fold, measure), block, tensors, lambda: block.forward(fold, measure))
 
 
 def run_backward(layers: Layers, operands: LayersBackward) -> int:
-    block = _Block(layers)
-    given = [
-        *(*block.tensors, *_present(layers.bottlenecks), operands.grad, operands.grad_bottleneck, operands.values),
-        *_present([operands.through, *operands.grad_weights]),
-        operands.grad_norms,
+    block = _Block(layers, operands.start)
+    tensors = [
+        *(*block.tensors, *layers.bottlenecks, operands.grad, operands.grad_bottleneck, operands.values),
+        *(operands.through, *operands.grad_weights, operands.grad_norms),
     ]
-    key = operands.start, operands.made_again, operands.used, operands.through is None
-    wanted = tuple([grad is None for grad in operands.grad_weights])
-    return _replayed((key, wanted), block, given, lambda: block.backward(operands))
+    key = operands.start, operands.made_again, operands.used
+    return _replayed(key, block, tensors, lambda: block.backward(operands))
 
 
-def _replayed(key: Any, block: _Block, given: Sequence[Tensor], launches: Callable[[], Iterator[list[partial]]]) -> int:
-    """Start the launches of all layers as recorded, or record them; returns how many layers are done."""
+def _replayed(
+    key: Any, block: _Block, tensors: Sequence[Tensor | None], launches: Callable[[], Iterator[list[partial]]]
+) -> int:
+    """Start the launches of all layers as recorded, or record them; returns how many layers are done.
+
+    Args:
+        tensors: all that the launches work on, besides scratch, in an order that says what is what.
+    """
     layers, device = block.layers, block.features.device
-    given = list({id(x): x for x in given}.values())  # layers may share a bottleneck output
+    given = list({id(x): x for x in tensors if x is not None}.values())  # layers may share a bottleneck output
     numbers = {id(x): i for i, x in enumerate(given)}
     key = (
         *(key, layers.width, layers.per_layer, tiles.precision(layers.features), device, tiles.device_of(device)),
         layout(given),
-        tuple([None if x is None else numbers[id(x)] for x in layers.bottlenecks]),
+        tuple([None if x is None else numbers[id(x)] for x in tensors]),
         tuple([(reader.eps, reader.first, reader.constants is None) for reader in layers.readers]),
     )
     found = _recordings.get(key)
     if found is not None:
-        with launch.on(device):
-            found.start(given)
+        if found.operations:
+            with launch.on(device):
+                found.start(given)
         return found.operations
-    if key in _left or overlap(given):
-        return 0
+    if overlap(given) or not all(map(Tensor.is_contiguous, block.vectors)):
+        return 0  # vectors would be copied, which is no launch
     recording = Recording(given)
     try:
         for of_layer in launches():
             recording.add(of_layer)
     except launch.CannotStart:  # operation by operation it will be found out which one, and why
-        _left.add(key)
+        _recordings.keep(key, Recording(()))
     else:
         _recordings.keep(key, recording)
     return recording.operations
 
 
 class _Block:
-    """What every reader of the layers has in common; and the launches, layer by layer."""
+    """What every reader of the layers from layer `start` on has in common; and the launches, layer by layer."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, start: int = 0) -> None:
         self.layers, self.features = layers, layers.features
-        dtype = layers.features.dtype
-        self.weights = [launch.packed(reader.weight, dtype) for reader in layers.readers]
+        before, dtype = start * layers.per_layer, layers.features.dtype
+        self.weights = [
+            launch.packed(reader.weight, dtype) if i >= before else reader.weight
+            for i, reader in enumerate(layers.readers)
+        ]
+        self.vectors = [x for r in layers.readers for x in (r.norm_weight, r.norm_bias, *(r.constants or ()))]
         self.means = [reader.constants.mean for reader in layers.readers if reader.constants]
         self.tensors = [self.features, layers.statistics, layers.folded, *self.weights, *self.means]
         self.count = len(layers.readers) // layers.per_layer
@@ -175,7 +182,3 @@ class _Block:
         count = x.shape[-1]
         mean, through = self.layers.statistics[0].narrow(0, first, count), operands.through.narrow(1, first, count)
         moments.finish(grad, x, mean, through, operands.values, grad)
-
-
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x for x in tensors if x is not None]

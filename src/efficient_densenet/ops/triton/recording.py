@@ -9,6 +9,7 @@ to the next one. Launches on tensors that lie where others lay before are a CUDA
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
@@ -20,8 +21,9 @@ from torch import Tensor
 from efficient_densenet.ops.triton import launch
 
 _MOST = 256  # recordings; each new size of the images makes some
-_MOST_GRAPHS = 4  # of a recording
-_MOST_SEEN = 16  # addresses of a recording
+_MOST_GRAPHS = 4  # of a recording; more places where tensors lie take turns only where nothing repeats
+_MOST_CAPTURES = 32  # of a recording: to capture takes longer than to launch
+_MOST_SEEN = 16  # places where the tensors of a recording lay
 _ALIGNMENT = 512  # of scratch, as of what PyTorch allocates
 
 
@@ -48,12 +50,13 @@ class Recording:
         self._scratch = 0
         self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
+        self._captures = 0
         self.operations = 0
 
     def add(self, operation: Iterable[functools.partial]) -> None:
         """Take in the launches of an operation, as `launch.operation` gives them."""
         self.operations += 1
-        begins: dict[int, int] = {}
+        offsets: dict[int, int] = {}
         size = 0
         for started in operation:
             pointers, arguments = [], list(started.args)
@@ -66,10 +69,10 @@ class Recording:
                     offset = address - self._given[number].start
                 else:
                     storage = argument.untyped_storage()
-                    if storage.data_ptr() not in begins:
-                        begins[storage.data_ptr()] = size
+                    if storage.data_ptr() not in offsets:
+                        offsets[storage.data_ptr()] = size
                         size += launch.ceil_div(storage.nbytes(), _ALIGNMENT) * _ALIGNMENT
-                    offset = begins[storage.data_ptr()] + address - storage.data_ptr()
+                    offset = offsets[storage.data_ptr()] + address - storage.data_ptr()
                 pointers.append(Pointer(i, number, offset, argument.dtype))
                 arguments[i] = None  # or the tensor would live on
             self._launches.append((functools.partial(started.func, **started.keywords), arguments, pointers))
@@ -104,18 +107,23 @@ class Recording:
         """The launches on these addresses as a graph, from the second time on that they are asked for."""
         if torch.cuda.is_current_stream_capturing():  # a graph of somebody else's gets the launches themselves
             return None
-        graph = self._graphs.get(addresses)
-        if graph is None and addresses in self._seen:
-            graph = self._graphs[addresses] = self._captured(addresses)
-            while len(self._graphs) > _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._seen[addresses] = None
-        while len(self._seen) > _MOST_SEEN:
-            self._seen.popitem(last=False)
+        with _lock:
+            graph = self._graphs.get(addresses)
+            if graph is not None:
+                self._graphs.move_to_end(addresses)
+            elif addresses in self._seen and self._captures < _MOST_CAPTURES:
+                graph = self._graphs[addresses] = self._captured(addresses)
+                self._captures += 1
+                while len(self._graphs) > _MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+            else:
+                self._seen[addresses] = None
+                while len(self._seen) > _MOST_SEEN:
+                    self._seen.popitem(last=False)
         return graph
 
     def _captured(self, addresses: Sequence[int]) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -125,6 +133,15 @@ class Recording:
         return graph
 
 
+_lock = threading.Lock()  # the backward pass has threads of its own
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """On which graphs are captured: nothing else runs there."""
+    return torch.cuda.Stream(device)
+
+
 class Recordings:
     """The latest recordings, by what decides on the launches."""
 
@@ -132,15 +149,17 @@ class Recordings:
         self._found: OrderedDict[Hashable, Recording] = OrderedDict()
 
     def get(self, key: Hashable) -> Recording | None:
-        found = self._found.get(key)
-        if found is not None:
-            self._found.move_to_end(key)
-        return found
+        with _lock:
+            found = self._found.get(key)
+            if found is not None:
+                self._found.move_to_end(key)
+            return found
 
     def keep(self, key: Hashable, recording: Recording) -> None:
-        self._found[key] = recording
-        while len(self._found) > _MOST:
-            self._found.popitem(last=False)
+        with _lock:
+            self._found[key] = recording
+            while len(self._found) > _MOST:
+                self._found.popitem(last=False)
 
 
 def layout(given: Sequence[Tensor]) -> tuple[Hashable, ...]:
@@ -161,7 +180,7 @@ def _extent(x: Tensor) -> range:
 
 
 def _at(x: Tensor, pointer: Pointer) -> Tensor:
-    """What begins so many bytes behind the begin of a tensor, for the interpreter, which wants no addresses."""
+    """What offsets so many bytes behind the begin of a tensor, for the interpreter, which wants no addresses."""
     if x.dtype != pointer.dtype:
         return x[pointer.offset :].view(pointer.dtype)
     return x.as_strided((1,), (1,), x.storage_offset() + pointer.offset // x.element_size())

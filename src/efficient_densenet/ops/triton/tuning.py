@@ -29,7 +29,8 @@ def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, o
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():
             return default
-        _found[key] = min(_around(default), key=lambda tile: _milliseconds(attempt, tile, x.device))
+        tiles = [tile for tile in _around(default) if name != "grad_x_pointwise" or tile.depth >= of.outputs]
+        _found[key] = min(tiles, key=lambda tile: _milliseconds(attempt, tile, x.device))
     return _found[key]
 
 
