@@ -106,3 +106,14 @@ def test_volumes_take_a_quarter_of_the_memory():
 def test_conversion_takes_less_than_two_seconds():
     for records in sections("adoption", "conversion"):
         assert all(max(record["seconds"]) <= 2 for record in records)
+
+
+def test_what_is_planned_is_within_a_tenth_of_what_a_step_takes():
+    for records in sections("planner", "peaks"):
+        assert all(abs(record["planned"] / record["measured"] - 1) <= 0.1 for record in records)
+
+
+def test_gradients_in_float32_are_no_further_from_float64_than_the_ordinary_networks():
+    for records in sections("exactness", "every-type"):
+        found = {r["contender"]: r["gradient"] for r in records if r["dtype"] == "float32"}
+        assert max(found.values()) <= max(found["ordinary"], found["ordinary-channels-last"])
