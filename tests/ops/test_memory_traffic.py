@@ -74,7 +74,7 @@ def test_recomputing_moves_less_than_plain_pytorch_on_the_buffer(dtype, kernel):
 def test_a_gpu_without_kernels_is_better_off_recomputing(is_cuda, supported, slower, monkeypatch):
     monkeypatch.setattr(ops.triton, "supports", lambda x: supported)
     monkeypatch.setattr(ops.cpu, "supports", lambda x: False)
-    x = SimpleNamespace(is_cuda=is_cuda)
+    x = SimpleNamespace(is_cuda=is_cuda, numel=lambda: 1)
     assert (ops.slower_than_recomputing(x) is not None) == slower
     with ops.plain_pytorch():  # asked for, to compare with
         assert ops.slower_than_recomputing(x) is None

@@ -67,6 +67,9 @@ class Activations(SimpleNamespace):
     def __init__(self, dtype=torch.bfloat16):
         super().__init__(is_cuda=True, device=GPU, dtype=dtype)
 
+    def numel(self):
+        return 1
+
 
 def obstacle(kind="bfloat16"):
     with warnings.catch_warnings():
