@@ -46,7 +46,7 @@ def run(
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
     ``"features"`` the features alone, ``"inputs"`` only `x`; but the features too where no transition follows, which
-    somebody else or the head needs. A stem keeps `x`. Gradients of gradients are refused.
+    somebody else or the head needs. A stem keeps `x`, see `stem`. Gradients of gradients are refused.
 
     Args:
         x: its input.
