@@ -21,14 +21,14 @@ from torch import Tensor
 from efficient_densenet.ops.triton import launch
 
 _MOST = 256  # recordings; each new size of the images makes some
-_MOST_GRAPHS = 4  # of a recording; more places where tensors lie take turns only where nothing repeats
+_MOST_GRAPHS = 4  # of a recording; a training step gets the same few places again and again
 _MOST_CAPTURES = 32  # of a recording: to capture takes longer than to launch
 _MOST_SEEN = 16  # places where the tensors of a recording lay
 _ALIGNMENT = 512  # of scratch, as of what PyTorch allocates
 
 
 class Pointer(NamedTuple):
-    """Which argument of a launch points where: so many bytes behind the begin of a tensor, or of the scratch."""
+    """Which argument of a launch points where: so many bytes behind the start of a tensor, or of the scratch."""
 
     argument: int
     tensor: int  # its number among those given; the scratch comes after the last
@@ -40,8 +40,8 @@ class Recording:
     """Launches of some operations, one after the other.
 
     Args:
-        given: the tensors that will be others at the next time, none of which overlaps with another. What else the
-            launches work on is scratch: nobody reads it after its operation.
+        given: the tensors that will be others at the next time, none of which overlaps with another now, while it is
+            recorded. What else the launches work on is scratch: nobody reads it after its operation.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -180,7 +180,7 @@ def _extent(x: Tensor) -> range:
 
 
 def _at(x: Tensor, pointer: Pointer) -> Tensor:
-    """What offsets so many bytes behind the begin of a tensor, for the interpreter, which wants no addresses."""
+    """What begins so many bytes behind the start of a tensor, for the interpreter, which wants no addresses."""
     if x.dtype != pointer.dtype:
         return x[pointer.offset :].view(pointer.dtype)
     return x.as_strided((1,), (1,), x.storage_offset() + pointer.offset // x.element_size())
