@@ -75,6 +75,11 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, capsys):
     assert "Traceback" not in error and error.count("\n") == 1
 
 
+def test_a_model_without_anything_dense(capsys):
+    assert main(["inspect", "torch.nn:Linear", "--set", "in_features=4", "out_features=2", "--image", "3,4"]) == 0
+    assert capsys.readouterr().out == "Nothing in this model looks like a part of a DenseNet.\n"
+
+
 @pytest.mark.parametrize("image", ["3", "3,0,4", "a,b"])
 def test_shapes_that_are_none(image, capsys):
     with pytest.raises(SystemExit) as caught:
