@@ -64,6 +64,7 @@ def test_parts_that_a_model_calls_one_by_one_are_no_promise(capsys):
         ("torchvision:densenet121 --image 1,224,224", "does not run on an image of 1×224×224"),
         ("torchvision:densenet121 --image 3,8,8", "does not run on an image of 3×8×8"),
         ("torchvision:resnet18_", "was not found"),
+        ("./nets.py:Net", "./nets.py cannot be imported"),
         ("math:sqrt --set x=3", "could not be built"),
         ("collections:OrderedDict", "which is no torch.nn.Module"),
     ],
