@@ -223,7 +223,8 @@ class Passes(ABC):
     ) -> list[Tensor]:
         _check(grad_output, x, packed, *arguments)
         given = Given(list(grad_output), list(x), list(packed))
-        return self.backward(given, need_x, need_weights, self.arguments(*arguments))
+        made = self.backward(given, need_x, need_weights, self.arguments(*arguments))
+        return [gradient.clone() if _shares_memory(gradient) else gradient for gradient in made]
 
     def _backward_fake(
         self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *given_arguments: Any
@@ -358,6 +359,11 @@ def _watched() -> bool:
 def is_observed() -> bool:
     """Whether somebody watches or transforms single operations, or wants derivatives in forward mode."""
     return _watched() or forward_ad._current_level >= 0
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether it is a part of a larger tensor, as an operator's result must not be."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 
 def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:
