@@ -43,13 +43,13 @@ class RunningAverages:
                 rounds.append({one.norm.part: one})
         self._rounds = [_Round([*some.values()]) for some in rounds]
 
-    @torch.no_grad()
     def move(self, statistics: Tensor, count: Tensor) -> None:
         """By the statistics ``(2, channels)`` of a batch, of so many values for each channel."""
         if self._rounds:
-            unbiased = count / (count - 1)
-            for some in self._rounds:
-                some.move(statistics, unbiased)
+            with torch.no_grad():
+                unbiased = count / (count - 1)
+                for some in self._rounds:
+                    some.move(statistics, unbiased)
 
 
 class _Round:

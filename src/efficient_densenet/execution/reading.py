@@ -81,27 +81,33 @@ def read(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> Reading:
     return found._replace(averages=RunningAverages(moving))
 
 
-def takes_types(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> bool:
-    """Whether the ordinary convolutions and norms take tensors of these types, for activations that begin with `x`."""
-    casts = casts_automatically(x)
-    activations = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+class Activations(NamedTuple):
+    """The type that a network's activations have, and whether autocast gives it to them."""
+
+    dtype: torch.dtype
+    cast: bool
+
+
+def activations(x: Tensor) -> Activations:
+    """Those that begin with `x`."""
+    device = x.device.type
+    cast = device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return Activations(torch.get_autocast_dtype(device) if cast else x.dtype, cast)
+
+
+def takes(kind: Activations, plan: Plan, modules: Sequence[nn.Module]) -> bool:
+    """Whether the ordinary convolutions and norms take such activations, by the types of their tensors."""
     for part, names, *_ in plan.convolutions:
-        held = [named_tensor(modules[part], name) for name in names]
-        if not casts and any(tensor is not None and tensor.dtype != x.dtype for tensor in held):
+        tensors = [named_tensor(modules[part], name) for name in names]
+        if not kind.cast and any(tensor is not None and tensor.dtype != kind.dtype for tensor in tensors):
             return False
     for norm in plan.norms:
-        held = [named_tensor(modules[norm.part], name) for name in norm.names]
-        types = {tensor.dtype for tensor in held if tensor is not None}
-        single = types == {torch.float32} and activations in (torch.float16, torch.bfloat16)
-        if types and not single and types != {activations}:
+        tensors = [named_tensor(modules[norm.part], name) for name in norm.names]
+        types = {tensor.dtype for tensor in tensors if tensor is not None}
+        single = types == {torch.float32} and kind.dtype in (torch.float16, torch.bfloat16)
+        if types and not single and types != {kind.dtype}:
             return False
     return True
-
-
-def casts_automatically(x: Tensor) -> bool:
-    """Whether autocast would cast the arguments of a convolution of `x`."""
-    device = x.device.type
-    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def are_named(plan: Plan, modules: Sequence[nn.Module]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stage, stem
-from efficient_densenet.execution.reading import Reading
+from efficient_densenet.execution.reading import Activations, Reading
 
 
 class Ready:
@@ -16,12 +16,14 @@ class Ready:
 
     Attributes:
         reading: what was read off the modules; None: there is none so far.
+        taken: whether the modules take such activations.
         engine: what a call without gradients runs; likewise.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """Of modules with these tensors, which live as long."""
         self._own = {id(tensor) for tensor in tensors}
+        self.taken: dict[Activations, bool] = {}
         self.reading: Reading | None = None
         self.engine: stage.Stage | stem.Stem | None = None
 

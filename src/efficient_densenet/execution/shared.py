@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import Passes, cast_together, is_observed
+from efficient_densenet.execution.operators import Passes, cast_one_by_one, is_observed
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
+    activations,
     are_named,
     arranged,
-    casts_automatically,
     named_tensor,
     read,
     sync_group,
@@ -74,28 +74,27 @@ def _run(
     label: str,
     ready: Ready | None,
 ) -> Tensor:
-    compiling, casts, graph = torch.compiler.is_compiling(), casts_automatically(x), torch.is_grad_enabled()
+    compiling, graph, kind = torch.compiler.is_compiling(), torch.is_grad_enabled(), activations(x)
     if compiling or is_observed():
         ready = None
     contiguous = not (channels_last or plan.output)
-    if ready is not None and ready.engine is not None and not (graph or casts):
+    if ready is not None and ready.engine is not None and not (graph or kind.cast):
         return _finished(ready.run(x, contiguous), plan, modules, channels_last)
     found = None if ready is None else ready.reading
     if found is None:
         found = read(x, plan, modules)
         if ready is not None and ready.owns(found.tensors) and are_named(plan, modules):
             ready.reading = found
-    x, weights, biases = _cast(x, found.weights, found.biases) if casts else (x, found.weights, found.biases)
+    x, cast = (x.to(kind.dtype), kind.dtype) if kind.cast else (x, None)
     # Copies, for a later training step may move the originals.
     constants = [constant.clone() for constant in found.constants] if graph else found.constants
     group = sync_group([modules[norm.part] for norm in plan.norms])
-    parameters = found.norm_weights, found.norm_biases, weights, biases
     passes: Passes
     arguments: StemArguments | StageArguments
     if plan.entry is not None:
         passes, operator, blur = run_stem, stem_forward, plan.blur
         arguments = StemArguments(
-            *parameters,
+            *found[:4],
             constants,
             [] if blur is None else [getattr(modules[blur.part], blur.name).to(x.dtype)],
             found.uses_batch,
@@ -109,7 +108,7 @@ def _run(
         passes, operator = run_stage, stage_forward
         masks, scales = _masks(x, plan, modules, channels_last)
         arguments = StageArguments(
-            *parameters,
+            *found[:4],
             masks,
             constants,
             found.uses_batch,
@@ -122,20 +121,16 @@ def _run(
             keep if plan.layers and graph else "inputs",  # without layers, the features are the input
             "" if group is None else group.group_name,
         )
-    constant = not (graph or casts or any(found.uses_batch))
-    if constant and ready is not None and ready.reading is found and ready.owns(passes.tensors(arguments)):
-        ready.engine = arguments.engine()
-    output, statistics, count, *_ = operator(x, *arguments) if compiling else passes(x, arguments)
+    known, constant = False, not (graph or kind.cast or any(found.uses_batch))
+    if ready is not None and ready.reading is found:
+        known = True
+        if constant and ready.owns(passes.tensors(arguments)):
+            ready.engine = arguments.engine()
+    made = operator(x, *cast_one_by_one(arguments, cast)) if compiling else passes(x, arguments, cast, known)
+    output, statistics, count, *_ = made
     label_backward(output, label)
     found.averages.move(statistics, count)
     return _finished(output, plan, modules, channels_last)
-
-
-def _cast(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """In the type that autocast asks for."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    cast = cast_together([*weights, *biases], dtype)
-    return x.to(dtype), cast[: len(weights)], cast[len(weights) :]
 
 
 def _finished(output: Tensor, plan: Plan, modules: Sequence[nn.Module], channels_last: bool) -> Tensor:
