@@ -126,8 +126,8 @@ public:
       if (i && b.constant && width <= b.used) { // the features of the layer whose turn is next
         Index channels = reader(i - 1).convolution.outputs, from = width - channels;
         Matrix<E> next{grad.data + from, grad.ld};
-        Through through(b, layers, {features.data + from, features.ld}, from, channels);
-        finish(next, through.flow(), grid_of(reader(0).convolution).rows(), channels, next, threads);
+        Through of_next(b, layers, {features.data + from, features.ld}, from, channels);
+        finish(next, of_next.flow(), grid_of(reader(0).convolution).rows(), channels, next, threads);
       }
     }
     return static_cast<int>(done);
