@@ -76,16 +76,18 @@ void weight_gradient_of_any(Matrix<E> grad, Matrix<E> x, const Grid &grid, const
   });
 }
 
-// False, and nothing of use is done, where a result may not be right.
+// False, and nothing of use is done, where a result may not be right. `flow` is subtracted from the gradient first.
 template <bool kAdd, class E>
-bool convolve_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale,
-                       const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
-                       int threads) {
+bool convolve_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, const Grid &grid, const Weight<E> &weight,
+                       const float *scale, const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight,
+                       double *sums, int threads) {
   if (grid.window == 1) {
-    pointwise_backward<Operand<E>, kAdd>(grad, x, grid.rows(), weight, scale, shift, mean, grad_x, grad_weight, sums,
-                                         threads);
+    pointwise_backward<Operand<E>, kAdd>(grad, flow, x, grid.rows(), weight, scale, shift, mean, grad_x, grad_weight,
+                                         sums, threads);
     return true;
   }
+  if (flow.x.data)
+    finish(grad, flow, grid.rows(), weight.out, grad, threads);
   if (!is_finite(weight, weight.data, threads))
     return false;
 #if PAIRS

@@ -53,6 +53,22 @@ template <class E> class Block {
                     threads);
   }
 
+  // What flows through the statistics of some channels, as all of their readers have gathered it.
+  struct Through {
+    Matrix<E> x{};
+    const S *mean = nullptr;
+    std::vector<S> constant, slope;
+    Through() = default;
+    Through(const LayersBackward &b, const Layers &layers, Matrix<E> x, Index first, Index channels)
+        : x(x), mean(vector(layers.means) + first), constant(channels), slope(channels) {
+      for (Index c = 0; c < channels; ++c) {
+        constant[c] = vector(b.constant)[first + c] / *vector(b.values);
+        slope[c] = vector(b.slope)[first + c] / *vector(b.values);
+      }
+    }
+    Flow<E> flow() const { return {x, mean, constant.data(), slope.data()}; }
+  };
+
 public:
   Block(const Layers &layers, int threads) : layers(layers), threads(threads) {}
 
@@ -91,25 +107,27 @@ public:
       const Reader *last = &reader(i);
       width -= last->convolution.outputs, at -= last->convolution.inputs;
       Matrix<E> grad_made{grad.data + width, grad.ld};
+      Through through; // what is still to be subtracted from it
       if (layers.per_layer == 2) {
         const Reader &first = reader(i - 1);
         Index channels = last->convolution.inputs, before = at - first.convolution.inputs;
         Matrix<E> grad_bottleneck{static_cast<E *>(b.grad_bottleneck), channels};
         if (b.made_again && !run(i - 1, before, width, nullptr))
           return static_cast<int>(done);
-        if (!differentiate<false>(i, at, grad_made, grad_bottleneck, b))
+        if (!differentiate<false>(i, at, grad_made, through, grad_bottleneck, b))
           return static_cast<int>(done);
         if (b.constant && !last->mean)
-          subtract(b, grad_bottleneck, source(i), last->first, channels);
+          through = Through(b, layers, source(i), last->first, channels);
         grad_made = grad_bottleneck;
         at = before, --i;
       }
-      if (!differentiate<true>(i, at, grad_made, grad, b))
+      if (!differentiate<true>(i, at, grad_made, through, grad, b))
         return static_cast<int>(done);
       if (i && b.constant && width <= b.used) { // the features of the layer whose turn is next
         Index channels = reader(i - 1).convolution.outputs, from = width - channels;
         Matrix<E> next{grad.data + from, grad.ld};
-        subtract(b, next, {features.data + from, features.ld}, from, channels);
+        Through of_next(b, layers, {features.data + from, features.ld}, from, channels);
+        finish(next, of_next.flow(), grid_of(reader(0).convolution).rows(), channels, next, threads);
       }
     }
     return static_cast<int>(done);
@@ -118,30 +136,20 @@ public:
 private:
   // Backward through reader `i`, and the gradients of its norm.
   template <bool kAdd>
-  bool differentiate(Index i, Index at, Matrix<E> grad_made, Matrix<E> grad_source, const LayersBackward &b) const {
+  bool differentiate(Index i, Index at, Matrix<E> grad_made, const Through &through, Matrix<E> grad_source,
+                     const LayersBackward &b) const {
     const Reader &r = reader(i);
     const Convolution &c = r.convolution;
     Norm n = norm(i, at);
     std::vector<double> sums(2 * c.inputs);
-    if (!convolve_backward<kAdd>(grad_made, source(i), grid_of(c), weight_of<E>(c, r.weight), n.scale, n.shift, n.mean,
-                                 grad_source, static_cast<E *>(r.grad_weight), sums.data(), threads))
+    if (!convolve_backward<kAdd>(grad_made, through.flow(), source(i), grid_of(c), weight_of<E>(c, r.weight), n.scale,
+                                 n.shift, n.mean, grad_source, static_cast<E *>(r.grad_weight), sums.data(), threads))
       return false;
     bool flows = b.constant && !r.mean;
     norm_gradients(n.inverse, n.scale, sums.data(), c.inputs, vector(b.grad_norm_weight) + at,
                    vector(b.grad_norm_bias) + at, flows ? vector(b.constant) + r.first : nullptr,
                    flows ? vector(b.slope) + r.first : nullptr);
     return true;
-  }
-
-  // From `grad` what flows through the statistics of these channels.
-  void subtract(const LayersBackward &b, Matrix<E> grad, Matrix<E> x, Index first, Index channels) const {
-    std::vector<S> constant(channels), slope(channels);
-    for (Index c = 0; c < channels; ++c) {
-      constant[c] = vector(b.constant)[first + c] / *vector(b.values);
-      slope[c] = vector(b.slope)[first + c] / *vector(b.values);
-    }
-    finish(grad, x, grid_of(reader(0).convolution).rows(), channels, vector(layers.means) + first, constant.data(),
-           slope.data(), grad, threads);
   }
 };
 

@@ -55,6 +55,7 @@ template <class E> struct Matrix {
   E *data;
   Index ld;
 };
+template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
 
 // Rows that are summed up in the type of computation before they go to double precision.
 constexpr Index kRowsPerSum = 32;

@@ -308,18 +308,28 @@ template <class E> struct FinishBody {
   }
 };
 
+// What flows through the statistics of channels whose values are `x`, for each value; nothing where `x` is null.
+template <class E> struct Flow {
+  Matrix<E> x;
+  const Compute<E> *mean, *constant, *slope;
+  Flow from(Index row) const { return {from_row(x, row), mean, constant, slope}; }
+};
+
+template <class E> void finish_rows(Matrix<E> grad, const Flow<E> &flow, Index rows, Index channels, Matrix<E> out) {
+  for (Index r = 0; r < rows; r += kTile)
+    for_channels<widest<E>()>(0, channels,
+                              FinishBody<E>{grad.data + r * grad.ld, grad.ld, flow.x.data + r * flow.x.ld, flow.x.ld,
+                                            out.data + r * out.ld, out.ld, rows - r < kTile ? rows - r : kTile,
+                                            flow.mean, flow.constant, flow.slope});
+}
+
 template <class E>
-void finish(Matrix<E> grad, Matrix<E> x, Index rows, Index channels, const Compute<E> *mean,
-            const Compute<E> *constant, const Compute<E> *slope, Matrix<E> out, int threads) {
+void finish(Matrix<E> grad, const Flow<E> &flow, Index rows, Index channels, Matrix<E> out, int threads) {
   int chunks = chunks_for(rows, rows * channels, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(rows, chunk, chunks);
-    for (Index r = range.begin; r < range.end; r += kTile) {
-      Index n = range.end - r < kTile ? range.end - r : kTile;
-      for_channels<widest<E>()>(0, channels,
-                                FinishBody<E>{grad.data + r * grad.ld, grad.ld, x.data + r * x.ld, x.ld,
-                                              out.data + r * out.ld, out.ld, n, mean, constant, slope});
-    }
+    finish_rows(from_row(grad, range.begin), flow.from(range.begin), range.size(), channels,
+                from_row(out, range.begin));
   });
 }
 

@@ -66,9 +66,9 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
 
 // `convolve_backward` for a window of 1, with operands of type T.
 template <class T, bool kAdd, class E>
-void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale,
-                        const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
-                        int threads) {
+void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index rows, const Weight<E> &weight,
+                        const float *scale, const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight,
+                        double *sums, int threads) {
   Index all = vectors_of(weight.in), ld = all * kW, depth = elements<T>(weight.out);
   // The prefix is made for a block of channels at a time, and many rows: the more rows, the less often the gradient of
   // the weight is read and written.
@@ -76,8 +76,10 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
   Steps steps(rows, block * kW, threads);
   Index step = steps.rows, count = steps.count;
   Buffer<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
+  bool finished = flow.x.data;
   // Where it consists of elements, the gradient of the output is used where it lies.
-  bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 && grad.ld % kScalars<T> == 0;
+  bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 &&
+                  (finished || grad.ld % kScalars<T> == 0);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   std::vector<Buffer<float>> weight_parts;
@@ -85,6 +87,7 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
     weight_parts.emplace_back(weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
     Buffer<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
+    Buffer<E> rest(finished ? step * weight.out : 0); // of the gradient, without what flows through the statistics
     Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
     if (grad_weight)
       std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
@@ -93,10 +96,14 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
       Matrix<E> grad_here = from_row(grad, first), x_here = from_row(x, first);
+      if (finished) {
+        finish_rows(grad_here, flow.from(first), here, weight.out, {rest.data(), weight.out});
+        grad_here = {rest.data(), weight.out};
+      }
       Accumulation<E, kAdd> accumulation{x_here, from_row(grad_x, first), scale, shift, mean,
                                          totals, totals + weight.in};
       const T *a = reinterpret_cast<const T *>(grad_here.data);
-      Index lda = grad.ld / kScalars<T>;
+      Index lda = grad_here.ld / kScalars<T>;
       if (!in_place) {
         fill_copy(grad_here, here, weight.out, depth, copy.data());
         a = copy.data(), lda = depth;
@@ -131,6 +138,8 @@ void pointwise_backward(Matrix<E> grad, Matrix<E> x, Index rows, const Weight<E>
                 fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
                 if (last)
                   fetch(grad, next, until, weight.out);
+                if (last && finished)
+                  fetch(flow.x, next, until, weight.out);
               }
               accumulation.fetch_tile(tile);
             },

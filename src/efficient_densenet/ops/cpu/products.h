@@ -108,8 +108,6 @@ template <class Work> void for_tiles(Index rows, Index most, const Work &work) {
   }
 }
 
-template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
-
 // A tile of a product: rows from `row` on, `count` channels from `first` on; its values, `width` from row to row.
 struct Tile {
   Index row;

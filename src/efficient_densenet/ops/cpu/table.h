@@ -59,8 +59,8 @@ template <class E> struct Functions {
   }
   static void finish(Rows grad, Rows x, Index rows, Index channels, const void *mean, const void *constant,
                      const void *slope, Rows out, int threads) {
-    LEVEL::finish(matrix(grad), matrix(x), rows, channels, vector(mean), vector(constant), vector(slope), matrix(out),
-                  threads);
+    LEVEL::finish(matrix(grad), Flow<E>{matrix(x), vector(mean), vector(constant), vector(slope)}, rows, channels,
+                  matrix(out), threads);
   }
 
 #if CONVOLUTIONS
@@ -73,8 +73,8 @@ template <class E> struct Functions {
   static int convolve_backward(Rows grad, Rows x, const Convolution *c, const void *weight, Affine norm, Rows grad_x,
                                int add, void *grad_weight, double *sums, int threads) {
     auto run = add ? LEVEL::convolve_backward<true, E> : LEVEL::convolve_backward<false, E>;
-    return run(matrix(grad), matrix(x), grid_of(*c), weight_of<E>(*c, weight), vector(norm.scale), vector(norm.shift),
-               vector(norm.mean), matrix(grad_x), static_cast<E *>(grad_weight), sums, threads);
+    return run(matrix(grad), {}, matrix(x), grid_of(*c), weight_of<E>(*c, weight), vector(norm.scale),
+               vector(norm.shift), vector(norm.mean), matrix(grad_x), static_cast<E *>(grad_weight), sums, threads);
   }
   static int run_layers(const Layers *layers, int fold, int measure, int threads) {
     return Block<E>(*layers, threads).forward(fold != 0, measure != 0);
