@@ -5,14 +5,15 @@ Where the processor has AMX, they are carried out by the processor here as well.
 
 from __future__ import annotations
 
-import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from operands import LEVELS
-from test_ops_cpu_arm import NATIVE, OPTIONS, SOURCES, run
+from plain_loops import COMPILER, OPTIONS, SOURCES, run
 
 from efficient_densenet.ops import cpu
 from efficient_densenet.ops.cpu.instructions import Instructions
@@ -29,10 +30,10 @@ library.instructions_of = lambda _: (Instructions.AMX, Instructions.AMX)
 import pytest, torch
 torch.set_num_threads(3)
 failed = pytest.main(["-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", *sys.argv[2:]])
-print("products in software:", software.amx_products(), "threads that use registers:", software.amx_set_up())
+print(f"products in software: {software.amx_products()}, threads that use registers: {software.amx_set_up()}")
 sys.exit(failed)
 """
-# One instruction after the other, of which the last one is wrong.
+# A product that the processor would refuse, for the reason whose first letter the argument has.
 MISUSE = """
 extern "C" long amx_products();
 int main(int, char **arguments) {
@@ -50,15 +51,13 @@ int main(int, char **arguments) {
   asm volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(memory), "r"(distance) : "memory");
   if (arguments[1][0] == 'u')
     asm volatile("tilezero %tmm3");
-  if (arguments[1][0] == 't')
-    asm volatile("tdpbf16ps %tmm1, %tmm1, %tmm0");
   asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0");
   return amx_products() != 1;
 }
 """
 
 pytestmark = pytest.mark.skipif(
-    NATIVE is None or sys.platform != "linux" or max(LEVELS, default=0) < Instructions.AVX512_BF16,
+    COMPILER is None or sys.platform != "linux" or max(LEVELS, default=0) < Instructions.AVX512_BF16,
     reason="needs g++, Linux, and what these kernels use beside AMX: AVX-512 with bfloat16",
 )
 in_software = Instructions.AMX not in LEVELS
@@ -74,23 +73,50 @@ def kernels():
 def software(tmp_path_factory):
     library = tmp_path_factory.mktemp("amx") / "amx_in_software.so"
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
-    subprocess.run([NATIVE, *options, SOFTWARE, "-o", library], check=True)
+    subprocess.run([COMPILER, *options, SOFTWARE, "-o", library], check=True)
     return library
 
 
 def test_kernels_against_plain_loops(tmp_path, software):
     harness = tmp_path / "harness"
-    subprocess.run([NATIVE, *OPTIONS, software, kernels(), f"-Wl,-rpath,{SOURCES}", "-Wl,--no-as-needed", "-o", harness], check=True)
-    run([harness, "4"])
+    linked = ["-Wl,--no-as-needed", software, kernels(), f"-Wl,-rpath,{software.parent}:{SOURCES}"]
+    subprocess.run([COMPILER, *OPTIONS, *linked, "-o", harness], check=True)
+    said = run([harness, str(int(Instructions.AMX))])
+    products = int(re.search(r"(\d+) products in software, 0 threads", said)[1])
+    assert (products > 0) == in_software
 
 
-@pytest.mark.skipif(not in_software, reason="the processor has AMX, and every other test uses it")
+@pytest.mark.skipif(not in_software, reason="the processor has AMX, and all other tests use it")
 def test_what_other_tests_say_of_every_level(software):
-    """Also what few values, and values that are not finite, may change, and whole networks."""
+    """What is not finite goes where it must and nowhere else; and networks are as near to float64 as ordinary ones."""
     files = ["ops/test_ops_cpu.py", "ops/test_ops_backends.py", "execution/test_shared_buffer.py"]
-    operations = "amx and bfloat16"
-    chosen = f"{operations}"
-    command = [sys.executable, "-c", PROGRAM, software, *(str(TESTS / name) for name in files), "-k", chosen, "--durations=20"]
-    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, cwd=TESTS.parent)
-    print(result.stdout[-6000:])
+    operations = (
+        "amx and bfloat16 and not channels_last and not 130 or amx-torch.bfloat16 and 130-12-3-torch.contiguous"
+    )
+    networks = "few_values_in_bfloat16 and processor or bfloat16-bottleneck-bottleneck"
+    chosen = [*(str(TESTS / name) for name in files), "-k", f"{operations} or {networks}"]
+    command = [sys.executable, "-c", PROGRAM, software, *chosen]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+    assert int(re.search(r"products in software: (\d+), threads that use registers: 0", result.stdout)[1]) > 0
+
+
+@pytest.mark.skipif(not in_software, reason="the processor has AMX, and says so itself")
+def test_what_the_processor_would_refuse_ends_the_program(tmp_path, software):
+    (tmp_path / "misuse.cpp").write_text(MISUSE)
+    program = tmp_path / "misuse"
+    subprocess.run(
+        [COMPILER, tmp_path / "misuse.cpp", software, f"-Wl,-rpath,{software.parent}", "-o", program], check=True
+    )
+    refused = {
+        "sizes": "do not fit",
+        "palette": "palettes 0 and 1",
+        "rows": "16 rows of 64 bytes",
+        "not set up": "before LDTILECFG",
+        "unused": "has no rows",
+    }
+    assert subprocess.run([program, "good"]).returncode == 0
+    for wrong, why in refused.items():
+        result = subprocess.run([program, wrong], capture_output=True, text=True)
+        assert result.returncode == -signal.SIGABRT and why in result.stderr, wrong

@@ -1,9 +1,9 @@
 """Which instructions the kernels use, and what runs a convolution with them: a kernel of ours, or PyTorch.
 
-The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md), with AMX on reasoning alone. A kernel of ours is faster
-because the rectified prefix and the result stay in the cache between the steps. That holds unless PyTorch's convolution
-has instructions that ours has not: the tile registers of AMX, which multiply bfloat16 several times faster than anything
-else on the processor, and which kernels of ours lack when they are held to less, or were compiled by an older compiler.
+The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md), with AMX on reasoning alone. A kernel of ours is
+faster because the rectified prefix and the result stay in the cache between the steps. That holds unless PyTorch's
+convolution has instructions that ours has not: the tile registers of AMX, which multiply bfloat16 several times faster
+than anything else on the processor. Kernels of ours lack them when they are held to less, or an older compiler made them.
 """
 
 from __future__ import annotations
