@@ -3,7 +3,7 @@
 The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md), with AMX on reasoning alone. A kernel of ours is
 faster because the rectified prefix and the result stay in the cache between the steps. That holds unless PyTorch's
 convolution has instructions that ours has not: the tile registers of AMX, which multiply bfloat16 several times faster
-than anything else on the processor. Kernels of ours lack them when they are held to less, or an older compiler made them.
+than anything else on the processor. Ours lack them when they are held to less, or when an older compiler made them.
 """
 
 from __future__ import annotations
