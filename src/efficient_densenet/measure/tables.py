@@ -101,7 +101,7 @@ def gaps(found: Records) -> list[str]:
     return [f"Not measured: {gap['contender']}: {gap['reason']}." for gap in found]
 
 
-_PEERS = ("contender", "F ms", "B ms", "images/s", "to ordinary, pair by pair (quartiles)", "MB per image",
+_PEERS = ("contender", "F ms ± std", "B ms ± std", "images/s", "to ordinary, pair by pair (quartiles)", "MB per image",
           "process MB", "first step after s", "error", "running statistics")  # fmt: skip
 
 
@@ -109,10 +109,13 @@ def _peers(summary: Records, batch_size: int) -> Rows:
     return [
         [
             row["contender"],
-            *(f"{row[part]['median']:,.0f}" for part in ("F", "B")),
+            *(
+                f"{row[part]['median']:,.0f} ± {row[part]['std']:,.0f}" if row[part]["median"] else "–"
+                for part in ("F", "B")
+            ),
             f"{1e3 * batch_size / row['F+B']:,.1f}",
             "{median:.3f} ({low:.3f}–{high:.3f})".format(**row["pairs"]) if row["pairs"] else "–",
-            megabytes(row["step_bytes_per_image"], 2),
+            megabytes(row["step_bytes_per_image"], 2) if row["step_bytes"] else "–",  # a runtime's own are not seen
             megabytes(row["process_bytes"], 0),
             f"{row['ready_s']:,.1f}",
             *_errors(row["errors"]),
