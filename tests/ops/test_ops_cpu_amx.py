@@ -88,8 +88,8 @@ def test_kernels_against_plain_loops(tmp_path, software):
 
 @pytest.mark.skipif(not in_software, reason="the processor has AMX, and all other tests use it")
 def test_what_other_tests_say_of_every_level(software):
-    """What is not finite goes where it must and nowhere else; and a network is as near to float64 as an ordinary one."""
-    files = ["ops/test_ops_cpu.py", "ops/test_ops_backends.py", "execution/test_shared_buffer.py"]
+    """What is not finite goes where it must and nowhere else; a network is as near to float64 as an ordinary one."""
+    files = ["ops/test_ops_cpu.py", "execution/test_shared_buffer.py"]
     operations = (
         "amx and bfloat16 and not channels_last and not 130 or amx-torch.bfloat16 and 130-12-3-torch.contiguous"
     )
