@@ -90,11 +90,10 @@ def test_kernels_against_plain_loops(tmp_path, software):
 def test_what_other_tests_say_of_every_level(software):
     """What is not finite goes where it must and nowhere else; a network is as near to float64 as an ordinary one."""
     files = ["ops/test_ops_cpu.py", "execution/test_shared_buffer.py"]
-    operations = (
-        "amx and bfloat16 and not channels_last and not 130 or amx-torch.bfloat16 and 130-12-3-torch.contiguous"
-    )
-    networks = "bfloat16-bottleneck-bottleneck"
-    chosen = [*(str(TESTS / name) for name in files), "-k", f"{operations} or {networks}"]
+    pooled, finite = "amx-1-2-torch.bfloat16", "non_finite and amx and bfloat16 and ours"
+    units = "amx-torch.bfloat16 and contiguous and (67-12- or 12-40- or 130-12-3)"
+    network = "bfloat16-bottleneck-bottleneck"
+    chosen = [*(str(TESTS / name) for name in files), "-k", f"{pooled} or {finite} or {units} or {network}"]
     command = [sys.executable, "-c", PROGRAM, software, *chosen]
     result = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
