@@ -98,7 +98,9 @@ struct PixelPairs {
   // into (taps, outputs, ld) += the gradient of the weight.
   void add(const Units &units, const Unit &unit, Index outputs, Index channels, float *into) const {
     Index pairs = depth(unit), lines = TILES ? 1 : unit.lines;
-    Lines<pair> left = TILES ? Lines<pair>{turned.data(), whole_vectors(pairs), 0} : Lines<pair>{grad.data(), outputs, across * outputs};
+    Lines<pair> left{grad.data(), outputs, across * outputs};
+    if (TILES)
+      left = {turned.data(), whole_vectors(pairs), 0};
     for (Index tap = 0; tap < 9; ++tap) {
       const pair *from = (tap % 3 == 1 ? odd : even).data() + tap / 3 * line + (tap % 3 == 2 ? ld : 0);
       add_outer(left, outputs, Lines<pair>{from, ld, line}, channels, lines, TILES ? pairs : units.across,
