@@ -164,6 +164,23 @@ def test_hooks_on_blocks_see_what_grad_cam_needs(where, norm):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_an_output_of_the_last_norm_that_a_hook_keeps(training):
+    """torchvision's relu behind it works in place, and overwrites what Grad-CAM keeps."""
+    results = []
+    for network in pair(torchvision_small(), "features"):
+        kept, grads = [], []
+
+        def keep_it(_module, _inputs, output, kept=kept, grads=grads):
+            kept.append(output.detach())
+            output.register_hook(grads.append)
+
+        list(network.features)[-1].register_forward_hook(keep_it)
+        results.append(step(network.train(training)) | {"map": kept[0], "gradient of map": grads[0]})
+    assert results[0]["map"].min() == 0
+    assert_close(results[1], results[0])
+
+
 def test_gradients_of_a_retained_block_output():
     results = []
     for network in pair(torchvision_small(), "inputs"):

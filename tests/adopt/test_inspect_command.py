@@ -64,6 +64,7 @@ def test_parts_that_a_model_calls_one_by_one_are_no_promise(capsys):
         ("torchvision:densenet121 --image 1,224,224", "does not run on an image of 1×224×224"),
         ("torchvision:densenet121 --image 3,8,8", "does not run on an image of 3×8×8"),
         ("torchvision:resnet18_", "was not found"),
+        ("./nets.py:Net", "./nets.py cannot be imported"),
         ("math:sqrt --set x=3", "could not be built"),
         ("collections:OrderedDict", "which is no torch.nn.Module"),
     ],
@@ -73,6 +74,11 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error and error.startswith("efficient-densenet: error: ")
     assert "Traceback" not in error and error.count("\n") == 1
+
+
+def test_a_model_without_anything_dense(capsys):
+    assert main(["inspect", "torch.nn:Linear", "--set", "in_features=4", "out_features=2", "--image", "3,4"]) == 0
+    assert capsys.readouterr().out == "Nothing in this model looks like a part of a DenseNet.\n"
 
 
 @pytest.mark.parametrize("image", ["3", "3,0,4", "a,b"])

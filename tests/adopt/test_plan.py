@@ -137,6 +137,14 @@ def test_a_batch_that_is_none(batch):
 def test_a_model_that_cannot_be_planned():
     with pytest.raises(UserError, match="image"):
         plan(DenseNet(block_config=(1, 1)), (5, 32, 32))
+    with pytest.raises(UserError, match="cannot be planned: nothing that it returns needs a gradient"):
+        plan(DenseNet(block_config=(1, 1)).requires_grad_(False), (3, 32, 32))
+
+
+def test_a_model_without_memory_is_planned_as_on_a_cpu():
+    with torch.device("meta"):
+        model = DenseNet(block_config=(1, 1))
+    assert plan(model, (3, 32, 32)) == plan(DenseNet(block_config=(1, 1)), (3, 32, 32))
 
 
 def test_the_command(capsys):

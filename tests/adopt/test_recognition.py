@@ -147,6 +147,7 @@ def other_activation(activation):
 RECOMPUTED = {
     "wrapped convolutions": (wrapped, "Adapter is not a convolution of PyTorch's own"),
     "leaky rectifiers": (other_activation(nn.LeakyReLU(0.1)), "LeakyReLU is not ReLU"),
+    "rectifiers with a slope that is learned": (other_activation(nn.PReLU()), "PReLU is not ReLU"),
     "rectifiers with a lid": (other_activation(nn.ReLU6(inplace=True)), "ReLU6 is not ReLU"),
     "smooth rectifiers": (other_activation(nn.SiLU()), "SiLU is not ReLU"),
     "smoother rectifiers": (other_activation(nn.GELU()), "GELU is not ReLU"),

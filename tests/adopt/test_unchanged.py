@@ -167,7 +167,7 @@ def test_gradients_after_an_evaluation_without_them(networks):
 
 def test_modules_are_read_once_for_many_evaluations(networks, monkeypatch):
     read = []
-    monkeypatch.setattr(shared, "_norms", lambda *a, run=shared._norms: (read.append(a), run(*a))[1])
+    monkeypatch.setattr(shared, "read", lambda *a, run=shared.read: (read.append(a), run(*a))[1])
     _, efficient = networks
     evaluate(efficient)
     assert not read

@@ -112,6 +112,9 @@ BAD_STATES = {
         change("features.denseblock1.denselayer1.conv2.weight", torch.ones(3, 4, 3, 3)),
         "bottleneck of 4 channels is not supported",
     ),
+    "weight norm": (change(f"{LAYER}.conv2.weight_g", torch.ones(4, 1, 1, 1)), "weight_g is not a weight but what"),
+    "pruned": (change(f"{LAYER}.conv2.weight_mask", torch.ones(4, 4, 3, 3)), "prune.remove of torch.nn.utils"),
+    "parametrized": (change(f"{LAYER}.conv2.parametrizations.weight.original0", torch.ones(4)), "what one is computed"),
     "wider transition": (change("features.transition1.conv.weight", torch.ones(15, 14, 1, 1)), "14 to 15 channels"),
 }
 

@@ -228,39 +228,57 @@ def test_operators_are_counted_with_what_they_compute_again(keep):
     assert counter.get_total_flops() == 2 * pixels * (3 * every + again)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "counted"),
-    [((True, True, True), [3, 2]), ((True, False, True), [3, 1]), ((False, False, False), [3])],
-)
-def test_weights_are_cast_together_as_one_by_one(wanted, counted, monkeypatch):
+def cast_step(wanted, run):
+    """The gradients of a float32 stage on bfloat16 activations, and what they are of."""
+    x, *others = stage_arguments(2, 2, "bottleneck", biased=True)
+    arguments = library.StageArguments(*[[t.float() for t in some] for some in others[:4]], *others[4:])
+    constants = [t.float() for t in arguments.constants]
+    weights = [w.to(memory_format=torch.channels_last) for w in arguments.weights]
+    parameters = [[t.detach().requires_grad_() for t in some] for some in (*arguments[:2], weights, arguments.biases)]
+    for weight, need in zip(parameters[2], wanted, strict=True):
+        weight.requires_grad_(need)
+    x = x.detach().to(torch.bfloat16).requires_grad_()
+    run(x, library.StageArguments(*parameters, [], constants, *arguments[6:]))[0].float().square().sum().backward()
+    return [x.grad, *(t.grad for some in parameters for t in some)], [x, *(t for some in parameters for t in some)]
+
+
+@pytest.mark.parametrize("wanted", [(True,) * 5, (True, False, True, False, True), (False,) * 5])
+def test_weights_are_cast_together_as_one_by_one(wanted, monkeypatch):
     """One operation forward and one backward, the same bits, each gradient in its tensor's own type and layout."""
     counts = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (counts.append(len(of)), copy(to, of))[1])
-    tensors = [torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last), torch.randn(4, 3), torch.randn(5)]
-    results = []
-    for cast in (operators.cast_together, lambda given, dtype: [t.to(dtype) for t in given]):
-        leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
-        made = cast(leaves, torch.bfloat16)
-        if any(wanted):
-            sum((t * t).sum().float() for t in made[:2]).backward()  # the third has no gradient
-        results.append([*made, *(leaf.grad for leaf in leaves)])
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
-    assert counts == counted
+    ours, leaves = cast_step(wanted, lambda x, given: library.run_stage(x, given, torch.bfloat16))
+    assert counts == [10, 5 + sum(wanted)]
+    one_by_one, _ = cast_step(
+        wanted, lambda x, given: library.run_stage(x, operators.cast_one_by_one(given, torch.bfloat16))
+    )
+    for gradient, expected, leaf in zip(ours, one_by_one, leaves, strict=True):
+        assert (gradient is None) == (expected is None) == (not leaf.requires_grad)
+        if gradient is not None:
+            assert torch.equal(gradient, expected)
+            assert gradient.dtype == leaf.dtype and gradient.stride() == leaf.stride()
 
 
-def test_what_watches_single_operations_sees_single_casts():
-    tensors = [torch.randn(3, requires_grad=True) for _ in range(2)]
-    found = torch.func.grad(lambda a, b: sum(t.float().sum() for t in operators.cast_together([a, b], torch.bfloat16)))
-    assert torch.equal(found(*tensors), torch.ones(3))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
-        made, _ = operators.cast_together([dual, tensors[0]], torch.bfloat16)
-        assert torch.autograd.forward_ad.unpack_dual(made).tangent is not None
-    made = operators.cast_together(tensors, torch.bfloat16)
-    batch = torch.eye(3, dtype=torch.bfloat16)
-    (rows,) = torch.autograd.grad(made[0], tensors[0], batch, is_grads_batched=True)
-    assert torch.equal(rows, torch.eye(3))
+def test_what_watches_single_operations_sees_single_casts(monkeypatch):
+    monkeypatch.setattr(torch, "_foreach_copy_", None)
+
+    def run(x, arguments):
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            return library.run_stage(x, arguments, torch.bfloat16)
+
+    gradients, leaves = cast_step((True,) * 5, run)
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+
+
+def test_gradients_in_batches_of_cast_weights():
+    def run(x, arguments):
+        output = library.run_stage(x, arguments, torch.bfloat16)[0]
+        batch = torch.eye(2, dtype=torch.bfloat16)[:, :, None, None, None].expand(2, *output.shape)
+        (rows,) = torch.autograd.grad(output, arguments.weights[0], batch, retain_graph=True, is_grads_batched=True)
+        for row, gradient in zip(rows, batch, strict=True):
+            (expected,) = torch.autograd.grad(output, arguments.weights[0], gradient, retain_graph=True)
+            assert torch.equal(row, expected) and row.dtype == torch.float32
+        return [output]
+
+    cast_step((True,) * 5, run)

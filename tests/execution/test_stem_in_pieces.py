@@ -84,8 +84,8 @@ KINDS = {
 def test_gradients_by_pieces_are_the_ordinary_ones(kind, size, plain, change, monkeypatch):
     monkeypatch.setitem(pieces._MOST, "cpu", PIECES[size])
     if "kept" in size:
-        described = StemArguments.stem
-        monkeypatch.setattr(StemArguments, "stem", lambda self: replace(described(self), keeps_last=True))
+        described = StemArguments.engine
+        monkeypatch.setattr(StemArguments, "engine", lambda self: replace(described(self), keeps_last=True))
     ordinary = stem(**KINDS[kind]).double()
     change(ordinary)
     torch.manual_seed(1)

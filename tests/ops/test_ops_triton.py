@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,48 @@ def test_a_layer_starts_its_kernels_and_nothing_else(bottleneck, forward, backwa
         few, many, (forward, backward), strict=True
     ):
         assert (kernels_many - kernels_few, others_many - others_few) == (5 * expected, 0)
+
+
+def operations(run):
+    """How often PyTorch was asked for an operation, not counting those that these are made of."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    of_pytorch = [event for event in profile.events() if event.name.startswith("aten::")]
+    return sum(not (event.cpu_parent and event.cpu_parent.name.startswith("aten::")) for event in of_pytorch)
+
+
+@pytest.mark.parametrize(("bottleneck", "forward", "backward"), [(False, 0, 4), (True, 1, 8)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_the_host_does_for_each_layer_of_a_block_that_is_replayed(
+    bottleneck, forward, backward, autocast, monkeypatch
+):
+    """It allocates a bottleneck output and each weight's gradient; autograd gives each parameter a gradient of its own.
+
+    Under autocast, weights and their gradients are allocated in the other type too. All else is done once for a block.
+    """
+    monkeypatch.setattr(launch, "run", lambda kernel, *arguments: None)
+    monkeypatch.setattr(ops, "_choose", lambda x: kernels)
+    monkeypatch.setattr(ops, "runs_layers", lambda x, readers, memo: True)
+    monkeypatch.setattr(ops, "label_layers", lambda *_: nullcontext())  # which are operations too
+    for name in ("run_layers", "run_layers_backward"):  # recordings are started
+        monkeypatch.setattr(kernels, name, lambda layers, *_: len(layers.readers) // layers.per_layer)
+    counts = []
+    for layers in (2, 7):
+        network = DenseNet(block_config=(layers,), bn_size=4 if bottleneck else None, efficient=True)
+        network.to(memory_format=torch.channels_last)
+        for _ in range(3):  # what is found out once
+            network.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                losses = []
+                of_forward = operations(
+                    lambda run=network, into=losses: into.append(run(torch.randn(2, 3, 8, 8)).sum())
+                )
+            of_backward = operations(losses[0].backward)
+        counts.append((of_forward, of_backward))
+    weights = (1 + bottleneck) * autocast
+    (few_forward, few_backward), (many_forward, many_backward) = counts
+    assert many_forward - few_forward == 5 * (forward + weights)
+    assert many_backward - few_backward == 5 * (backward + weights)
 
 
 def test_cpu_tensors_go_elsewhere():

@@ -36,6 +36,7 @@ from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.operands import unsuitable
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.profiling import labelled
+from efficient_densenet.execution.reading import activations, sync_group, takes
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import obstacle, recomputing
 
@@ -186,7 +187,7 @@ def _others_wait(x: Tensor, roots: Sequence[nn.Module], adoption: Adoption) -> b
     """
     if x.numel() or adoption.way != "shared" or torch.compiler.is_compiling():
         return False
-    return shared.sync_group(parts(roots)) is not None
+    return sync_group(parts(roots)) is not None
 
 
 def standing(roots: Sequence[nn.Module], adoption: Adoption, own_hooks: bool, x: Tensor | None = None) -> Decision:
@@ -231,7 +232,12 @@ def _fits(x: Tensor, decision: Decision, types: set[torch.dtype]) -> bool:
     assert chain is not None
     if x.dim() != chain.dims + 2 or x.shape[1] != chain.width or min(x.shape[2:]) < plan.pool:
         return False
-    return types <= {x.dtype, torch.int64} or shared.takes_types(x, plan, decision.modules)
+    if types <= {x.dtype, torch.int64}:
+        return True
+    taken, kind = {} if decision.ready is None else decision.ready.taken, activations(x)
+    if kind not in taken:
+        taken[kind] = takes(kind, plan, decision.modules)
+    return taken[kind]
 
 
 def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last: bool | None) -> tuple[Tensor, bool]:

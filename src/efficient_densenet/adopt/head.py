@@ -60,7 +60,9 @@ def head_of(network: nn.Module, features: nn.Module, known: list[Head], shape: t
     if not head.ends or (head.sizes and not head.by_size[shape]):
         return None
     classifier = network.get_submodule(head.classifier) if head.classifier else None
-    return None if hooked_globally() or hooked([features, *(m for m in modules[1:] if m is not classifier)]) else head
+    # A hook on the last norm may keep its output, which the network's relu may overwrite.
+    watched = [features, modules_of(features)[-1], *(m for m in modules[1:] if m is not classifier)]
+    return None if hooked_globally() or hooked(watched) else head
 
 
 def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:

@@ -82,6 +82,8 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         way_out = f"; install it with: pip install {package}" if missing else ""
         raise UserError(f"{name} was not found: {error}{way_out}") from error
+    except Exception as error:  # whatever a module of the user's raises, or a path where a module's name should stand
+        raise UserError(f"{source} cannot be imported: {error}; write for example mypackage.nets:Net") from error
     try:
         model = builder(**arguments)
     except Exception as error:

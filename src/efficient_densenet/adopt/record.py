@@ -245,6 +245,8 @@ class Record(Meanings):
     def _name(self, packet: Any) -> str:
         """Of the module that does it, if that does nothing else, or of the operation."""
         module = self.module
+        if isinstance(module, nn.PReLU):
+            return "PReLU"
         if module is not None and not module._modules and (not module._parameters or is_norm(module)):
             return type(module).__name__
         return packet.__name__

@@ -76,6 +76,8 @@ class Report:
 
     def __str__(self) -> str:
         shape = "" if self.image is None else "×".join(map(str, self.image))
+        if not self.entries:
+            return "Nothing in this model looks like a part of a DenseNet."
         unit = f"MB per image of {shape}, float32" if shape else "values per pixel of the module's input"
         rows = [("module", "was", "now", "channels", "before", "after"), *(self._row(e) for e in self.entries)]
         if self.image is not None:

@@ -84,7 +84,8 @@ def without_values(model: nn.Module) -> nn.Module:
 
 
 def _without_values(tensor: Tensor) -> Tensor:
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    device = "cpu" if tensor.is_meta else tensor.device  # one without memory is counted as it would run on a CPU
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if not isinstance(tensor, nn.Parameter):
         return empty
     parameter = nn.Parameter(empty, tensor.requires_grad)
@@ -107,6 +108,8 @@ def count_step(
                 with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
                     output = model(x)
                     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+                    if not tensors:
+                        raise ValueError("nothing that it returns needs a gradient; are all its parameters frozen?")
                     loss = sum(t.float().square().sum() for t in tensors)
                 kept, forward = live.now, len(live.trace)
                 live.phase = "backward"

@@ -47,7 +47,7 @@ class StageArguments(NamedTuple):
     keep: str
     group: str
 
-    def stage(self) -> Stage:
+    def engine(self) -> Stage:
         norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
         sources = list(zip(self.sources[::2], self.sources[1::2], strict=True))
         return Stage(norms, self.weights, self.biases, self.masks, self.mask_scales, sources, *self[-4:])
@@ -73,7 +73,7 @@ class _StagePasses(Passes):
         return x.shape
 
     def forward(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
-        stage = arguments.stage()
+        stage = arguments.engine()
         output, (folded, bottlenecks, features) = engine.forward(x, stage)
         if stage.pool or stage.head:
             return _pack(output, folded, bottlenecks, None if features is None else features.movedim(-1, 1))
@@ -84,18 +84,18 @@ class _StagePasses(Passes):
 
     def saves(self, x: Tensor, made: Sequence[Tensor], arguments: StageArguments) -> tuple[list[Tensor], list[Tensor]]:
         # The features begin with a copy of x. The output is not needed.
-        return [] if arguments.stage().keeps_features else [x], [*made[1:]]
+        return [] if arguments.engine().keeps_features else [x], [*made[1:]]
 
     def backward(
         self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StageArguments
     ) -> list[Tensor]:
-        stage = arguments.stage()
+        stage = arguments.engine()
         found = engine.backward(given.grad_output, given.x, stage, _unpack(given.packed, stage), need_weights)
         of_norms = chain.from_iterable(zip(*found.norms, strict=True))
         return [found.x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
 
     def forward_fake(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
-        stage = arguments.stage()
+        stage = arguments.engine()
         width = x.shape[1] + stage.growth
 
         def activation(channels: int, pool: int = 1) -> Tensor:
@@ -118,7 +118,7 @@ class _StagePasses(Passes):
             (x,) = given.x
             return empty_activation(x, x.shape[1], x.shape[2:])
         features = given.packed[-1]
-        return empty_activation(features, features.shape[1] - arguments.stage().growth, features.shape[2:])
+        return empty_activation(features, features.shape[1] - arguments.engine().growth, features.shape[2:])
 
     def forward_flops(self, x: Tensor, arguments: StageArguments) -> int:
         weights = sum(weight.numel() for weight in arguments.weights)
@@ -127,7 +127,7 @@ class _StagePasses(Passes):
     def backward_flops(
         self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StageArguments
     ) -> int:
-        stage = arguments.stage()
+        stage = arguments.engine()
         counts = [weight.numel() for weight in stage.weights]
         needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
         if stage.keeps_features:

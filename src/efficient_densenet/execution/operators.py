@@ -117,17 +117,24 @@ class Passes(ABC):
     def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> int:
         """Likewise, for the gradients that are wanted, and for what runs again."""
 
-    def __call__(self, x: Tensor, arguments: Any) -> list[Tensor]:
-        """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`."""
+    def __call__(self, x: Tensor, arguments: Any, cast: torch.dtype | None = None, known: bool = False) -> list[Tensor]:
+        """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`.
+
+        Args:
+            x: the input.
+            arguments: of the class `self.arguments`.
+            cast: the type in which convolutions get their weights and biases; None: as they are.
+            known: whether all tensors but `x` are on its device and fit for kernels: see `operands`.
+        """
         self.count()
         if _watched():
-            return self.forward_operator(x, *arguments)
-        _check(x, *arguments)
+            return self.forward_operator(x, *cast_one_by_one(arguments, cast))
+        _check(x, *(() if known else arguments))
         self._check_values(x, arguments)
         if not torch.is_grad_enabled():
-            return self.forward(x, arguments)
+            return self.forward(x, _cast_together(arguments, cast))
         lengths = [len(group) for group in arguments[: self.lists]]
-        return list(_Node.apply(self, lengths, arguments[self.lists :], x, *self.tensors(arguments)))
+        return list(_Node.apply(self, lengths, arguments[self.lists :], cast, x, *self.tensors(arguments)))
 
     def tensors(self, arguments: Any) -> Iterator[Tensor]:
         """All that are in lists among these arguments."""
@@ -137,6 +144,7 @@ class Passes(ABC):
         """Have autograd save what backward needs."""
         groups = [*self.saves(x, made, arguments), *arguments[: self.lists]]
         ctx.lengths, ctx.plain = [len(group) for group in groups], arguments[self.lists :]
+        ctx.types = _types(arguments)
         ctx.save_for_backward(*chain(*groups))
         ctx.mark_non_differentiable(*made[1:])
         ctx.set_materialize_grads(False)
@@ -151,12 +159,17 @@ class Passes(ABC):
         arguments = self.arguments(*groups, *ctx.plain)
         given = Given(grad_output, x, packed)
         del x, packed
+        first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)
+        wanted = [*need_weights, *[True] * len(arguments.biases)]
+        types = [dtype for dtype, need in zip(ctx.types, wanted, strict=True) if need]
 
         def run(given: Given) -> list[Tensor]:
             if as_operator:
-                return self.backward_operator(*given, need_x, need_weights, *arguments)
+                made = self.backward_operator(*given, need_x, need_weights, *arguments)
+                return [*made[:first], *(g.to(t) for g, t in zip(made[first:], types, strict=True))]
             _check(given.grad_output, given.x, given.packed, *arguments)
-            return self.backward(given, need_x, need_weights, arguments)
+            made = self.backward(given, need_x, need_weights, arguments)
+            return [*made[:first], *_copies(made[first:], types)]
 
         with labelled_backward(ctx):
             found = iter(_for_each(given, run))
@@ -204,8 +217,8 @@ class Passes(ABC):
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
     def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-        x, *arguments = inputs
-        self.save(ctx, x, self.arguments(*arguments), output)
+        x, arguments = inputs[0], self.arguments(*inputs[1:])
+        self.save(ctx, x, arguments, output)
 
     def _operators_gradients(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
         # An empty list of numbers may be one of tensors to PyTorch.
@@ -223,7 +236,8 @@ class Passes(ABC):
     ) -> list[Tensor]:
         _check(grad_output, x, packed, *arguments)
         given = Given(list(grad_output), list(x), list(packed))
-        return self.backward(given, need_x, need_weights, self.arguments(*arguments))
+        made = self.backward(given, need_x, need_weights, self.arguments(*arguments))
+        return [gradient.clone() if _shares_memory(gradient) else gradient for gradient in made]
 
     def _backward_fake(
         self, grad_output: Any, x: Any, packed: Any, need_x: bool, need_weights: Any, *given_arguments: Any
@@ -242,12 +256,20 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, passes: Passes, lengths: Sequence[int], plain: Sequence[Any], x: Tensor, *tensors: Tensor
+        ctx: Any,
+        passes: Passes,
+        lengths: Sequence[int],
+        plain: Sequence[Any],
+        cast: torch.dtype | None,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> Any:
         arguments = passes.arguments(*_split(tensors, lengths), *plain)
+        types = _types(arguments)
+        arguments = _cast_together(arguments, cast)
         made = passes.forward(x, arguments)
-        ctx.passes = passes
         passes.save(ctx, x, arguments, made)
+        ctx.passes, ctx.types = passes, types
         return tuple(made)
 
     @staticmethod
@@ -257,55 +279,43 @@ class _Node(torch.autograd.Function):
         grads.clear()
         lengths = ctx.lengths[2:]
         if grad_output == [None]:
-            return (None,) * (4 + sum(lengths))
-        need_x, *needs = ctx.needs_input_grad[3:]
+            return (None,) * (5 + sum(lengths))
+        need_x, *needs = ctx.needs_input_grad[4:]
         need_weights = _split(needs, lengths)[2]
         # Where gradients of gradients could be wanted, the operator refuses them; and it has a rule for `vmap`.
         as_operator = torch.is_grad_enabled() or _watched()
         of_x, parameters = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
-        return None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
+        return None, None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
 
 
-def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in this type: one operation for all of them forward, and one backward.
-
-    On a GPU each operation costs a start of a kernel and the time of the host. Where somebody watches or transforms
-    single operations, they are cast one by one, as everywhere in PyTorch.
-    """
-    single = torch.compiler.is_compiling() or is_observed()
-    if single or len(tensors) < 2 or any(tensor.dtype == dtype for tensor in tensors):
-        return [tensor.to(dtype) for tensor in tensors]
-    return list(_Cast.apply(dtype, *tensors))
+def _types(arguments: Any) -> list[torch.dtype]:
+    """Of weights and biases of convolutions, as their gradients must have them."""
+    return [tensor.dtype for tensor in (*arguments.weights, *arguments.biases)]
 
 
-class _Cast(torch.autograd.Function):
-    """See `cast_together`. Nothing is kept for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Any:
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.set_materialize_grads(False)
-        return tuple(_copies(tensors, [dtype] * len(tensors)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        needed = {i: g for i, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[1 + i]}
-        given, dtypes = [*needed.values()], [ctx.dtypes[i] for i in needed]
-        batched = any(map(torch._C._functorch.is_legacy_batchedtensor, given))
-        if torch.is_grad_enabled() or batched or _watched():
-            cast = [g.to(dtype) for g, dtype in zip(given, dtypes, strict=True)]
-        else:
-            cast = _copies(given, dtypes)
-        found: list[Tensor | None] = [None] * (1 + len(gradients))
-        for i, gradient in zip(needed, cast, strict=True):
-            found[1 + i] = gradient
-        return tuple(found)
+def cast_one_by_one(arguments: Any, dtype: torch.dtype | None) -> Any:
+    """Arguments whose weights and biases of convolutions have this type, if one is given."""
+    if dtype is None:
+        return arguments
+    weights, biases = ([t.to(dtype) for t in some] for some in (arguments.weights, arguments.biases))
+    return arguments._replace(weights=weights, biases=biases)
 
 
-def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def _cast_together(arguments: Any, dtype: torch.dtype | None) -> Any:
+    """The same in one operation. On a GPU each one costs a start of a kernel and the time of the host."""
+    if dtype is None:
+        return arguments
+    count = len(arguments.weights)
+    cast = _copies([*arguments.weights, *arguments.biases], [dtype] * (count + len(arguments.biases)))
+    return arguments._replace(weights=cast[:count], biases=cast[count:])
+
+
+def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Sequence[Tensor]:
+    """The tensors in these types, all of them in one operation, if any has another."""
+    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
+        return tensors
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if copies:
-        torch._foreach_copy_(copies, list(tensors))
+    torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
@@ -358,6 +368,11 @@ def _watched() -> bool:
 def is_observed() -> bool:
     """Whether somebody watches or transforms single operations, or wants derivatives in forward mode."""
     return _watched() or forward_ad._current_level >= 0
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether it is a part of a larger tensor, as an operator's result must not be."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 
 def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What a call without gradients leaves for the next one, as long as nothing in the modules changes."""
+"""What a call leaves for the next one, as long as nothing in the modules changes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stage, stem
+from efficient_densenet.execution.reading import Activations, Reading
 
 
 class Ready:
-    """A stage or stem that is made of nothing but the modules' own tensors: values are read where they are.
+    """What is made of nothing but the modules' own tensors: values are read where they are.
 
     Attributes:
-        engine: that; None: there is none so far.
+        reading: what was read off the modules; None: there is none so far.
+        taken: whether the modules take such activations.
+        engine: what a call without gradients runs; likewise.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """Of modules with these tensors, which live as long."""
         self._own = {id(tensor) for tensor in tensors}
+        self.taken: dict[Activations, bool] = {}
+        self.reading: Reading | None = None
         self.engine: stage.Stage | stem.Stem | None = None
 
     def owns(self, tensors: Iterable[Tensor]) -> bool:

@@ -306,9 +306,7 @@ class _Readers:
             grad_weights, grad_norms,
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
-        # Copies, for an operator's results must not share memory. (Its annotation knows only the form with `out`.)
-        copies: Any = torch.split_with_sizes_copy
-        of_weights, of_biases = [copies(line, sizes) for line in grad_norms]
+        of_weights, of_biases = [line.split(sizes) for line in grad_norms]
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
             self.weights[i] = grad_weights[i]
             self.norms[i] = norms.parameter_gradients(i, of_weights[i], of_biases[i])

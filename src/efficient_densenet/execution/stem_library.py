@@ -47,7 +47,7 @@ class StemArguments(NamedTuple):
     group: str
     keeps_last: bool
 
-    def stem(self) -> Stem:
+    def engine(self) -> Stem:
         norms = norms_of(self.norm_weights, self.norm_biases, self.constants, self.uses_batch, self.eps)
         entry = Entry(tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups)
         pool: MaxPool | BlurredPool = MaxPool()
@@ -61,11 +61,11 @@ class _StemPasses(Passes):
     arguments = StemArguments
 
     def read(self, x: Tensor, arguments: StemArguments) -> torch.Size:
-        images, *size, _ = arguments.stem().like(x).shape
+        images, *size, _ = arguments.engine().like(x).shape
         return torch.Size((images, len(arguments.norm_weights[0]), *size))
 
     def forward(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
-        output, (folded, made) = engine.forward(x, arguments.stem())
+        output, (folded, made) = engine.forward(x, arguments.engine())
         return [output, *folded, *made]
 
     def saves(self, x: Tensor, made: Sequence[Tensor], arguments: StemArguments) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,13 +76,13 @@ class _StemPasses(Passes):
     ) -> list[Tensor]:
         folded = Folded(*(given.packed.pop(0) for _ in Folded._fields))
         kept = Kept(folded, given.packed)
-        found = engine.backward(given.grad_output, given.x[0], arguments.stem(), kept, need_x, need_weights)
+        found = engine.backward(given.grad_output, given.x[0], arguments.engine(), kept, need_x, need_weights)
         of_norms = chain.from_iterable(zip(*found.norms, strict=True))
         of_x = given.x[0].new_empty(0) if found.x is None else found.x
         return [of_x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
 
     def forward_fake(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
-        stem = arguments.stem()
+        stem = arguments.engine()
         size, channels = stem.like(x).shape[1:-1], [norm.weight.shape[0] for norm in stem.norms]
         made = [empty_activation(x, channels[i], size).movedim(1, -1) for i in stem.kept]
         output = empty_activation(x, channels[-1], stem.pool.size(size))
@@ -99,13 +99,13 @@ class _StemPasses(Passes):
         counts = _flops(given.x[0], arguments)
         needed = sum(count for count, need in zip(counts, need_weights, strict=True) if need)
         # The gradient of each input but the image's, if nobody wants that; and the last convolution once more.
-        again = counts[len(arguments.stem().kept) :]
+        again = counts[len(arguments.engine().kept) :]
         return needed + sum(counts[0 if need_x else 1 :]) + sum(again)
 
 
 def _flops(x: Tensor, arguments: StemArguments) -> list[int]:
     """Two for each multiplication of each convolution."""
-    pixels = prod(arguments.stem().like(x).shape[:-1])
+    pixels = prod(arguments.engine().like(x).shape[:-1])
     return [2 * pixels * weight.numel() for weight in arguments.weights]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from efficient_densenet.weights.pickles import Stub
 from efficient_densenet.weights.stored import StoredTensor
 
 _TENSORS_OF_LAYERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# What `torch.nn.utils` keeps instead of a weight: prune, weight_norm and spectral_norm, parametrize.
+_COMPUTED = re.compile(r"features\..*(?:weight_(?:orig|mask|g|v|u)|parametrizations\.weight\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ def read_state_dict(path: str | os.PathLike[str], prefix: str | None = None, ema
 
 
 def _tensors(leaves: dict[str, Leaf]) -> dict[str, StoredTensor | Tensor]:
+    computed = next(filter(_COMPUTED.fullmatch, leaves), None)
+    if computed is not None:
+        raise UserError(
+            f"{shortened(computed)} is not a weight but what one is computed from: save the weights again after "
+            "remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
     tensors: dict[str, StoredTensor | Tensor] = {}
     for name, leaf in leaves.items():
         if not isinstance(leaf, Stub):

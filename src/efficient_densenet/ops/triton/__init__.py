@@ -107,12 +107,11 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
 
 def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether layers with these weights run in one call: kernels do all, and weights' gradients go where they must."""
-    features = x.shape, x.shape, x.stride()
-    return all(
-        (weight.is_contiguous() or launch.is_packed(weight))
-        and bool(x.numel())
-        and not _uncovered(*features, weight.shape[2:], 1)
-        for weight in weights
+    kernels = {weight.shape[2:] for weight in weights}
+    return (
+        bool(x.numel())
+        and not any(_uncovered(x.shape, x.shape, x.stride(), kernel, 1) for kernel in kernels)
+        and all(weight.is_contiguous() or launch.is_packed(weight) for weight in weights)
     )
 
 

@@ -261,13 +261,19 @@ def norm_relu_conv_backward(operands: BackwardOperands, into: ParameterGradients
     if into is None:
         into = product.parameter_gradients(operands.need_weight)
     tile = tiles.grad_x_pointwise(product.of)
-    name, attempt = ("grad_x", product.grad_x) if tile is None else ("grad_x_pointwise", product.grad_x_pointwise)
+    name, sums = ("grad_x", product.grad_x) if tile is None else ("grad_x_pointwise", product.grad_x_pointwise)
+
+    def attempt(
+        grad_x: Tensor, through: Tensor | None, tile: tiles.Tile, of_norm: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        norm_gradients(sums(grad_x, operands.accumulate, tile), product.norm, through, of_norm)
+
     tile = tuning.tuned(
         tile or tiles.grad_x(product.of),
-        lambda tile: attempt(torch.empty_like(x), operands.accumulate, None, tile),
+        lambda tile: attempt(torch.empty_like(x), None, tile),
         *(name, x, product.of),
     )
-    attempt(grad_x, operands.accumulate, operands.through, tile, into[1:])
+    attempt(grad_x, operands.through, tile, into[1:])
     if into.weight is not None:
         weight = into.weight
         tile = tuning.tuned(
@@ -308,15 +314,8 @@ class Product:
         vec = launch.common_divisor(self.x, *sizes)
         return vec, [size // vec for size in sizes]
 
-    def grad_x(
-        self,
-        grad_x: Tensor,
-        accumulate: bool,
-        through: Tensor | None,
-        tile: tiles.Tile,
-        of_norm: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Write or add to `grad_x`, add to `through`; the gradients of the norm's weight and bias go to `of_norm`."""
+    def grad_x(self, grad_x: Tensor, accumulate: bool, tile: tiles.Tile) -> Tensor:
+        """Write or add to `grad_x`; returns the sums of which the norm's gradients are made."""
         grad_x, grad_x_stride = launch.matrix(grad_x)
         blocks = launch.ceil_div(self.rows, tile.rows)
         sums = moments_of(self.x, blocks)
@@ -327,16 +326,9 @@ class Product:
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
             self.rows, blocks, *self.volume, channels, outputs, *self.windows, accumulate, self.of.precision, vec,
         )  # fmt: skip
-        norm_gradients(sums, self.norm, through, of_norm)
+        return sums
 
-    def grad_x_pointwise(
-        self,
-        grad_x: Tensor,
-        accumulate: bool,
-        through: Tensor | None,
-        tile: tiles.Tile,
-        of_norm: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    def grad_x_pointwise(self, grad_x: Tensor, accumulate: bool, tile: tiles.Tile) -> Tensor:
         """As `grad_x`, of a 1×1 window without a pool and at most `tile.depth` outputs."""
         assert self.outputs <= tile.depth
         grad_x, grad_x_stride = launch.matrix(grad_x)
@@ -351,7 +343,7 @@ class Product:
             launch.packed(self.weight, self.x.dtype), grad_x, grad_x_stride, sums,
             self.rows, channels, outputs, accumulate, self.of.precision, vec, tile.stages,
         )  # fmt: skip
-        norm_gradients(sums, self.norm, through, of_norm)
+        return sums
 
     def grad_weight(self, grad_weight: Tensor, tile: tiles.Tile) -> None:
         """Overwrite it: it is contiguous or channels-last."""

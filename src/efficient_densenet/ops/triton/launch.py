@@ -153,19 +153,9 @@ def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight's channels lie side by side, its taps after each other, and its outputs last."""
-    return _is_packed(weight.shape, weight.stride())
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    distance = 1
-    for size, stride in zip(
-        (shape[1], *shape[:1:-1], shape[0]), (strides[1], *strides[:1:-1], strides[0]), strict=True
-    ):
-        if size > 1 and stride != distance:
-            return False
-        distance *= size
-    return True
+    if weight.dim() == 3:
+        return weight.movedim(1, -1).is_contiguous()
+    return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
 
 
 def cube(size: Sequence[int]) -> tuple[int, ...]:
