@@ -1,9 +1,11 @@
-// The kernels against plain loops in double precision, without Python: for processors that have none at hand, such as
-// ARM in an emulator. Prints the worst error of each function, and returns 1 where one is too large.
+// The kernels against plain loops in double precision, without Python: for processors that are not at hand, such as ARM
+// in an emulator, or AMX in software. Prints the worst error of each function, and returns 1 where one is too large.
+// An argument is the best level to run; without one, that is the processor's.
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -12,6 +14,9 @@
 
 extern "C" int ed_best_instructions();
 extern "C" const Kernels *ed_kernels(int level, int type);
+// Of `amx_in_software.cpp`, if that is linked.
+extern "C" __attribute__((weak)) long amx_products();
+extern "C" __attribute__((weak)) long amx_set_up();
 
 namespace {
 
@@ -61,6 +66,7 @@ void compare(const char *what, const std::vector<E> &found, const std::vector<do
 
 template <class E> struct Case {
   Index images, height, width, inputs, outputs, window;
+  int threads = 1; // without OpenMP they take turns, each with its part of the work
   Index gap = 3; // values between the rows of x and of its gradient
   Index rows = images * height * width, ld = inputs + gap;
   using S = Compute<E>;
@@ -156,7 +162,7 @@ template <class E> struct Case {
       }
     });
     std::vector<double> grad_expected = add(g, sums_expected);
-    int done = kernels.convolve(x_rows, &convolution, weight.data(), norm, {out.data(), outputs}, moments.data(), 1);
+    int done = kernels.convolve(x_rows, &convolution, weight.data(), norm, {out.data(), outputs}, moments.data(), threads);
     failures += !done;
     compare("convolve", out, out_expected, tolerance);
     for (Index o = 0; o < outputs; ++o) { // of what was stored
@@ -167,7 +173,7 @@ template <class E> struct Case {
     }
     compare("its moments", moments, moments_expected, 1e-5);
     done = kernels.convolve_backward(grad_rows, x_rows, &convolution, weight.data(), norm, {grad_x.data(), ld}, 1,
-                                     grad_weight.data(), sums.data(), 1);
+                                     grad_weight.data(), sums.data(), threads);
     failures += !done;
     compare("gradient of the prefix", grad_x, grad_expected, tolerance);
     compare("gradient of the weight", grad_weight, weight_expected, tolerance);
@@ -180,18 +186,29 @@ template <class E> void run_all(const Kernels &kernels) {
   Case<E>{1, 16, 16, 130, 48, 1}.run(kernels);
   Case<E>{2, 7, 6, 37, 19, 3}.run(kernels);
   Case<E>{1, 16, 14, 70, 12, 3}.run(kernels);
+  Case<E>{1, 1, 1, 33, 3, 1}.run(kernels);
+  Case<E>{3, 5, 13, 33, 12, 1, 3}.run(kernels);
+  Case<E>{1, 1, 70, 12, 130, 1, 2}.run(kernels);
+  Case<E>{2, 1, 5, 3, 17, 3}.run(kernels);
+  Case<E>{2, 31, 9, 48, 33, 3, 3}.run(kernels);
+  Case<E>{1, 3, 40, 12, 130, 3}.run(kernels);
 }
 
 } // namespace
 
-int main() {
-  for (int level = 0; level <= ed_best_instructions(); ++level) {
+int main(int count, char **arguments) {
+  int best = count > 1 ? std::atoi(arguments[1]) : ed_best_instructions();
+  for (int level = 0; level <= best; ++level) {
     std::printf("level %d, float32\n", level);
     run_all<float>(*ed_kernels(level, 0));
     std::printf("level %d, float64\n", level);
     run_all<double>(*ed_kernels(level, 1));
     std::printf("level %d, bfloat16\n", level);
     run_all<bf16>(*ed_kernels(level, 2));
+  }
+  if (amx_products) {
+    std::printf("%ld products in software, %ld threads that still use registers\n", amx_products(), amx_set_up());
+    failures += amx_set_up() != 0;
   }
   return failures > 0;
 }

@@ -63,12 +63,29 @@ def test_every_level_computes_the_same(dtype, pool, kernel, level):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
+@pytest.mark.parametrize("amx", [False, True], ids=["", "PyTorch uses AMX"])
 @pytest.mark.parametrize("level", Instructions, ids=lambda level: level.option)
-def test_the_rule_leaves_to_pytorch_what_it_does_faster(level):
-    ours = {dtype for dtype in (torch.float64, torch.float32, torch.bfloat16) if convolutions(level, dtype).ours}
+def test_the_rule_leaves_to_pytorch_what_it_does_faster(level, amx):
+    dtypes, pytorch = (torch.float64, torch.float32, torch.bfloat16), Instructions.AMX if amx else level
+    ours = {dtype for dtype in dtypes if convolutions(level, dtype, pytorch).ours}
     everything, nothing = {torch.float32, torch.bfloat16}, set()
-    expected = {Instructions.BASELINE: nothing, Instructions.AMX: {torch.float32}}.get(level, everything)
-    assert ours == expected
+    beside_amx = {torch.float32} if amx and level < Instructions.AMX else everything
+    assert ours == (nothing if level == Instructions.BASELINE else beside_amx)
+
+
+@kernels
+@pytest.mark.parametrize("held", ["", "avx512_bf16"])
+@pytest.mark.parametrize("compiled", [Instructions.AVX512_BF16, Instructions.AMX], ids=lambda level: level.option)
+@pytest.mark.parametrize("onednn", ["", "DEFAULT", "AVX512_CORE_AMX_FP16", "AVX512_CORE_BF16"])
+def test_with_amx_pytorch_convolves_bfloat16_where_our_kernels_do_not_use_it(onednn, compiled, held, monkeypatch):
+    monkeypatch.setenv("EFFICIENT_DENSENET_INSTRUCTIONS", held)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", onednn)
+    monkeypatch.setattr(library, "instructions_of", lambda _: (Instructions.AMX, compiled))
+    monkeypatch.setattr(library, "_loaded", None)
+    ours = onednn == "AVX512_CORE_BF16" or (compiled == Instructions.AMX and not held)
+    assert library.load().convolves == {torch.float32} | ({torch.bfloat16} if ours else set())
+    whose = "ours" if ours else "PyTorch's: PyTorch's use the tile registers of AMX"
+    assert f"convolutions in bfloat16 are {whose}" in cpu.describe()
 
 
 @kernels
@@ -164,14 +181,16 @@ def test_non_finite_values_are_passed_on(level, ours, kernel, dtype, value, wher
     """To where they are in float64, and from kernels of ours to nowhere else.
 
     PyTorch's convolution may spread them: by products with the padding, and in bfloat16 with the tiles of AMX to
-    neighbouring columns. Kernels of ours with a window of 3 leave it results that are not finite.
+    neighbouring columns. Kernels of ours with a window of 3 leave it weights that are not finite, and Winograd's all
+    that is not.
     """
     x, norm = Operands.random((2, (5, 5), 13), dtype)
     weight, grad_out = weight_for(x, 4, kernel), torch.randn(2, 5, 5, 4).to(dtype)
     {"x": x[1, 2, 4], "weight": weight[1, :, 0, kernel - 1], "gradient": grad_out[1, 2, 3]}[where][2] = value
     with library.held_to(level, ours) as loaded:
         found = _both_passes(cpu, x, norm, weight, grad_out)
-        exact = dtype in loaded.convolves and (kernel == 1 or not _spreads(dtype))
+        left = kernel == 3 and (where == "weight" or level < Instructions.AVX512_BF16)
+        exact = dtype in loaded.convolves and not (left and _spreads(dtype))
     expected = _in_float64(x.double(), double(norm), weight.double(), grad_out.double())
     for name, e in expected.items():
         assert not found[name].isfinite()[~e.isfinite()].any(), name

@@ -5,31 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from plain_loops import COMPILER, OPTIONS, SOURCES, run
 
 from efficient_densenet.ops import cpu
 
-HARNESS = Path(__file__).parent / "kernels_against_loops.cpp"
-SOURCES = Path(cpu.__file__).parent
-OPTIONS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", f"-I{SOURCES}", str(HARNESS)]
-NATIVE, ARM, EMULATOR = (shutil.which(name) for name in ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64"))
+ARM, EMULATOR = (shutil.which(name) for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the commands are those of Linux")
 
 
-def run(command):
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "gradient of the weight" in result.stdout
-    assert "FAIL" not in result.stdout
-
-
-@pytest.mark.skipif(NATIVE is None or cpu.library.load().path is None, reason="needs g++ and the kernels")
+@pytest.mark.skipif(COMPILER is None or cpu.library.load().path is None, reason="needs g++ and the kernels")
 def test_kernels_of_this_processor_against_plain_loops(tmp_path):
     kernels = cpu.library.load().path
-    subprocess.run([NATIVE, *OPTIONS, kernels, f"-Wl,-rpath,{SOURCES}", "-o", tmp_path / "harness"], check=True)
+    subprocess.run([COMPILER, *OPTIONS, kernels, f"-Wl,-rpath,{SOURCES}", "-o", tmp_path / "harness"], check=True)
     run([tmp_path / "harness"])
 
 

@@ -50,7 +50,7 @@ def describe() -> str:
         return loaded.description
     parts = [loaded.description]
     for dtype in loaded.kernels:
-        ours, reason = convolutions(loaded.instructions, dtype)
+        ours, reason = convolutions(loaded.instructions, dtype, loaded.pytorch)
         whose = "ours" if ours else "PyTorch's"
         parts.append(f"convolutions in {str(dtype).removeprefix('torch.')} are {whose}: {reason}")
     return "; ".join(parts)

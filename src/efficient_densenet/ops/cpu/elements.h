@@ -60,6 +60,7 @@ public:
 };
 
 inline Index vectors_of(Index channels) { return (channels + kW - 1) / kW; }
+inline Index whole_vectors(Index channels) { return vectors_of(channels) * kW; }
 
 inline Vector load_elements(const float *p) { return load<kW>(p); }
 inline Vector multiply_add(float s, Vector v, Vector sum) { return sum + s * v; }

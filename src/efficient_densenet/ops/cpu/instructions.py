@@ -1,8 +1,9 @@
 """Which instructions the kernels use, and what runs a convolution with them: a kernel of ours, or PyTorch.
 
-The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md). A kernel of ours is faster because the rectified
-prefix and the result stay in the cache between the steps. That holds unless PyTorch's convolution has instructions that
-ours has not: the tiles of AMX, which multiply bfloat16 several times faster than anything else on the processor.
+The rule rests on measurements (`benchmarks/cpu.py`, docs/cpu.md), with AMX on reasoning alone. A kernel of ours is
+faster because the rectified prefix and the result stay in the cache between the steps. That holds unless PyTorch's
+convolution has instructions that ours has not: the tile registers of AMX, which multiply bfloat16 several times faster
+than anything else on the processor. Ours lack them when they are held to less, or when an older compiler made them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from efficient_densenet.errors import UserError
 
 VARIABLE = "EFFICIENT_DENSENET_INSTRUCTIONS"
+_VARIABLE_OF_ONEDNN = "ONEDNN_MAX_CPU_ISA"  # the library that runs PyTorch's convolutions
 
 
 class Instructions(IntEnum):
@@ -40,14 +42,22 @@ class Convolutions(NamedTuple):
     reason: str
 
 
-def convolutions(level: Instructions, dtype: torch.dtype) -> Convolutions:
-    """The rule for activations of this type at this level; the best level at which it was measured decides."""
+def convolutions(level: Instructions, dtype: torch.dtype, pytorch: Instructions | None = None) -> Convolutions:
+    """The rule for activations of this type; the best level at which it was measured decides.
+
+    Args:
+        level: what kernels of ours use.
+        dtype: the type of the activations.
+        pytorch: what PyTorch's convolutions use; None: the same.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         return Convolutions(False, "there are no kernels of ours for this type")
     if level == Instructions.BASELINE:
         return Convolutions(False, "kernels of ours were never measured on this kind of processor")
-    if level == Instructions.AMX and dtype == torch.bfloat16:
-        return Convolutions(False, "PyTorch's use the tiles of AMX, which is faster")
+    if dtype == torch.bfloat16 and Instructions.AMX in (level, pytorch):
+        if level < Instructions.AMX:
+            return Convolutions(False, "PyTorch's use the tile registers of AMX, which is faster")
+        return Convolutions(True, "they use the tile registers of AMX; their speed was never measured")
     return Convolutions(True, "they are faster than PyTorch's with these instructions")
 
 
@@ -78,3 +88,9 @@ def limit() -> Instructions:
         return named(name) if name else BEST
     except UserError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
+
+
+def limit_of_pytorch() -> Instructions:
+    """The best level that PyTorch's convolutions may use, as far as it matters here: whether AMX is among it."""
+    name = os.environ.get(_VARIABLE_OF_ONEDNN, "").upper()
+    return BEST if name in ("", "ALL", "DEFAULT") or "AMX" in name else Instructions.AVX512_BF16

@@ -27,6 +27,10 @@
 #define PAIRS 0
 #endif
 
+#if !defined(TILES) // whether these pairs are multiplied by the tile registers of AMX
+#define TILES 0
+#endif
+
 #define PRAGMA(text) _Pragma(#text)
 #if !defined(TARGET)
 #define BEGIN_LEVEL namespace LEVEL {

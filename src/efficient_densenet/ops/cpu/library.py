@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from efficient_densenet.ops.cpu.instructions import BEST, Instructions, convolutions, limit
+from efficient_densenet.ops.cpu.instructions import BEST, Instructions, convolutions, limit, limit_of_pytorch
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -115,6 +115,7 @@ class Loaded(NamedTuple):
     description: str
     path: Path | None = None
     instructions: Instructions = Instructions.BASELINE
+    pytorch: Instructions = Instructions.BASELINE  # what PyTorch's convolutions use
     convolves: frozenset[torch.dtype] = frozenset()  # the types for which whole convolutions are kernels of ours
 
 
@@ -147,7 +148,7 @@ def _find() -> Loaded:
     if path is None:
         return Loaded(None, "not built: install a C++ compiler and the package again")
     try:
-        return open_library(path, limit())
+        return open_library(path, limit(), limit_of_pytorch())
     except OSError as error:
         return Loaded(None, f"{path.name} cannot be loaded: {error}")
 
@@ -157,13 +158,13 @@ def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
     """While this is open, the kernels use no better instructions than these: to test them, and to compare.
 
     Args:
-        level: the best level to use.
+        level: the best level to use, as if the processor had no better.
         ours: False: PyTorch runs all convolutions, whatever the rule says.
     """
     global _loaded
     before = load()
     assert before.path is not None, before.description
-    _loaded = open_library(before.path, level)
+    _loaded = open_library(before.path, level, level)
     if not ours:
         _loaded = _loaded._replace(convolves=frozenset())
     try:
@@ -172,14 +173,19 @@ def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
         _loaded = before
 
 
-def open_library(path: Path, level: Instructions = BEST) -> Loaded:
-    """Load kernels from a file, to use instructions up to this level.
+def open_library(path: Path, level: Instructions = BEST, pytorch: Instructions = BEST) -> Loaded:
+    """Load kernels from a file.
+
+    Args:
+        path: the shared library.
+        level: the best instructions that its kernels may use.
+        pytorch: the best that PyTorch's convolutions may use.
 
     Raises:
         OSError: the file is no library for this machine.
     """
     library = ctypes.CDLL(str(path))
-    if not hasattr(library, "ed_kernels"):
+    if not hasattr(library, "ed_processor_instructions"):
         raise OSError("it was built from other sources; install the package again")
     openmp = _running_openmp()
     functions: list[ctypes.c_void_p | None] = [None] * 3
@@ -189,11 +195,17 @@ def open_library(path: Path, level: Instructions = BEST) -> Loaded:
     library.ed_use_openmp.argtypes = [_pointer] * 3
     library.ed_use_openmp(*functions)
     library.ed_kernels.restype = ctypes.POINTER(Kernels)
-    level = min(level, Instructions(library.ed_best_instructions()))
+    processor, best = instructions_of(library)
+    level, pytorch = min(level, best), min(pytorch, processor)
     kernels = {dtype: library.ed_kernels(level, type_).contents for dtype, type_ in _TYPES.items()}
-    convolves = [dtype for dtype in _TYPES if convolutions(level, dtype).ours]
+    convolves = [dtype for dtype in _TYPES if convolutions(level, dtype, pytorch).ours]
     threads = "on PyTorch's threads" if openmp else "on one thread: PyTorch's OpenMP was not found"
-    return Loaded(kernels, f"{path.name}, {level.option}, {threads}", path, level, frozenset(convolves))
+    return Loaded(kernels, f"{path.name}, {level.option}, {threads}", path, level, pytorch, frozenset(convolves))
+
+
+def instructions_of(library: ctypes.CDLL) -> tuple[Instructions, Instructions]:
+    """The best level that the processor has, and the best of which the library has kernels for it."""
+    return Instructions(library.ed_processor_instructions()), Instructions(library.ed_best_instructions())
 
 
 def _running_openmp() -> ctypes.CDLL | None:

@@ -5,6 +5,11 @@
 
 BEGIN_LEVEL
 
+#if TILES
+// Of the eight registers of AMX, which hold 16 rows of a vector each, four are for a tile: see `amx.h`.
+constexpr int kMostVectors = 2;
+constexpr int tile_rows(int vectors) { return vectors == 1 ? 64 : 32; }
+#else
 // A tile stays in registers beside the vectors of one row of `b` and a value of `a`: its largest number of vectors, and
 // its largest number of rows for a number of vectors.
 constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
@@ -12,6 +17,7 @@ constexpr int tile_rows(int vectors) {
   return kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6)
                           : (vectors == 1 ? 12 : vectors == 2 ? 6 : 4);
 }
+#endif
 // The most vectors of a tile with so many rows.
 constexpr int tile_vectors(int rows) {
   int vectors = kMostVectors;
@@ -19,6 +25,25 @@ constexpr int tile_vectors(int rows) {
     --vectors;
   return vectors;
 }
+
+// How many rows of an operand may be read beyond those that a tile needs; nothing is made of them.
+constexpr Index kRowsBehind = TILES ? 15 : 0;
+
+// A tile of AMX adds up to 16 pairs of elements to a sum at a time: how many, so that a sum of `n` takes few and equal
+// steps; and how many elements of type T a sum over so many channels or rows is then of: zeros come behind them.
+inline Index step_of(Index n) { return n ? (n + (n + 15) / 16 - 1) / ((n + 15) / 16) : 1; }
+template <class T> inline Index depth_of(Index scalars) {
+  Index n = elements<T>(scalars), step = TILES ? step_of(n) : 1;
+  return (n + step - 1) / step * step;
+}
+
+// Rows of elements, `ld` from row to row and `line` from line to line.
+template <class T> struct Lines {
+  const T *data;
+  Index ld, line;
+};
+
+constexpr Index kHere = 0;
 
 // Vectors in the group that begins at vector `j` of `all`: at most so many, in groups of nearly one size.
 inline int group_of(Index j, Index all, Index most = kMostVectors) {
@@ -57,8 +82,8 @@ template <int S = 1> inline __attribute__((always_inline)) void transpose(Words 
 }
 #endif
 
-// to[k·width + i] = from[i·stride + k], elements of one word each. A few rows at a time, for the processor fetches ahead
-// of a few only.
+// to[k·width + i] = from[i·stride + k], elements of one word each; `width` is of whole vectors, which are written. A few
+// rows at a time, for the processor fetches ahead of a few only.
 template <class T> void copy_transposed(const T *from, Index stride, Index depth, Index n, Index width, T *to) {
   static_assert(sizeof(T) == 4);
   Index whole = 0;
@@ -79,18 +104,19 @@ template <class T> void copy_transposed(const T *from, Index stride, Index depth
       to[k * width + i] = from[i * stride + k];
 }
 
-// Packed for `add_rows`: [group][place][k][vectors of the group, at most `most`], zeros beyond `n`; taken from
+// Packed for `ProductTile`: [group][place][k][vectors of the group, at most `most`], zeros beyond `n`; taken from
 // data[place·place_stride + k·k_stride + i·n_stride].
 template <class T, class E>
 Buffer<T> packed(const E *data, Index places, Index place_stride, Index depth, Index k_stride, Index n, Index n_stride,
                  int threads, Index most = kMostVectors) {
   constexpr Index kPer = kScalars<T>, kSquare = 16;
-  Index all = vectors_of(n), tall = elements<T>(depth);
+  Index all = vectors_of(n), tall = depth_of<T>(depth);
   Buffer<T> result(places * tall * all * kW);
   int chunks = chunks_for(tall, places * depth * n, threads);
   for_chunks(chunks, [&](int chunk) {
     Range range(tall, chunk, chunks);
-    Index begin = range.begin * kPer, end = range.end * kPer < depth ? range.end * kPer : depth, whole = (end - begin) / kPer;
+    auto within = [&](Index k) { return k * kPer < depth ? k * kPer : depth; };
+    Index begin = within(range.begin), end = within(range.end), whole = (end - begin) / kPer;
     for (Index j = 0; j < all; j += group_of(j, all, most)) {
       Index width = group_of(j, all, most) * kW, used = n - j * kW < width ? n - j * kW : width;
       for (Index place = 0; place < places; ++place) {

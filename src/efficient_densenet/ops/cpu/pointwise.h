@@ -14,10 +14,11 @@ struct Steps {
   Index rows, count;
   Steps(Index all, Index row, int threads) {
     constexpr Index kScratch = 192 << 10; // bytes
-    Index most = kScratch / 4 / row / 24 * 24;
-    most = most < 24 ? 24 : most > 240 ? 240 : most;
+    constexpr Index kRows = TILES ? 32 : 24; // whole tiles
+    Index most = kScratch / 4 / row / kRows * kRows;
+    most = most < kRows ? kRows : most > 240 ? 240 / kRows * kRows : most;
     count = (all + most - 1) / most;
-    if (all >= 24 * threads)
+    if (all >= kRows * threads)
       count = (count + threads - 1) / threads * threads;
     rows = (all + count - 1) / count;
     count = (all + rows - 1) / rows;
@@ -35,14 +36,14 @@ inline auto tiles_of(Index rows) {
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
                double *moments, int threads) {
-  Index depth = elements<T>(weight.in), stride = vectors_of(depth) * kW;
+  Index depth = depth_of<T>(weight.in), stride = vectors_of(depth) * kW;
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
   Buffer<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    Buffer<T> prefix(step * stride);
+    Buffer<T> prefix((step + kRowsBehind) * stride);
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {
       Index here = rows - first < step ? rows - first : step;
@@ -69,7 +70,7 @@ template <class T, bool kAdd, class E>
 void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index rows, const Weight<E> &weight,
                         const float *scale, const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight,
                         double *sums, int threads) {
-  Index all = vectors_of(weight.in), ld = all * kW, depth = elements<T>(weight.out);
+  Index all = vectors_of(weight.in), ld = all * kW, depth = depth_of<T>(weight.out);
   // The prefix is made for a block of channels at a time, and many rows: the more rows, the less often the gradient of
   // the weight is read and written.
   Index block = all < kBlock ? all : kBlock, stride = (block | 1) * kW; // an odd number of lines of the cache
@@ -77,8 +78,8 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
   Index step = steps.rows, count = steps.count;
   Buffer<T> b = packed<T>(weight.data, 1, 0, weight.out, weight.out_stride, weight.in, weight.in_stride, threads);
   bool finished = flow.x.data;
-  // Where it consists of elements, the gradient of the output is used where it lies.
-  bool in_place = std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 &&
+  // Where it consists of elements, the gradient of the output is used where it lies; tiles of AMX read beyond it.
+  bool in_place = !TILES && std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 &&
                   (finished || grad.ld % kScalars<T> == 0);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
@@ -86,9 +87,10 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
   for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
     weight_parts.emplace_back(weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    Buffer<T> copy(in_place ? 0 : step * depth), prefix(grad_weight ? step * stride : 0);
+    Buffer<T> copy(in_place ? 0 : (step + kRowsBehind) * depth), prefix(grad_weight ? step * stride : 0);
     Buffer<E> rest(finished ? step * weight.out : 0); // of the gradient, without what flows through the statistics
     Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
+    Buffer<T> turned(grad_weight && TILES ? (weight.out + kRowsBehind) * whole_vectors(depth_of<T>(step)) : 0);
     if (grad_weight)
       std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
     double *totals = parts[chunk].totals.data();
@@ -111,8 +113,13 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
       Lines<T> left{a, lda, 0};
       if constexpr (kScalars<T> == 2)
         if (grad_weight) { // a sum over rows: pairs are pairs of rows
-          pair_rows<false>(grad_here, here, weight.out, nullptr, nullptr, weight.out, columns.data());
+          fill_pairs<false>(grad_here, here, weight.out, nullptr, nullptr, weight.out, columns.data());
           left = {columns.data(), weight.out, 0};
+          if constexpr (TILES) {
+            Index pairs = depth_of<T>(here), ld = whole_vectors(pairs);
+            copy_transposed(columns.data(), weight.out, weight.out, pairs, ld, turned.data());
+            left = {turned.data(), ld, 0};
+          }
         }
       for (Index begin = 0, end; begin < all; begin = end) {
         for (end = begin; end < all && end + group_of(end, all) <= begin + block;)
@@ -121,10 +128,10 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
         if (grad_weight) {
           Matrix<E> x_block{x_here.data + from, x.ld};
           if constexpr (kScalars<T> == 2)
-            pair_rows<true>(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
+            fill_pairs<true>(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
           else
             fill_prefix(x_block, here, channels, scale + from, shift + from, stride, prefix.data());
-          add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, channels, 1, elements<T>(here),
+          add_outer(left, weight.out, Lines<T>{prefix.data(), stride, 0}, channels, 1, depth_of<T>(here),
                     weight_parts[chunk].data() + from, ld);
         }
         Product<T>{a, lda, depth, b.data(), weight.in}.run(

@@ -1,9 +1,14 @@
 // Matrix products whose operands are made and used in the cache: what `pointwise.h`,
-// `winograd.h` and `windowed.h` have in common. Tiles of a result stay in registers: a few rows times a few vectors.
+// `winograd.h` and `windowed.h` have in common. Tiles of a result stay in registers: those for vectors (`registers.h`), or
+// those of AMX (`amx.h`).
 #pragma once
 
 #include "loops.h"
-#include "pack.h"
+#if TILES
+#include "amx.h"
+#else
+#include "registers.h"
+#endif
 
 BEGIN_LEVEL
 
@@ -11,92 +16,6 @@ BEGIN_LEVEL
 template <class E> struct Weight {
   const E *data;
   Index out, in, taps, out_stride, in_stride, tap_stride;
-};
-
-// acc[r][j] += Σ_k a[r·lda + k] · b[k][j]: rows of `a` against a packed block of NV vectors.
-template <int MR, int NV, class T>
-inline __attribute__((always_inline)) void add_rows(const T *a, Index lda, const T *b, Index n, Vector (&acc)[MR][NV]) {
-  for (Index k = 0; k < n; ++k) {
-    decltype(load_elements(b)) v[NV];
-    UNROLL for (int j = 0; j < NV; ++j) v[j] = load_elements(b + (k * NV + j) * kW);
-    UNROLL for (int r = 0; r < MR; ++r) {
-      T s = a[r * lda + k];
-      UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = multiply_add(s, v[j], acc[r][j]);
-    }
-  }
-}
-
-// acc[r][j] += Σ_p a[p·lda + r] · b[p·ldb + j]: columns of `a` against columns of `b`.
-template <int MR, int NV, class T>
-inline __attribute__((always_inline)) void add_columns(const T *a, Index lda, const T *b, Index ldb, Index n,
-                                                       Vector (&acc)[MR][NV]) {
-  for (Index p = 0; p < n; ++p) {
-    decltype(load_elements(b)) v[NV];
-    UNROLL for (int j = 0; j < NV; ++j) v[j] = load_elements(b + p * ldb + j * kW);
-    UNROLL for (int r = 0; r < MR; ++r) {
-      T s = a[p * lda + r];
-      UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = multiply_add(s, v[j], acc[r][j]);
-    }
-  }
-}
-
-// body.run<MR, NV>() for sizes known at run time.
-template <int MR, int NV, class Body> inline void with_rows(int rows, const Body &body) {
-  if (rows == MR)
-    body.template run<MR, NV>();
-  else if constexpr (MR > 1)
-    with_rows<MR - 1, NV>(rows, body);
-}
-
-template <int NV = kMostVectors, class Body> inline void with_tile(int rows, int vectors, const Body &body) {
-  if (vectors == NV)
-    with_rows<tile_rows(NV), NV>(rows, body);
-  else if constexpr (NV > 1)
-    with_tile<NV - 1>(rows, vectors, body);
-}
-
-constexpr Index kLargestTile = 24 * kW; // values
-constexpr Index kHere = 0;
-
-// Terms of a sum that are added up one by one, before their sum goes to the sum of all terms: in single precision, this
-// takes away two thirds of the rounding error of a sum of 256 terms.
-constexpr Index kTermsPerSum = 32;
-
-// out (+)= Σ over places of a[place] · b[place] for a tile: `a` has rows `lda` elements apart, and each place's begin at
-// an offset; `b` is packed for its vectors.
-template <class T> struct ProductTile {
-  const T *a;
-  Index lda, depth;
-  const T *b;
-  float *out;
-  Index ldo;
-  bool add = false;
-  Index places = 1;
-  const Index *offsets = &kHere;
-  template <int MR, int NV> __attribute__((noinline)) void run() const {
-    Vector acc[MR][NV] = {};
-    bool more = add;
-    Index terms = 0;
-    for (Index place = 0; place < places; ++place)
-      for (Index k = 0, n; k < depth; k += n) {
-        n = depth - k < kTermsPerSum ? depth - k : kTermsPerSum;
-        if (terms + n > kTermsPerSum) {
-          add_to_out<MR, NV>(acc, more);
-          UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = Vector{};
-          more = true, terms = 0;
-        }
-        add_rows<MR, NV>(a + offsets[place] + k, lda, b + (place * depth + k) * NV * kW, n, acc);
-        terms += n;
-      }
-    add_to_out<MR, NV>(acc, more);
-  }
-  template <int MR, int NV>
-  inline __attribute__((always_inline)) void add_to_out(const Vector (&acc)[MR][NV], bool more) const {
-    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) {
-      float *to = out + r * ldo + j * kW;
-      store<kW>(to, more ? load<kW>(to) + acc[r][j] : acc[r][j]);
-    }
-  }
 };
 
 // Calls work(first row, rows) for tiles of at most `most` of them, of nearly one size.
@@ -130,7 +49,8 @@ template <class T> struct Product {
   // tiles of at most `most` rows, before(tile) whatever is to be fetched, and use(tile) takes the result.
   template <class Tiles, class Before, class Use>
   void run(Index begin, Index end, const Tiles &tiles, const Before &before, const Use &use) const {
-    float values[kLargestTile];
+    alignas(64) float values[kLargestTile];
+    TileRegisters registers(depth);
     for (Index all = vectors_of(columns), j = begin; j < end; j += group_of(j, all)) {
       int vectors = group_of(j, all);
       Index first = j * kW, width = vectors * kW, count = columns - first < width ? columns - first : width;
@@ -138,7 +58,7 @@ template <class T> struct Product {
         Tile tile{row, rows, first, count, values, width};
         before(tile);
         with_tile(rows, vectors,
-                  ProductTile<T>{a + at * lda, lda, depth, b + first * places * depth, values, width, false, places,
+                  ProductTile<T>{a + at * lda, lda, depth, b + first * places * depth, values, width, places,
                                  offsets});
         use(tile);
       });
@@ -146,42 +66,19 @@ template <class T> struct Product {
   }
 };
 
-// Rows of elements, `ld` from row to row and `line` from line to line.
-template <class T> struct Lines {
-  const T *data;
-  Index ld, line;
-};
-
-// into (outputs, stride) += Σ over the rows of all lines of a ⊗ b, for some of the outputs and of the channels.
-template <class T> struct OuterTile {
-  Lines<T> a, b;
-  Index lines, rows;
-  float *into;
-  Index stride;
-  template <int MR, int NV> __attribute__((noinline)) void run() const {
-    Vector acc[MR][NV] = {};
-    for (Index y = 0; y < lines; ++y)
-      add_columns<MR, NV>(a.data + y * a.line, a.ld, b.data + y * b.line, b.ld, rows, acc);
-    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) {
-      float *to = into + r * stride + j * kW;
-      store<kW>(to, load<kW>(to) + acc[r][j]);
-    }
-  }
-};
-
-// The same for all outputs and channels, in tiles of a few outputs, of nearly one size.
+// `OuterTile` for all outputs and channels, in tiles of a few outputs, of nearly one size.
 template <class T>
 void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index lines, Index rows, float *into,
                Index stride) {
-  constexpr Index kOutputs = kRegisters / 4;
   Index tiles = (outputs + kOutputs - 1) / kOutputs, all = vectors_of(channels);
   Index most = tile_vectors((outputs + tiles - 1) / tiles);
+  TileRegisters registers(rows);
   // A slice of `b` stays in the first-level cache for all outputs.
   for (Index j = 0; j < all; j += most)
     for (Index i = 0; i < tiles; ++i) {
       Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from;
       with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
-                OuterTile<T>{{a.data + from, a.ld, a.line},
+                OuterTile<T>{{a.data + from * (TILES ? a.ld : 1), a.ld, a.line},
                              {b.data + j * kW, b.ld, b.line},
                              lines,
                              rows,
@@ -257,6 +154,14 @@ template <class E, class T> void fill_copy(Matrix<E> x, Index rows, Index channe
   Index ldo = stride * kScalars<T>;
   for_channels<kW>(0, channels, CopyBody<E, Scalar<T>>{x.data, x.ld, rows, ldo, scalars(to)});
   zeros_behind(scalars(to), rows, channels, ldo);
+}
+
+// Pairs of rows for a sum over rows, see `pair_rows`, with zeros behind them so that they are `depth_of` these rows.
+template <bool kRectify, class E, class T>
+void fill_pairs(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *to) {
+  pair_rows<kRectify>(x, rows, channels, scale, shift, stride, to);
+  for (Index p = elements<T>(rows); p < depth_of<T>(rows); ++p)
+    std::memset(to + p * stride, 0, channels * sizeof(T));
 }
 
 template <bool kAdd, class E>

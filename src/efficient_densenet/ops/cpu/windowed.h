@@ -33,7 +33,7 @@ inline auto tiles_of(const Units &units, const Unit &unit) {
 // `convolve` for a window of 3.
 inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
                      const float *shift, Matrix<bf16> out, double *moments, int threads) {
-  Index depth = elements<pair>(weight.in);
+  Index depth = depth_of<pair>(weight.in);
   Units units(grid, lines_within(192 << 10, grid, depth));
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
@@ -41,7 +41,7 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    Buffer<pair> prefix(units.scratch(depth));
+    Buffer<pair> prefix(units.scratch(depth) + kRowsBehind * depth);
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
       Unit unit(units, i);
@@ -65,20 +65,29 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
 }
 
 // The scratch of the weight's gradient for a unit: pairs of neighbours in a line, which begin at even pixels, and for taps
-// in the middle of the window at odd ones.
+// in the middle of the window at odd ones. For tiles of AMX, which add many pairs at a time, all lines are one sum: the
+// gradient of the border's pixels is zero, and what lies there, or behind the last line, is finite.
 struct PixelPairs {
-  Index ld, line; // pairs from pixel pair to pixel pair, and from line to line
-  Buffer<pair> grad, even, odd;
+  Index ld, line, across; // pairs from pixel pair to pixel pair, from line to line; and of a line of the gradient
+  Buffer<pair> grad, turned, even, odd;
   PixelPairs(const Units &units, Index outputs, Index channels)
-      : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), grad(units.lines * units.across * outputs),
-        even((units.lines + 2) * line), odd((units.lines + 2) * line) {}
+      : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), across(units.across + TILES),
+        grad((units.lines * across + kRowsBehind) * outputs),
+        turned(TILES ? (outputs + kRowsBehind) * whole_vectors(units.lines * across + kRowsBehind) : 0), even(size(units)),
+        odd(size(units)) {
+    if (TILES)
+      for (Buffer<pair> *prefix : {&even, &odd})
+        std::memset(prefix->data(), 0, size(units) * sizeof(pair));
+  }
 
   // From the gradient of the output, and from the rectified prefix with its border, `stride` pairs of channels a pixel.
   void fill(const Units &units, const Unit &unit, Matrix<bf16> grad_here, Index outputs, pair *prefix, Index stride,
             Index channels) {
     for (Index y = 0; y < unit.lines; ++y)
       pair_rows<false>(from_row(grad_here, y * units.width), units.width, outputs, nullptr, nullptr, outputs,
-                       grad.data() + y * units.across * outputs);
+                       grad.data() + y * across * outputs);
+    if (TILES)
+      turn_gradient(units, unit, outputs);
     for (Index y = 0; y < unit.lines + 2; ++y) {
       Matrix<bf16> from{scalars(prefix + y * units.wide * stride), 2 * stride};
       pair_rows<false>(from, units.wide, channels, nullptr, nullptr, ld, even.data() + y * line);
@@ -88,11 +97,31 @@ struct PixelPairs {
 
   // into (taps, outputs, ld) += the gradient of the weight.
   void add(const Units &units, const Unit &unit, Index outputs, Index channels, float *into) const {
+    Index pairs = depth(unit), lines = TILES ? 1 : unit.lines;
+    Lines<pair> left{grad.data(), outputs, across * outputs};
+    if (TILES)
+      left = {turned.data(), whole_vectors(pairs), 0};
     for (Index tap = 0; tap < 9; ++tap) {
       const pair *from = (tap % 3 == 1 ? odd : even).data() + tap / 3 * line + (tap % 3 == 2 ? ld : 0);
-      add_outer(Lines<pair>{grad.data(), outputs, units.across * outputs}, outputs, Lines<pair>{from, ld, line},
-                channels, unit.lines, units.across, into + tap * outputs * ld, ld);
+      add_outer(left, outputs, Lines<pair>{from, ld, line}, channels, lines, TILES ? pairs : units.across,
+                into + tap * outputs * ld, ld);
     }
+  }
+
+private:
+  Index size(const Units &units) const { return (units.lines + 2) * line + (TILES ? kRowsBehind + 1 : 0) * ld; }
+  // Pairs of all lines of a unit, as many as a sum of them is of.
+  Index depth(const Unit &unit) const { return depth_of<pair>(2 * unit.lines * across); }
+
+  void turn_gradient(const Units &units, const Unit &unit, Index outputs) {
+    Index pairs = depth(unit);
+    auto clear = [&](Index begin, Index end) {
+      std::memset(grad.data() + begin * outputs, 0, (end - begin) * outputs * sizeof(pair));
+    };
+    for (Index y = 0; y < unit.lines; ++y)
+      clear(y * across + units.across, (y + 1) * across);
+    clear(unit.lines * across, pairs);
+    copy_transposed(grad.data(), outputs, outputs, pairs, whole_vectors(pairs), turned.data());
   }
 };
 
@@ -101,7 +130,7 @@ template <bool kAdd>
 void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight,
                        const float *scale, const float *shift, const float *mean, Matrix<bf16> grad_x,
                        bf16 *grad_weight, double *sums, int threads) {
-  Index depth = elements<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
+  Index depth = depth_of<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
   Units units(grid, lines_within(192 << 10, grid, prefix_depth));
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
@@ -113,7 +142,7 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
     weight_parts.emplace_back(9 * weight.out * ld);
   for_chunks(chunks, [&](int chunk) {
-    Buffer<pair> around(units.scratch(depth)), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
+    Buffer<pair> around(units.scratch(depth) + kRowsBehind * depth), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
     PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
     if (grad_weight)
       std::memset(weight_parts[chunk].data(), 0, 9 * weight.out * ld * sizeof(float));

@@ -269,7 +269,7 @@ void multiply_positions(const float *from, Positions at, Index tiles, Index firs
     const float *here = b + (position * taller + first) * width;
     for_tiles(tiles, tile_rows(vectors), [&](Index t, int rows) {
       with_tile(rows, vectors, ProductTile<float>{from + position * at.distance + t * at.stride, at.stride, depth, here,
-                                                  to + position * to_at.distance + t * to_at.stride, to_at.stride, add});
+                                                  to + position * to_at.distance + t * to_at.stride, to_at.stride, 1, &kHere, add});
       between(position * tiles + t, position * tiles + t + rows, kPositions * tiles);
     });
   }
