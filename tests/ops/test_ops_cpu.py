@@ -171,6 +171,35 @@ def test_threads_change_rounding_alone_and_repeat(threads=(1, 2, 3)):
 
 
 @kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("wrong", [None, 0, 69], ids=["finite", "first output infinite", "last output infinite"])
+@every_level
+def test_threads_share_the_outputs_where_there_are_few_rows(level, dtype, kernel, channels_last, wrong):
+    x, norm = Operands.random((2, (7, 5), 37), dtype)
+    weight, out = weight_for(x, 70, kernel), torch.empty(2, 7, 5, 70, dtype=dtype)  # the last vector is not full
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    if wrong is not None:
+        weight[wrong] = torch.inf
+    expected = torch.empty(out.shape, dtype=torch.float64)
+    reference.norm_relu_conv(x.double(), double(norm), weight.double(), expected)
+    before = torch.get_num_threads()
+    try:
+        with library.held_to(level):
+            for n in (1, 2, 3, 8):
+                torch.set_num_threads(n)
+                cpu.norm_relu_conv(x, norm, weight, out)
+                assert torch.equal(out.isfinite(), expected.isfinite())
+                tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+                good = expected.isfinite()
+                assert (out - expected)[good].abs().max() <= tolerance * expected[good].abs().max()
+    finally:
+        torch.set_num_threads(before)
+
+
+@kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["x", "weight", "gradient"])

@@ -29,8 +29,8 @@ template <class E> bool is_finite(const Weight<E> &weight, const E *data, int th
 
 // False, and nothing of use is done, where a result may not be right.
 template <class E>
-bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
-              Matrix<E> out, double *moments, int threads) {
+bool convolve_in_rows(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
+                      Matrix<E> out, double *moments, int threads) {
   if (grid.window == 1) {
     pointwise<Operand<E>>(x, grid.rows(), weight, scale, shift, out, moments, threads);
     return true;
@@ -43,6 +43,32 @@ bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
 #else
   return winograd(x, grid, weight, scale, shift, out, moments, threads);
 #endif
+}
+
+// With so few rows, a good part of the time goes to packing the weights: each thread then packs those of its own outputs,
+// and makes these. Less is waited for and goes from core to core than where threads share rows and packed weights.
+constexpr Index kFewRows = 200;
+
+// False, and nothing of use is done, where a result may not be right.
+template <class E>
+bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
+              Matrix<E> out, double *moments, int threads) {
+  Index vectors = vectors_of(weight.out);
+  int chunks = static_cast<int>(vectors < threads ? vectors : threads);
+  if (moments || chunks < 2 || grid.rows() > kFewRows)
+    return convolve_in_rows(x, grid, weight, scale, shift, out, moments, threads);
+  std::vector<int> done(chunks);
+  for_chunks(chunks, [&](int chunk) {
+    Range range(vectors, chunk, chunks);
+    Index first = range.begin * kW, stop = range.end * kW < weight.out ? range.end * kW : weight.out;
+    Weight<E> part = weight;
+    part.data += first * weight.out_stride, part.out = stop - first;
+    done[chunk] = convolve_in_rows(x, grid, part, scale, shift, Matrix<E>{out.data + first, out.ld}, nullptr, 1);
+  });
+  for (int one : done)
+    if (!one)
+      return false;
+  return true;
 }
 
 // The gradient of the weight for a window of 3 where values of the prefix are not finite: by its definition, value by value.
