@@ -1,4 +1,4 @@
-"""Whether modules are as they were at an earlier call: by identity alone, without asking what anything means.
+"""Whether modules are as they were at an earlier call: by identity and equality, without asking what anything means.
 
 All that `conditions` and `unsuitable` find depends on what is compared here. Where it may also depend on what is inside
 of an object, a list for example, nothing is remembered, and every call looks anew.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_, methodcaller
+from operator import is_, itemgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from efficient_densenet.adopt.conditions import OF_EVERY_MODULE, OF_TORCH, PLAIN
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_CLASSES = PLAIN | {property, classmethod, staticmethod}
 _TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
-_values = methodcaller("values")
+_CONTENTS = ("_parameters", "_buffers", "_modules")
+_values, _contents = methodcaller("values"), itemgetter(*_CONTENTS)
 
 
 class Unchanged:
@@ -36,7 +37,12 @@ class Unchanged:
         self.kinds = [*map(type, modules)]
         classes = dict.fromkeys(chain.from_iterable(kind.__mro__ for kind in self.kinds))
         self.classes = [vars(kind) for kind in classes if not kind.__module__.startswith((OF_TORCH, "builtins"))]
-        held = [*chain.from_iterable(map(_held, self.others)), *self.classes]
+        # All attributes of a module are compared at once; an equal value in another object is no change. Dictionaries,
+        # and the tensors and modules in them, are compared by identity.
+        self.attributes = [*map(vars, self.others)]
+        self.copies = [*map(dict, self.attributes)]
+        self.dictionaries = [*chain.from_iterable(map(_contents, self.attributes))]
+        held = [*self.dictionaries, *self.classes]
         # Half of them are empty, and it takes a fraction of the time to see that they still are. So are all hooks.
         self.held = [some for some in held if some]
         self.empty = [some for some in held if not some]
@@ -70,23 +76,25 @@ class Unchanged:
             return False
         if any(self.empty) or [type(roots[0]), *map(type, self.others)] != self.kinds:
             return False
+        if not all(map(is_, chain.from_iterable(map(_contents, self.attributes)), self.dictionaries)):
+            return False
+        try:
+            if self.attributes != self.copies:
+                return False
+        except Exception:  # what took the place of a plain value has no comparison, as tensors and arrays have none
+            return False
         contents = self._contents(roots[0])
         if [*chain.from_iterable(contents)] != self.names:
             return False
         return all(map(is_, chain.from_iterable(map(_values, contents)), self.values)) and self._memory() == self.memory
 
     def _contents(self, first: nn.Module) -> list[Any]:
-        """The dictionaries of all modules and classes."""
-        held, *others = _held(first)
-        return [{name: value for name, value in held.items() if name != "adoption"}, *others, *self.held]
+        """The attributes of the first module, and the dictionaries of all modules and classes."""
+        held = vars(first)
+        return [{name: value for name, value in held.items() if name != "adoption"}, *_contents(held), *self.held]
 
     def _memory(self) -> list[Any]:
         """Where the tensors are, for they may be given other memory, and what they are there."""
         tensors = self.tensors
         facts = [t.data_ptr() for t in tensors], [t.dtype for t in tensors]
         return [*facts, [t.shape for t in tensors], [t.stride() for t in tensors]]
-
-
-def _held(module: nn.Module) -> list[dict[str, Any]]:
-    held = vars(module)
-    return [held, held["_parameters"], held["_buffers"], held["_modules"]]
