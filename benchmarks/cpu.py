@@ -32,11 +32,12 @@ KEEPS = ("bottleneck", "features")
 
 @dataclass(frozen=True)
 class Row:
-    """A network and a batch."""
+    """A network and a batch, and the timed steps of a turn."""
 
     name: str
     network: Network
     batch_size: int
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     rows: tuple[Row, ...]
     contenders: tuple[str, ...]
     rounds: int
+    evaluated: tuple[Row, ...] = ()  # besides `rows`
 
 
 ROWS = (
@@ -53,24 +55,25 @@ ROWS = (
     Row("DenseNet-121", imagenet("densenet121"), 8),
     Row("BC L=190 k=40", cifar(190, 40, bottleneck=True), 8),
 )
-FULL = Plan(ROWS, (*ORDINARY, *COMPILED, *KEEPS), 7)
+ONE_IMAGE = Row("DenseNet-121", imagenet("densenet121"), 1, steps=20)
+FULL = Plan(ROWS, (*ORDINARY, *COMPILED, *KEEPS), 7, (ONE_IMAGE,))
 QUICK = Plan((Row("BC L=16 k=12", cifar(16, bottleneck=True), 2),), (*ORDINARY, *KEEPS), 2)
 
 
 def race(title: str, dtype: str = "float32", training: bool = True, instructions: str | None = None) -> Section:
-    """Every contender in a process of its own, taking turns of one step."""
+    """Every contender in a process of its own, taking turns."""
 
     def measure(plan: Plan) -> list[Record]:
         contenders = [name for name in plan.contenders if training or name != "features"]
         return [
             contest.record(
                 row.name,
-                contest.job(row.network, row.batch_size, warmup=1, dtype=dtype, training=training),
+                contest.job(row.network, row.batch_size, 1, row.steps, dtype=dtype, training=training),
                 contenders,
                 plan.rounds,
                 instructions,
             )
-            for row in plan.rows
+            for row in (plan.rows if training else (*plan.rows, *plan.evaluated))
         ]
 
     return Section(title, measure, tables.times, dtype)

@@ -97,17 +97,21 @@ def times() -> str:
         shown = [[f"{cell[keep]:.2f}" for keep in cpu.KEEPS if keep in cell] if cell else [] for cell in cells]
         return [f"{key[0]}, batch {key[1]}{label}", *(" / ".join(parts) for parts in shown)]
 
-    large = ("DenseNet-121", 8)
+    large, single = ("DenseNet-121", 8), ("DenseNet-121", 1)
     rows = [
         *(row("", key, "training", "avx2", "bfloat16") for key in ratios("training")),
         row(", autocast to bfloat16", large, "", "", "autocast"),
-        row(", evaluation", large, "evaluation", "avx2-evaluation", "bfloat16-evaluation"),
+        *(row(", evaluation", key, "evaluation", "avx2-evaluation", "bfloat16-evaluation") for key in (large, single)),
     ]
     table = tables.markdown(["network", "float32", "float32, AVX2", "bfloat16"], rows, names=1)
     runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-    found = ratios("evaluation")[large]
-    shares = [f"{runtimes[name]} takes {found[name]:.2f}" for name in runtimes if name in found]
-    return f"{table}\n\nIn that evaluation in float32, {' and '.join(shares)}." if shares else table
+    sentences = []
+    for name, batch_size in (large, single):
+        found = ratios("evaluation").get((name, batch_size), {})
+        shares = [f"{runtimes[of]} takes {found[of]:.2f}" for of in runtimes if of in found]
+        if shares:
+            sentences.append(f"In evaluation in float32 with batch {batch_size}, {' and '.join(shares)}.")
+    return "\n\n".join([table, " ".join(sentences)])
 
 
 def nearest() -> str:
