@@ -15,11 +15,12 @@ from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import convolution
 
 USUAL, LITTLE = convolution.SCRATCH["cpu"], 1 << 16  # bytes of a scratch tensor
-# Each with a batch whose activations outweigh the scratch tensor, and what oneDNN transposes in half precision.
+# Each with a batch whose activations outweigh that of the scratch tensor.
 NETWORKS = {
     "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 12, LITTLE),
     "BC L=28": (lambda: DenseNet(3, 12, 12, (4, 4, 4), 0.5, bn_size=4, num_classes=2), (3, 32, 32), 12, LITTLE),
-    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3), num_init_features=16), (3, 96, 96), 16, LITTLE),
+    "torchvision": (lambda: torchvision_small(block_config=(3, 3, 3)), (3, 96, 96), 4, LITTLE),
+    "torchvision, wider": (lambda: torchvision_small(num_init_features=16), (3, 96, 96), 16, LITTLE),
     "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 4, LITTLE),
     "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16, USUAL),
     "U-Net": (unet, (3, 64, 64), 3, USUAL),
@@ -49,8 +50,11 @@ def measured(model, image, batch_size, autocast=None):
     return peak_bytes(step)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
-@pytest.mark.parametrize("name", NETWORKS)
+# What oneDNN transposes in half precision is not counted, and outweighs the rest of the small network of torchvision.
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [*((name, None) for name in NETWORKS), *((name, torch.bfloat16) for name in NETWORKS if name != "torchvision")],
+)
 def test_the_planned_peak_is_the_peak(name, autocast, monkeypatch):
     build, image, batch_size, scratch = NETWORKS[name]
     monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)

@@ -67,9 +67,22 @@ def as_it_is(x):
     return x
 
 
+class WithHead(nn.Module):
+    def __init__(self, layers, **arguments):
+        super().__init__()
+        channels = 6 + 4 * layers
+        self.features = nn.Sequential(*chain(layers, **arguments), nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, 3)
+
+    def forward(self, x):
+        return self.classifier(F.relu(self.features(x)).mean((2, 3)))
+
+
 ON_THE_BUFFER = {
     "functions for rectifiers": lambda: chain(),
     "new channels first": lambda: chain(order="new first"),
+    "one layer and a head, new channels first": lambda: WithHead(1, order="new first"),
+    "layers and a head, new channels first": lambda: WithHead(3, order="new first"),
     "biases": lambda: chain(bias=True),
     "dilated windows": lambda: chain(dilation=2, padding=2),
     "two kinds of dropout": lambda: chain(drop_rate=0.2, drop=nn.Dropout2d(0.1)),

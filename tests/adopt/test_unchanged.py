@@ -1,4 +1,4 @@
-"""Evaluation keeps what it found at the last call: what changes after that takes effect, and nothing stays alive."""
+"""A call keeps what it found for the next one: what changes after that takes effect, and nothing stays alive."""
 
 from __future__ import annotations
 
@@ -176,6 +176,69 @@ def test_modules_are_read_once_for_many_evaluations(networks, monkeypatch):
     assert len(read) == 1
     evaluate(efficient)
     assert len(read) == 1
+
+
+def other_momentum(network):
+    a_norm(network).momentum = 0.7
+
+
+def cumulative_averages(network):
+    for norm in norms(network):
+        norm.momentum = None
+
+
+def frozen_averages(network):
+    a_norm(network).eval()
+
+
+def frozen_weight(network):
+    one_weight(network).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        other_momentum,
+        cumulative_averages,
+        frozen_averages,
+        frozen_weight,
+        other_eps,
+        other_parameter,
+        data_swapped,
+    ],
+)
+def test_training_steps_read_modules_again_where_something_changed(change, monkeypatch):
+    read = []
+    monkeypatch.setattr(shared, "read", lambda *a, run=shared.read: (read.append(a), run(*a))[1])
+    networks = pair(IMAGENET)
+    found = []
+    for network in networks:
+        for step in range(6):
+            if step == 3 and change is not None:
+                change(network)
+            if step == 4:
+                read.clear()
+            for parameter in network.parameters():
+                parameter.grad = None
+            network(images()).square().sum().backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        found.append({**gradients, **dict(network.named_buffers())})
+    assert not read  # since the step after the change
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_of_norms_do_not_depend_on_each_other():
+    """They lie in one tensor."""
+    _, efficient = pair(IMAGENET)
+    weights = [p for norm in norms(efficient.features.denseblock1) for p in (norm.weight, norm.bias)]
+    first, second, *_ = torch.autograd.grad(efficient(images()).sum(), weights)
+    scale = torch.ones_like(second, requires_grad=True)
+    loss = (scale * second).sum()
+    first.add_(weights[0], alpha=1e-4)
+    first.detach_().zero_()
+    loss.backward()  # which would notice that `second` was changed in place
+    assert torch.equal(scale.grad, second) and second.any()
 
 
 def test_nothing_is_kept_alive():

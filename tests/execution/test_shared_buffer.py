@@ -199,6 +199,19 @@ def test_gradients_of_gradients_are_refused():
             gradient.square().sum().backward()
 
 
+def test_gradients_of_gradients_of_weights_alone_are_refused_under_autocast():
+    _, network = pair(IMAGENET, dtype=torch.float32, training=False)
+    weights = []
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("denseblock" in name and "conv" in name)
+        weights += [parameter] if parameter.requires_grad else []
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(images(dtype=torch.float32))
+    gradients = torch.autograd.grad(output.float().sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"call make_efficient\(model, way='recompute'\)"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
 def test_one_value_per_channel_is_refused():
     _, network = pair(PLAIN)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -12,6 +12,13 @@
 #include <ucontext.h>
 #include <xmmintrin.h>
 
+// Where the program is linked to this library, all that it allocates is not a number at first: nothing may be made of what
+// lies behind the rows of a tile.
+extern "C" void *aligned_alloc(std::size_t alignment, std::size_t bytes) noexcept {
+  void *memory = nullptr;
+  return posix_memalign(&memory, alignment, bytes) ? nullptr : std::memset(memory, 0xff, bytes);
+}
+
 namespace {
 
 constexpr int kRegisters = 8, kRows = 16, kRowBytes = 64;

@@ -274,7 +274,8 @@ def _plan(
     pool = 0
     if last is not None and last.convolution is not None:
         pool, steps = _pool_first(last, steps)
-    features = output.pieces if last is None else ()
+    # A head makes a channel for each that its norm reads, in the order of that norm.
+    features = output.pieces if last is None else _read(last) if last.convolution is None else ()
     return Plan(
         width,
         tuple(piece.channels for piece in chain if piece.convolution is not None),

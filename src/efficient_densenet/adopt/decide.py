@@ -36,7 +36,7 @@ from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.operands import unsuitable
 from efficient_densenet.execution.plan import Plan, parts
 from efficient_densenet.execution.profiling import labelled
-from efficient_densenet.execution.reading import activations, sync_group, takes
+from efficient_densenet.execution.reading import accepts, activations, sync_group
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import obstacle, recomputing
 
@@ -234,10 +234,10 @@ def _fits(x: Tensor, decision: Decision, types: set[torch.dtype]) -> bool:
         return False
     if types <= {x.dtype, torch.int64}:
         return True
-    taken, kind = {} if decision.ready is None else decision.ready.taken, activations(x)
-    if kind not in taken:
-        taken[kind] = takes(kind, plan, decision.modules)
-    return taken[kind]
+    known, kind = {} if decision.ready is None else decision.ready.accepts, activations(x)
+    if kind not in known:
+        known[kind] = accepts(kind, plan, decision.modules)
+    return known[kind]
 
 
 def run_shared(x: Tensor, decision: Decision, adoption: Adoption, channels_last: bool | None) -> tuple[Tensor, bool]:

@@ -83,7 +83,9 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
         way_out = f"; install it with: pip install {package}" if missing else ""
         raise UserError(f"{name} was not found: {error}{way_out}") from error
     except Exception as error:  # whatever a module of the user's raises, or a path where a module's name should stand
-        raise UserError(f"{source} cannot be imported: {error}; write for example mypackage.nets:Net") from error
+        is_path = source.startswith(".") or "/" in source
+        way_out = "write for example mypackage.nets:Net" if is_path else "see what it does when it is imported"
+        raise UserError(f"{source} cannot be imported: {type(error).__name__}: {error}; {way_out}") from error
     try:
         model = builder(**arguments)
     except Exception as error:

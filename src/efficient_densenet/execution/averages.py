@@ -95,11 +95,12 @@ class _Alike:
 
     def _read(self, statistics: Tensor) -> Tensor:
         """Those of the channels that each norm reads, norm by norm."""
+        # Their numbers are sent to a GPU if it is worth it. A graph that is being captured does without them: it may
+        # outlive this object.
+        if not self.called or (statistics.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.called = True
+            return torch.cat([statistics[:, start:stop] for start, stop in self.ranges], 1)
         if self.channels is None:
-            # Their numbers are sent to a GPU if it is worth it, and not into a graph that is being captured.
-            if not self.called or (statistics.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self.called = True
-                return torch.cat([statistics[:, start:stop] for start, stop in self.ranges], 1)
             numbers = [*chain.from_iterable(range(*ends) for ends in self.ranges)]
             self.channels = torch.tensor(numbers, dtype=torch.int32, device=statistics.device)
         return statistics.index_select(1, self.channels)

@@ -22,6 +22,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from efficient_densenet import ops
+from efficient_densenet.execution.casts import cast_one_by_one, cast_together, copies_in, types_of
 from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.operands import UnsuitableError, unsuitable
 from efficient_densenet.execution.profiling import labelled_backward
@@ -117,22 +118,24 @@ class Passes(ABC):
     def backward_flops(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> int:
         """Likewise, for the gradients that are wanted, and for what runs again."""
 
-    def __call__(self, x: Tensor, arguments: Any, cast: torch.dtype | None = None, known: bool = False) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, arguments: Any, cast: torch.dtype | None = None, checked: bool = False
+    ) -> list[Tensor]:
         """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`.
 
         Args:
             x: the input.
             arguments: of the class `self.arguments`.
             cast: the type in which convolutions get their weights and biases; None: as they are.
-            known: whether all tensors but `x` are on its device and fit for kernels: see `operands`.
+            checked: whether all tensors but `x` are known to be on its device and fit for kernels: see `operands`.
         """
         self.count()
         if _watched():
             return self.forward_operator(x, *cast_one_by_one(arguments, cast))
-        _check(x, *(() if known else arguments))
+        _check(x, *(() if checked else arguments))
         self._check_values(x, arguments)
         if not torch.is_grad_enabled():
-            return self.forward(x, _cast_together(arguments, cast))
+            return self.forward(x, cast_together(arguments, cast))
         lengths = [len(group) for group in arguments[: self.lists]]
         return list(_Node.apply(self, lengths, arguments[self.lists :], cast, x, *self.tensors(arguments)))
 
@@ -140,11 +143,11 @@ class Passes(ABC):
         """All that are in lists among these arguments."""
         return chain.from_iterable(arguments[: self.lists])
 
-    def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor]) -> None:
-        """Have autograd save what backward needs."""
+    def save(self, ctx: Any, x: Tensor, arguments: Any, made: Sequence[Tensor], types: Sequence[torch.dtype]) -> None:
+        """Have autograd save what backward needs; `types` are those of the gradients of weights and biases."""
         groups = [*self.saves(x, made, arguments), *arguments[: self.lists]]
         ctx.lengths, ctx.plain = [len(group) for group in groups], arguments[self.lists :]
-        ctx.types = _types(arguments)
+        ctx.types = types
         ctx.save_for_backward(*chain(*groups))
         ctx.mark_non_differentiable(*made[1:])
         ctx.set_materialize_grads(False)
@@ -165,11 +168,17 @@ class Passes(ABC):
 
         def run(given: Given) -> list[Tensor]:
             if as_operator:
-                made = self.backward_operator(*given, need_x, need_weights, *arguments)
+                weights = arguments.weights
+                if torch.is_grad_enabled():  # cast weights need no gradient, and the operator would refuse nothing
+                    weights = [
+                        w.detach().requires_grad_() if need and not w.requires_grad else w
+                        for w, need in zip(weights, need_weights, strict=True)
+                    ]
+                made = self.backward_operator(*given, need_x, need_weights, *arguments._replace(weights=weights))
                 return [*made[:first], *(g.to(t) for g, t in zip(made[first:], types, strict=True))]
             _check(given.grad_output, given.x, given.packed, *arguments)
             made = self.backward(given, need_x, need_weights, arguments)
-            return [*made[:first], *_copies(made[first:], types)]
+            return [*made[:first], *copies_in(made[first:], types)]
 
         with labelled_backward(ctx):
             found = iter(_for_each(given, run))
@@ -218,7 +227,7 @@ class Passes(ABC):
 
     def _save_of_operator(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         x, arguments = inputs[0], self.arguments(*inputs[1:])
-        self.save(ctx, x, arguments, output)
+        self.save(ctx, x, arguments, output, types_of(arguments))
 
     def _operators_gradients(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
         # An empty list of numbers may be one of tensors to PyTorch.
@@ -265,11 +274,11 @@ class _Node(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         arguments = passes.arguments(*_split(tensors, lengths), *plain)
-        types = _types(arguments)
-        arguments = _cast_together(arguments, cast)
+        types = types_of(arguments)
+        arguments = cast_together(arguments, cast)
         made = passes.forward(x, arguments)
-        passes.save(ctx, x, arguments, made)
-        ctx.passes, ctx.types = passes, types
+        passes.save(ctx, x, arguments, made, types)
+        ctx.passes = passes
         return tuple(made)
 
     @staticmethod
@@ -286,37 +295,6 @@ class _Node(torch.autograd.Function):
         as_operator = torch.is_grad_enabled() or _watched()
         of_x, parameters = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
         return None, None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
-
-
-def _types(arguments: Any) -> list[torch.dtype]:
-    """Of weights and biases of convolutions, as their gradients must have them."""
-    return [tensor.dtype for tensor in (*arguments.weights, *arguments.biases)]
-
-
-def cast_one_by_one(arguments: Any, dtype: torch.dtype | None) -> Any:
-    """Arguments whose weights and biases of convolutions have this type, if one is given."""
-    if dtype is None:
-        return arguments
-    weights, biases = ([t.to(dtype) for t in some] for some in (arguments.weights, arguments.biases))
-    return arguments._replace(weights=weights, biases=biases)
-
-
-def _cast_together(arguments: Any, dtype: torch.dtype | None) -> Any:
-    """The same in one operation. On a GPU each one costs a start of a kernel and the time of the host."""
-    if dtype is None:
-        return arguments
-    count = len(arguments.weights)
-    cast = _copies([*arguments.weights, *arguments.biases], [dtype] * (count + len(arguments.biases)))
-    return arguments._replace(weights=cast[:count], biases=cast[count:])
-
-
-def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Sequence[Tensor]:
-    """The tensors in these types, all of them in one operation, if any has another."""
-    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
-        return tensors
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
 
 
 def norms_of(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from efficient_densenet.execution.averages import Moving, RunningAverages
 from efficient_densenet.execution.plan import Plan, Ranges
 
-# Found here, for PyTorch 2.11 cannot compile the question.
+# Asked once, at import: `torch.compile` of PyTorch 2.11 cannot trace this call.
 _WITH_AUTOCAST = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
 )
@@ -57,28 +57,34 @@ def read(x: Tensor, plan: Plan, modules: Sequence[nn.Module]) -> Reading:
     given = []
     if any(bias is not None for bias in biases):
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    found, moving = Reading([], [], weights, given, [], [], [], RunningAverages([])), []
+    norm_weights: list[Tensor] = []
+    norm_biases: list[Tensor] = []
+    constants: list[Tensor] = []
+    by_batch: list[bool] = []
+    eps: list[float] = []
+    moving: list[Moving] = []
     for norm in plan.norms:
         module: Any = modules[norm.part]
         tensors: list[Any] = [None if name is None else getattr(module, name) for name in norm.names]
         start, stop = norm.source
-        for into, tensor, otherwise in zip(found[:2], tensors[:2], (1.0, 0.0), strict=True):
+        for into, tensor, otherwise in zip((norm_weights, norm_biases), tensors[:2], (1.0, 0.0), strict=True):
             if tensor is None:
                 tensor = torch.full((stop - start,), otherwise, dtype=x.dtype, device=x.device)
             into.append(arranged(tensor, norm.order, 0) if norm.order else tensor)
         mean, variance = tensors[2:]
         training = module.training and not norm.frozen
         uses_batch = training or mean is None
-        found.uses_batch.append(uses_batch)
-        found.eps.append(module.eps if norm.eps is None else norm.eps)
+        by_batch.append(uses_batch)
+        eps.append(module.eps if norm.eps is None else norm.eps)
         if not uses_batch:
-            found.constants.extend(arranged(tensor, norm.order, 0) for tensor in (mean, variance))
+            constants.extend(arranged(tensor, norm.order, 0) for tensor in (mean, variance))
         elif training and mean is not None:
             if norm.momentum is not None:
                 moving.append(Moving(norm, mean, variance, None, norm.momentum))
             elif module.track_running_stats:
                 moving.append(Moving(norm, mean, variance, module.num_batches_tracked, module.momentum))
-    return found._replace(averages=RunningAverages(moving))
+    averages = RunningAverages(moving)
+    return Reading(norm_weights, norm_biases, weights, given, constants, by_batch, eps, averages)
 
 
 class Activations(NamedTuple):
@@ -95,8 +101,8 @@ def activations(x: Tensor) -> Activations:
     return Activations(torch.get_autocast_dtype(device) if cast else x.dtype, cast)
 
 
-def takes(kind: Activations, plan: Plan, modules: Sequence[nn.Module]) -> bool:
-    """Whether the ordinary convolutions and norms take such activations, by the types of their tensors."""
+def accepts(kind: Activations, plan: Plan, modules: Sequence[nn.Module]) -> bool:
+    """Whether the ordinary convolutions and norms accept such activations, by the types of their tensors."""
     for part, names, *_ in plan.convolutions:
         tensors = [named_tensor(modules[part], name) for name in names]
         if not kind.cast and any(tensor is not None and tensor.dtype != kind.dtype for tensor in tensors):

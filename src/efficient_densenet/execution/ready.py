@@ -16,14 +16,14 @@ class Ready:
 
     Attributes:
         reading: what was read off the modules; None: there is none so far.
-        taken: whether the modules take such activations.
+        accepts: whether the modules accept such activations.
         engine: what a call without gradients runs; likewise.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """Of modules with these tensors, which live as long."""
         self._own = {id(tensor) for tensor in tensors}
-        self.taken: dict[Activations, bool] = {}
+        self.accepts: dict[Activations, bool] = {}
         self.reading: Reading | None = None
         self.engine: stage.Stage | stem.Stem | None = None
 

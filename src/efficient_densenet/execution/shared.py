@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
+from efficient_densenet.execution.casts import cast_one_by_one
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import Passes, cast_one_by_one, is_observed
+from efficient_densenet.execution.operators import Passes, is_observed
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
@@ -121,12 +122,11 @@ def _run(
             keep if plan.layers and graph else "inputs",  # without layers, the features are the input
             "" if group is None else group.group_name,
         )
-    known, constant = False, not (graph or kind.cast or any(found.uses_batch))
-    if ready is not None and ready.reading is found:
-        known = True
-        if constant and ready.owns(passes.tensors(arguments)):
-            ready.engine = arguments.engine()
-    made = operator(x, *cast_one_by_one(arguments, cast)) if compiling else passes(x, arguments, cast, known)
+    checked = ready is not None and ready.reading is found
+    repeats = not (graph or kind.cast or any(found.uses_batch))
+    if ready is not None and checked and repeats and ready.owns(passes.tensors(arguments)):
+        ready.engine = arguments.engine()
+    made = operator(x, *cast_one_by_one(arguments, cast)) if compiling else passes(x, arguments, cast, checked)
     output, statistics, count, *_ = made
     label_backward(output, label)
     found.averages.move(statistics, count)

@@ -306,7 +306,8 @@ class _Readers:
             grad_weights, grad_norms,
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
-        of_weights, of_biases = [line.split(sizes) for line in grad_norms]
+        # Parts of one tensor, but no views of it to autograd: who changes one in place does not touch the others.
+        of_weights, of_biases = [torch.unsafe_split_with_sizes(line, sizes) for line in grad_norms]
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
             self.weights[i] = grad_weights[i]
             self.norms[i] = norms.parameter_gradients(i, of_weights[i], of_biases[i])

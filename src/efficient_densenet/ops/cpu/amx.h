@@ -1,5 +1,5 @@
-// Tiles of a product in the registers of AMX. There are eight, and each holds up to 16 rows of 64 bytes. Four are the tile of
-// the result, two hold rows of `a` and two hold vectors of `b`: 16 rows of up to 16 pairs, and up to 16 pairs for each
+// Tiles of a product in the registers of AMX. There are eight, and each holds up to 16 rows of 64 bytes. Four are the tile
+// of the result, two hold rows of `a` and two hold vectors of `b`: 16 rows of up to 16 pairs, and up to 16 pairs for each
 // of 16 columns, as `pack.h` and `pair_rows` lay them out. One instruction adds the product of two registers to a third,
 // 8192 products of bfloat16 in 16 cycles; a register is loaded in 8 cycles, so that the four loads for four products
 // take half of their time.
@@ -30,8 +30,8 @@ template <int kRegister> struct TileRegister {
   }
 };
 
-// While it lives, the registers of this thread are set up for sums of so many pairs. Nobody else finds them in use then:
-// oneDNN sets them up before its own products, and whoever uses them releases them.
+// While it lives, the registers of this thread are set up for sums of so many pairs. Nobody relies on
+// what they leave: oneDNN sets up the registers before its own products.
 class TileRegisters {
   struct Configuration {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -61,7 +61,7 @@ template <int n, class Work> inline __attribute__((always_inline)) void repeat(c
   repeat(work, std::make_index_sequence<n>());
 }
 
-// MR × NV registers of a result, one beside the other.
+// MR × NV registers of a result, row by row.
 template <int MR, int NV> struct Accumulators {
   static void clear() {
     repeat<MR * NV>([](auto i) { TileRegister<i()>::clear(); });

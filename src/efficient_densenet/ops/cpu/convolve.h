@@ -46,7 +46,7 @@ bool convolve_in_rows(Matrix<E> x, const Grid &grid, const Weight<E> &weight, co
 }
 
 // With so few rows, a good part of the time goes to packing the weights: each thread then packs those of its own outputs,
-// and makes these. Less is waited for and goes from core to core than where threads share rows and packed weights.
+// and makes these. Threads wait less for each other, and less data moves between cores.
 constexpr Index kFewRows = 200;
 
 // False, and nothing of use is done, where a result may not be right.

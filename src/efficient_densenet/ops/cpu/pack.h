@@ -82,8 +82,8 @@ template <int S = 1> inline __attribute__((always_inline)) void transpose(Words 
 }
 #endif
 
-// to[k·width + i] = from[i·stride + k], elements of one word each; `width` is of whole vectors, which are written. A few
-// rows at a time, for the processor fetches ahead of a few only.
+// to[k·width + i] = from[i·stride + k], elements of one word each; `width` is of whole vectors, which are written. It takes
+// a few rows at a time: the processor fetches ahead for no more.
 template <class T> void copy_transposed(const T *from, Index stride, Index depth, Index n, Index width, T *to) {
   static_assert(sizeof(T) == 4);
   Index whole = 0;

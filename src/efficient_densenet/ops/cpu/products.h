@@ -1,6 +1,5 @@
-// Matrix products whose operands are made and used in the cache: what `pointwise.h`,
-// `winograd.h` and `windowed.h` have in common. Tiles of a result stay in registers: those for vectors (`registers.h`), or
-// those of AMX (`amx.h`).
+// Matrix products whose operands are made and used in the cache: what `pointwise.h`, `winograd.h` and `windowed.h` share.
+// A tile of the result stays in vector registers (`registers.h`) or in those of AMX (`amx.h`).
 #pragma once
 
 #include "loops.h"
