@@ -81,7 +81,6 @@ class WithHead(nn.Module):
 ON_THE_BUFFER = {
     "functions for rectifiers": lambda: chain(),
     "new channels first": lambda: chain(order="new first"),
-    "one layer and a head, new channels first": lambda: WithHead(1, order="new first"),
     "layers and a head, new channels first": lambda: WithHead(3, order="new first"),
     "biases": lambda: chain(bias=True),
     "dilated windows": lambda: chain(dilation=2, padding=2),
