@@ -71,7 +71,7 @@ class WithHead(nn.Module):
     def __init__(self, layers, **arguments):
         super().__init__()
         channels = 6 + 4 * layers
-        self.features = nn.Sequential(*chain(layers, **arguments), nn.BatchNorm2d(channels))
+        self.features = nn.Sequential(nn.Conv2d(6, 6, 3), *chain(layers, **arguments), nn.BatchNorm2d(channels))
         self.classifier = nn.Linear(channels, 3)
 
     def forward(self, x):
@@ -81,6 +81,7 @@ class WithHead(nn.Module):
 ON_THE_BUFFER = {
     "functions for rectifiers": lambda: chain(),
     "new channels first": lambda: chain(order="new first"),
+    "a layer and a head, new channels first": lambda: WithHead(1, order="new first"),
     "layers and a head, new channels first": lambda: WithHead(3, order="new first"),
     "biases": lambda: chain(bias=True),
     "dilated windows": lambda: chain(dilation=2, padding=2),
