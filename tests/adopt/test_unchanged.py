@@ -230,9 +230,9 @@ def test_training_steps_read_modules_again_where_something_changed(change, monke
 
 def test_gradients_of_norms_do_not_depend_on_each_other():
     """They lie in one tensor."""
-    _, efficient = pair(IMAGENET)
+    _, efficient = pair(IMAGENET, dtype=torch.float32)
     weights = [p for norm in norms(efficient.features.denseblock1) for p in (norm.weight, norm.bias)]
-    first, second, *_ = torch.autograd.grad(efficient(images()).sum(), weights)
+    first, second, *_ = torch.autograd.grad(efficient(images(dtype=torch.float32)).sum(), weights)
     scale = torch.ones_like(second, requires_grad=True)
     loss = (scale * second).sum()
     first.add_(weights[0], alpha=1e-4)
