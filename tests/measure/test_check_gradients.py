@@ -47,7 +47,9 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
             return run_block(x, plan, modules, *rest)
         modules = list(modules)
         conv = modules[convolution.part]
-        modules[convolution.part] = SimpleNamespace(weight=spoil_weight(conv.weight), bias=None)
+        modules[convolution.part] = SimpleNamespace(
+            weight=spoil_weight(conv.weight), bias=None, _parameters={}, _buffers={}
+        )
         result = run_block(x, plan, modules, *rest)
         spoil_norm(modules[norm.part])
         return result
