@@ -109,7 +109,7 @@ def times() -> str:
         shares = [f"{runtimes[of]} takes {found[of]:.2f}" for of in runtimes if of in found]
         if shares:
             sentences.append(f"In evaluation in float32 with batch {batch_size}, {' and '.join(shares)}.")
-    return "\n\n".join([table, " ".join(sentences)])
+    return "\n\n".join([table, " ".join(sentences)] if sentences else [table])
 
 
 def nearest() -> str:

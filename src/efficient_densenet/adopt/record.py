@@ -245,11 +245,10 @@ class Record(Meanings):
     def _name(self, packet: Any) -> str:
         """Of the module that does it, if that does nothing else, or of the operation."""
         module = self.module
-        if isinstance(module, nn.PReLU):
-            return "PReLU"
-        if module is not None and not module._modules and (not module._parameters or is_norm(module)):
-            return type(module).__name__
-        return packet.__name__
+        if module is None or module._modules:
+            return packet.__name__
+        alone = not module._parameters or is_norm(module) or isinstance(module, nn.PReLU)
+        return type(module).__name__ if alone else packet.__name__
 
     def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
         dim = args[1] if len(args) > 1 else named.get("dim", 0)

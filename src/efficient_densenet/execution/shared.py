@@ -90,6 +90,7 @@ def _run(
     # Copies, for a later training step may move the originals.
     constants = [constant.clone() for constant in found.constants] if graph else found.constants
     group = sync_group([modules[norm.part] for norm in plan.norms])
+    group_name = "" if group is None else group.group_name
     passes: Passes
     arguments: StemArguments | StageArguments
     if plan.entry is not None:
@@ -102,7 +103,7 @@ def _run(
             found.eps,
             *plan.entry,
             *(((), "", ()) if blur is None else blur[2:]),
-            "" if group is None else group.group_name,
+            group_name,
             keep == "bottleneck" and x.is_cuda,
         )
     else:
@@ -120,7 +121,7 @@ def _run(
             plan.per_layer,
             plan.pool,
             keep if plan.layers and graph else "inputs",  # without layers, the features are the input
-            "" if group is None else group.group_name,
+            group_name,
         )
     checked = ready is not None and ready.reading is found
     repeats = not (graph or kind.cast or any(found.uses_batch))
