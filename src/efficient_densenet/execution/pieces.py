@@ -13,7 +13,7 @@ from torch import Tensor
 # GPU, 256 images are one. By then the blocks' memory, several times as much, is free again.
 _MOST = {"cpu": 8 << 20}
 _MOST_ELSEWHERE = 512 << 20
-# Bytes of pieces, and of their gradients, that may wait for their second use. The first block of an ordinary network has
+# Bytes of pieces and of their gradients that may wait for their second use. The first block of an ordinary network has
 # just given back as much: for ten images of 224×224, and on a GPU for three hundred.
 _HELD = {"cpu": 64 << 20}
 _HELD_ELSEWHERE = 2 << 30
