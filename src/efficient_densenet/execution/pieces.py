@@ -13,10 +13,11 @@ from torch import Tensor
 # GPU, 256 images are one. By then the blocks' memory, several times as much, is free again.
 _MOST = {"cpu": 8 << 20}
 _MOST_ELSEWHERE = 512 << 20
-# Bytes of pieces and of their gradients that may wait for their second use. The first block of an ordinary network has
-# just given back as much: for ten images of 224×224, and on a GPU for three hundred.
+# Bytes of pieces and of their gradients that may wait for their second use, at most, and how many times as much as the
+# input of the first block: even one that only doubles its width has just given back its features and their gradient.
 _HELD = {"cpu": 64 << 20}
 _HELD_ELSEWHERE = 2 << 30
+_HELD_TIMES = 4
 
 
 class Piece(NamedTuple):
@@ -58,9 +59,15 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device, by_li
     return found
 
 
-def held_values(like: Tensor) -> int:
-    """How many values of pieces like `like`, and of their gradients, may wait for their second use."""
-    return _HELD.get(like.device.type, _HELD_ELSEWHERE) // like.dtype.itemsize
+def held_values(grad_out: Tensor) -> int:
+    """How many values of pieces and of their gradients may wait for their second use: two small pieces always may.
+
+    Args:
+        grad_out: the gradient of what the pool makes, which is the input of the first block.
+    """
+    kind, size = grad_out.device.type, grad_out.element_size()
+    most = min(_HELD.get(kind, _HELD_ELSEWHERE), _HELD_TIMES * grad_out.numel() * size)
+    return max(2 * _MOST.get(kind, _MOST_ELSEWHERE), most) // size
 
 
 def _even(count: int, most: int) -> list[slice]:

@@ -45,8 +45,8 @@ template <class S, class E> inline void assign(S &to, const E &from) {
     set(to, value(from));
 }
 
-// Values of the scratch of the thread that asks for them; another may give them back when that thread is waiting. They
-// begin where a line of the cache does, and are undefined, for most are written first.
+// Values of the scratch of the thread that asks for them. They begin where a line of the cache does, and are undefined, for
+// most are written first.
 template <class T> class Buffer {
   Scratch *scratch = nullptr;
   T *values = nullptr;
