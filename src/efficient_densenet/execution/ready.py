@@ -36,6 +36,6 @@ class Ready:
         if isinstance(self.engine, stem.Stem):
             return stem.forward(x, self.engine)[0]
         assert self.engine is not None
-        output, _ = stage.forward(x, self.engine)
+        output = stage.evaluate(x, self.engine)
         copied = contiguous and not (self.engine.pool or self.engine.head)
         return output.clone(memory_format=torch.contiguous_format) if copied else output

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
-from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
+from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
@@ -86,6 +86,14 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
         return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
+
+
+def evaluate(evaluation: Evaluation) -> bool:
+    """Run a whole block in evaluation in one call; False, and nothing of use is done, where the backend cannot."""
+    x = evaluation.features
+    if _computing(x) is not cpu or torch.autograd._profiler_enabled():  # which has a label for each operation
+        return False
+    return cpu_layers.evaluate(evaluation)
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

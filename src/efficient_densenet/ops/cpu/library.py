@@ -76,8 +76,20 @@ class LayersBackward(ctypes.Structure):
     ]
 
 
+class Evaluation(ctypes.Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("layers", Layers),
+        ("end", ctypes.POINTER(Reader)),
+        ("pool", Volume),
+        ("scratch", _pointer),
+        ("out", Rows),
+    ]
+
+
 _volume, _convolution = ctypes.POINTER(Volume), ctypes.POINTER(Convolution)
 _layers, _layers_backward = ctypes.POINTER(Layers), ctypes.POINTER(LayersBackward)
+_evaluation = ctypes.POINTER(Evaluation)
 
 
 def _function(*arguments: Any, tells: bool = False) -> Any:
@@ -94,6 +106,7 @@ class Kernels(ctypes.Structure):
         ),
         ("run_layers", _function(_layers, _int, _int, _int, tells=True)),
         ("run_layers_backward", _function(_layers, _layers_backward, _int, tells=True)),
+        ("evaluate", _function(_evaluation, _int, tells=True)),
         ("fold_norm", _function(*[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3)),
         ("prologue", _function(Rows, _index, _index, Affine, _pointer, _int)),
         ("prologue_pool", _function(Rows, _volume, _index, Affine, _pointer, _int)),

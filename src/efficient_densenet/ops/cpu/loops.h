@@ -351,8 +351,8 @@ void norm_gradients(const S *inverse, const S *scale, const double *sums, Index 
 // In double precision, for an error in these is one of a whole channel, which no sum makes smaller. The shift belongs to
 // the scale as it was rounded.
 template <class S>
-void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels, S *inverse,
-               S *scale, S *shift) {
+void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels,
+               S *__restrict inverse, S *__restrict scale, S *__restrict shift) {
   for (Index c = 0; c < channels; ++c) {
     double exact = 1 / std::sqrt(variance[c] + eps);
     inverse[c] = static_cast<S>(exact);

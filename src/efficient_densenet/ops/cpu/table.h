@@ -79,6 +79,7 @@ template <class E> struct Functions {
   static int run_layers(const Layers *layers, int fold, int measure, int threads) {
     return Block<E>(*layers, threads).forward(fold != 0, measure != 0);
   }
+  static int evaluate(const Evaluation *evaluation, int threads) { return LEVEL::evaluate<E>(*evaluation, threads); }
   static int run_layers_backward(const Layers *layers, const LayersBackward *operands, int threads) {
     return Block<E>(*layers, threads).backward(*operands);
   }
@@ -100,6 +101,7 @@ template <class E> constexpr Kernels table() {
   if constexpr (!std::is_same<E, double>::value) {
     kernels.suits = F::suits, kernels.convolve = F::convolve, kernels.convolve_backward = F::convolve_backward;
     kernels.run_layers = F::run_layers, kernels.run_layers_backward = F::run_layers_backward;
+    kernels.evaluate = F::evaluate;
   }
 #endif
   return kernels;
