@@ -34,7 +34,7 @@ class Ready:
     def run(self, x: Tensor, contiguous: bool) -> Tensor:
         """What it makes of ``x: (N, C, *spatial)``; features are channels-last in memory unless `contiguous`."""
         if isinstance(self.engine, stem.Stem):
-            return stem.forward(x, self.engine)[0]
+            return stem.evaluate(x, self.engine)
         assert self.engine is not None
         output = stage.evaluate(x, self.engine)
         copied = contiguous and not (self.engine.pool or self.engine.head)

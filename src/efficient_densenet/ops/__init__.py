@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
+from efficient_densenet.ops.cpu import stem as cpu_stem
 from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
@@ -94,6 +95,23 @@ def evaluate(evaluation: Evaluation) -> bool:
     if _computing(x) is not cpu or torch.autograd._profiler_enabled():  # which has a label for each operation
         return False
     return cpu_layers.evaluate(evaluation)
+
+
+def evaluate_stem(
+    x: Tensor, reader: Reader, stride: Sequence[int], padding: Sequence[int], size: Sequence[int], out: Tensor
+) -> bool:
+    """Run a stem in evaluation in one call; False, and nothing of use is done, where the backend cannot.
+
+    Args:
+        x: ``(N, C, height, width)``.
+        reader: the convolution of `x`, and the norm behind it, which has constants.
+        stride, padding: of the convolution.
+        size: height and width of what it makes.
+        out: ``(N, *ceil(size / 2), O)``, what a max pool of window 3, stride 2 and padding 1 makes of that.
+    """
+    if _computing(x) is not cpu or torch.autograd._profiler_enabled():
+        return False
+    return cpu_stem.evaluate(x, reader, stride, padding, size, out)
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

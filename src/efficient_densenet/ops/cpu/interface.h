@@ -77,6 +77,17 @@ struct Evaluation {
   Rows out;            // of the transition or the head
 };
 
+// A stem whose norm has constants: images in whatever memory format, a convolution of them by a channels-last weight, its
+// norm and a max pool of window 3, stride 2 and padding 1.
+struct Stem {
+  Index images, channels, height, width;
+  Index image_stride, channel_stride, line_stride, pixel_stride;
+  Index window_height, window_width, vertical_stride, horizontal_stride, vertical_padding, horizontal_padding;
+  Index lines, pixels, outputs; // what the convolution makes
+  const void *x, *weight, *norm_weight, *norm_bias, *mean, *variance;
+  double eps;
+};
+
 struct Kernels {
   // Whether the kernel for a 3×3 window is faster than PyTorch's for images of this size.
   int (*suits)(Index height, Index width);
@@ -95,6 +106,8 @@ struct Kernels {
   int (*run_layers_backward)(const Layers *, const LayersBackward *, int threads);
   // The whole of it. Returns 0, and nothing of use is done, where `convolve` leaves a layer to PyTorch.
   int (*evaluate)(const Evaluation *, int threads);
+  // out = max_pool(relu(norm(convolution(x)))). Returns 0, and nothing of use is done, where a weight is not finite.
+  int (*evaluate_stem)(const Stem *, Rows out, int threads);
   // inverse = 1/sqrt(variance + eps), scale = weight·inverse, shift = bias − mean·scale.
   void (*fold_norm)(const void *mean, const void *variance, const void *weight, const void *bias, double eps,
                     Index channels, void *inverse, void *scale, void *shift);

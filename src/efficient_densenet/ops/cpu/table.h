@@ -7,6 +7,9 @@
 #if CONVOLUTIONS
 #include "layers.h"
 #endif
+#if CONVOLUTIONS && !PAIRS
+#include "stem.h"
+#endif
 
 BEGIN_LEVEL
 
@@ -86,6 +89,12 @@ template <class E> struct Functions {
 #endif
 };
 
+#if CONVOLUTIONS && !PAIRS
+inline int evaluate_stem(const Stem *stem, Rows out, int threads) {
+  return evaluate_stem(*stem, Functions<float>::matrix(out), threads);
+}
+#endif
+
 // Convolutions of doubles, and of levels where none was measured to be faster, are PyTorch's.
 template <class E> constexpr Kernels table() {
   using F = Functions<E>;
@@ -103,6 +112,10 @@ template <class E> constexpr Kernels table() {
     kernels.run_layers = F::run_layers, kernels.run_layers_backward = F::run_layers_backward;
     kernels.evaluate = F::evaluate;
   }
+#endif
+#if CONVOLUTIONS && !PAIRS
+  if constexpr (std::is_same<E, float>::value)
+    kernels.evaluate_stem = evaluate_stem;
 #endif
   return kernels;
 }
