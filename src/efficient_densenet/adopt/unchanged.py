@@ -40,7 +40,7 @@ class Unchanged:
         # All attributes of a module are compared at once; an equal value in another object is no change. Dictionaries,
         # and the tensors and modules in them, are compared by identity.
         self.attributes = [*map(vars, self.others)]
-        self.copies = [*map(dict, self.attributes)]
+        self.copies = [*map(dict.copy, self.attributes)]  # which share their keys
         self.dictionaries = [*chain.from_iterable(map(_contents, self.attributes))]
         held = [*self.dictionaries, *self.classes]
         # Half of them are empty, and it takes a fraction of the time to see that they still are. So are all hooks.
