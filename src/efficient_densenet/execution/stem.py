@@ -79,8 +79,8 @@ class Stem:
         return [*range(last + keeps_last)]
 
     @cached_property
-    def evaluated(self) -> Reader | None:
-        """The convolution and the norm behind it, where these and a max pool are all of it, and the norm has constants."""
+    def reader(self) -> Reader | None:
+        """The convolution and its norm, for `ops.evaluate_stem`; None where that is not all, or the norm has no constants."""
         usual = len(self.weights) == 1 and self.entry.groups == 1 and set(self.entry.dilation) == {1}
         plain = isinstance(self.pool, MaxPool) and not (self.biases or self.group)
         norm = self.norms[0]
@@ -148,10 +148,10 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
 
 def evaluate(x: Tensor, stem: Stem) -> Tensor:
     """The output of `forward`, where nothing is kept for backward; in one call, where the backend has one."""
-    if stem.evaluated is not None:
+    if stem.reader is not None:
         size = stem.like(x).shape[1:-1]
         output = empty_activation(x, len(stem.norms[0].weight), stem.pool.size(size))
-        if ops.evaluate_stem(x, stem.evaluated, *stem.entry[:2], size, output.movedim(1, -1)):
+        if ops.evaluate_stem(x, stem.reader, *stem.entry[:2], size, output.movedim(1, -1)):
             return output
     return forward(x, stem)[0]
 
