@@ -80,7 +80,7 @@ class Stem:
 
     @cached_property
     def reader(self) -> Reader | None:
-        """The convolution and its norm, for `ops.evaluate_stem`; None where that is not all, or the norm has no constants."""
+        """The convolution and its norm, of constants, for `ops.evaluate_stem`; None where the stem is anything else."""
         usual = len(self.weights) == 1 and self.entry.groups == 1 and set(self.entry.dilation) == {1}
         plain = isinstance(self.pool, MaxPool) and not (self.biases or self.group)
         norm = self.norms[0]

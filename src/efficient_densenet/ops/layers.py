@@ -1,4 +1,4 @@
-"""Layers of a dense block, for a backend that runs several in one call, in evaluation the whole block: what it is given.
+"""What a backend is given that runs several layers of a dense block in one call, or in evaluation the whole block.
 
 Such a call does what the engine (execution/stage.py) would do layer by layer with the operations of `Backend`. That
 spares the time between the operations: on a CPU a third of the evaluation of one image, on a GPU most of the host's.
