@@ -64,12 +64,12 @@ def test_results_are_those_of_the_engine_step_by_step(calls, step_by_step, kind,
     ordinary, efficient = pair(KINDS[kind], training=False, change=change, dtype=dtype)
     for x in (images(1, 41, 38), images(3, 32, 33).to(memory_format=torch.channels_last), images(2)):
         found, expected = evaluated(efficient, x.to(dtype)), step_by_step(efficient, x.to(dtype))
-        if kind == "imagenet" and dtype == torch.float32:  # the stem's convolution is PyTorch's there
+        if kind == "imagenet" and dtype == torch.float32:  # step by step, the stem's convolution is PyTorch's
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found, ordinary(x.to(dtype)), rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(found, expected)
-    assert all(calls) == (dtype == torch.float32 or kind != "imagenet") and any(calls)
+    assert calls and all(calls)
 
 
 @pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)

@@ -125,6 +125,13 @@ class Stage:
         return self._has_plain_layers and ops.runs_layers(features, self.readers, self.memo)
 
     @cached_property
-    def is_plain_evaluation(self) -> bool:
-        """Whether its layers are plain, and no norm of it uses the batch's statistics."""
-        return self._has_plain_layers and not self.uses_batch
+    def _evaluated(self) -> list[Reader]:
+        """All readers; none where something else than these is to be computed, or statistics are the batch's."""
+        plain = self._has_plain_layers and not self.uses_batch
+        if not plain or (self.end is not None and prod(self.end.weight.shape[2:]) > 1):
+            return []
+        return [*self.readers, *([] if self.end is None else [self.end])]
+
+    def evaluates(self, x: Tensor) -> bool:
+        """Whether all of it runs in one call in evaluation, on features that begin with `x`."""
+        return bool(self._evaluated) and ops.evaluates(x, self._evaluated, self.memo)

@@ -65,19 +65,23 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
 
 def evaluate(x: Tensor, stage: Stage) -> Tensor:
     """The output of `forward`, where nothing is kept for backward; in one call, where the backend has one."""
-    if stage.is_plain_evaluation:
-        features = empty_activation(x, x.shape[1] + stage.growth, x.shape[2:])
-        output, pooled = _empty_output(features, stage), 0
-        if output is not None and stage.pool > 1:
-            pooled = output[:, 0].numel() * features.shape[1]
-        bottleneck = features[:, 0].numel() * stage.widest_bottleneck
-        evaluation = Evaluation(
-            x.movedim(1, -1), features.movedim(1, -1), stage.readers, stage.per_layer, stage.end, stage.pool,
-            x.new_empty(max(bottleneck, pooled)), None if output is None else output.movedim(1, -1), stage.memo
-        )  # fmt: skip
-        if ops.evaluate(evaluation):
-            return features if output is None else output
-    return forward(x, stage)[0]
+    output = _evaluate_in_one_call(x, stage) if stage.evaluates(x.movedim(1, -1)) else None
+    return forward(x, stage)[0] if output is None else output
+
+
+def _evaluate_in_one_call(x: Tensor, stage: Stage) -> Tensor | None:
+    """None where a layer is left to the operations of `Backend`, see `forward`."""
+    features = empty_activation(x, x.shape[1] + stage.growth, x.shape[2:])
+    output = _empty_output(features, stage)
+    bottleneck = features[:, 0].numel() * stage.widest_bottleneck
+    pooled = output[:, 0].numel() * features.shape[1] if output is not None and stage.pool > 1 else 0
+    evaluation = Evaluation(
+        x.movedim(1, -1), features.movedim(1, -1), stage.readers, stage.per_layer, stage.end, stage.pool,
+        x.new_empty(max(bottleneck, pooled)), None if output is None else output.movedim(1, -1), stage.memo
+    )  # fmt: skip
+    if not ops.evaluate(evaluation):
+        return None
+    return features if output is None else output
 
 
 def _empty_output(features: Tensor, stage: Stage) -> Tensor | None:

@@ -148,7 +148,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
 
 def evaluate(x: Tensor, stem: Stem) -> Tensor:
     """The output of `forward`, where nothing is kept for backward; in one call, where the backend has one."""
-    if stem.reader is not None:
+    if stem.reader is not None and ops.evaluates_stem(x, stem.reader):
         size = stem.like(x).shape[1:-1]
         output = empty_activation(x, len(stem.norms[0].weight), stem.pool.size(size))
         if ops.evaluate_stem(x, stem.reader, *stem.entry[:2], size, output.movedim(1, -1)):

@@ -89,18 +89,30 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
         return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
 
 
+def evaluates(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
+    """Whether a block of these readers, on features that begin with `x`, runs in one call: see `evaluate`.
+
+    Not while a profiler is active, in whose trace each operation has a label.
+    """
+    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
+    return chosen and cpu_layers.supports(x, readers, memo)
+
+
 def evaluate(evaluation: Evaluation) -> bool:
-    """Run a whole block in evaluation in one call; False, and nothing of use is done, where the backend cannot."""
-    x = evaluation.features
-    if _computing(x) is not cpu or torch.autograd._profiler_enabled():  # which has a label for each operation
-        return False
+    """Run a whole block in evaluation; False, and nothing of use is done, where a layer has to be left to `Backend`."""
     return cpu_layers.evaluate(evaluation)
+
+
+def evaluates_stem(x: Tensor, reader: Reader) -> bool:
+    """Whether a stem of this convolution and norm runs in one call, likewise, on images `x`."""
+    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
+    return chosen and cpu_stem.supports(x, reader)
 
 
 def evaluate_stem(
     x: Tensor, reader: Reader, stride: Sequence[int], padding: Sequence[int], size: Sequence[int], out: Tensor
 ) -> bool:
-    """Run a stem in evaluation in one call; False, and nothing of use is done, where the backend cannot.
+    """Run a whole stem in evaluation; False, and nothing of use is done, where the convolution is left to PyTorch.
 
     Args:
         x: ``(N, C, height, width)``.
@@ -109,8 +121,6 @@ def evaluate_stem(
         size: height and width of what it makes.
         out: ``(N, *ceil(size / 2), O)``, what a max pool of window 3, stride 2 and padding 1 makes of that.
     """
-    if _computing(x) is not cpu or torch.autograd._profiler_enabled():
-        return False
     return cpu_stem.evaluate(x, reader, stride, padding, size, out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool
     """Whether all convolutions are kernels of ours."""
     if x.dim() != 4:
         return False
-    key, loaded = (supports, x.shape, x.dtype), library.load()
+    key, loaded = (supports, x.shape, x.dtype, len(readers)), library.load()
     if memo.get(key) is not loaded:
         if not all(own_convolution(x, reader.weight) for reader in readers):
             return False
@@ -49,12 +48,8 @@ def run_backward(layers: Layers, operands: LayersBackward) -> int:
 def evaluate(evaluation: Evaluation) -> bool:
     """See `ops.evaluate`."""
     x, features, memo = evaluation.x, evaluation.features, evaluation.memo
-    if not supports(features, evaluation.readers, memo):
-        return False
     key = _evaluation, features.shape, features.dtype
     made, alive = memo.get(key) or _evaluation(evaluation)
-    if made is None:
-        return False
     if not alive:  # as in `_described`
         _remember(memo, key, (made, alive))
     here = library.Evaluation.from_buffer_copy(made)  # other threads may run the same block
@@ -68,18 +63,13 @@ def evaluate(evaluation: Evaluation) -> bool:
     return bool(kernels_for(features).evaluate(here, torch.get_num_threads()))
 
 
-def _evaluation(evaluation: Evaluation) -> tuple[library.Evaluation | None, list[Tensor]]:
-    """As the kernel wants it, without what changes from call to call, and tensors that must live as long.
-
-    None where it has no kernel for the transition.
-    """
+def _evaluation(evaluation: Evaluation) -> tuple[library.Evaluation, list[Tensor]]:
+    """As the kernel wants it, without what changes from call to call; and tensors that must live as long."""
     x, features, readers, per_layer, end, pool, _, out, _ = evaluation
     described, alive = _readers(features, readers)
     layers = library.Layers(library.Rows(), x.shape[-1], described, len(readers), per_layer)
     made = library.Evaluation(layers=layers, pool=volume_of(features, pool))
     if end is not None:
-        if prod(end.weight.shape[2:]) > 1 or own_convolution(features, end.weight) is None:
-            return None, []
         last, others = _readers(out if pool and out is not None else features, [end])
         made.end, alive = ctypes.pointer(last[0]), alive + others
     return made, alive
