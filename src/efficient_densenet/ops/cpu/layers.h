@@ -162,7 +162,7 @@ template <class E> bool evaluate(const Evaluation &e, int threads) {
     inputs += reader.convolution.inputs;
     reader.bottleneck = e.scratch;
   }
-  Buffer<float> inverse(inputs), scale(inputs), shift(inputs);
+  std::vector<float> inverse(inputs), scale(inputs), shift(inputs);
   Layers layers = e.layers;
   layers.readers = readers.data(), layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
   Matrix<E> features{static_cast<E *>(layers.features.data), layers.features.ld}, out{static_cast<E *>(e.out.data), e.out.ld};
@@ -186,8 +186,7 @@ template <class E> bool evaluate(const Evaluation &e, int threads) {
   if (pixels_of_window(e.pool) > 1) { // what it makes is not negative: another rectifier changes nothing
     prologue_pool(features, e.pool, channels, scale.data(), shift.data(), static_cast<E *>(e.scratch), threads);
     features = {static_cast<E *>(e.scratch), channels};
-    for (Index i = 0; i < channels; ++i)
-      scale.data()[i] = 1, shift.data()[i] = 0;
+    scale.assign(channels, 1), shift.assign(channels, 0);
   }
   return convolve(features, grid_of(end.convolution), weight_of<E>(end.convolution, end.weight), scale.data(), shift.data(),
                   out, nullptr, threads);
