@@ -1,5 +1,6 @@
-// The layers of a dense block, forward and backward, and in evaluation what follows them too, without leaving the native code between them: what
-// execution/stage.py does layer by layer, where nothing but the kernels of whole convolutions is needed.
+// The layers of a dense block, forward and backward, without leaving the native code between them, and in evaluation what
+// follows the block too: what execution/stage.py does layer by layer, where nothing but the kernels of whole convolutions
+// is needed.
 #pragma once
 
 #include "convolve.h"
@@ -164,12 +165,14 @@ template <class E> bool evaluate(const Evaluation &e, int threads) {
   }
   std::vector<float> inverse(inputs), scale(inputs), shift(inputs);
   Layers layers = e.layers;
-  layers.readers = readers.data(), layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
-  Matrix<E> features{static_cast<E *>(layers.features.data), layers.features.ld}, out{static_cast<E *>(e.out.data), e.out.ld};
+  layers.readers = readers.data();
+  layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
+  auto matrix = [](Rows rows) { return Matrix<E>{static_cast<E *>(rows.data), rows.ld}; };
+  Matrix<E> features = matrix(layers.features), out = matrix(e.out);
   const Convolution &c = readers[0].convolution;
   Index rows = grid_of(c).rows();
   if (e.x.data)
-    copy_moments(Matrix<E>{static_cast<E *>(e.x.data), e.x.ld}, rows, layers.width, features, nullptr, 0, threads);
+    copy_moments(matrix(e.x), rows, layers.width, features, nullptr, 0, threads);
   if (Block<E>(layers, threads).forward(true, false) < layers.count / layers.per_layer)
     return false;
   if (!e.end)

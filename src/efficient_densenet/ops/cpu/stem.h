@@ -43,10 +43,11 @@ class StemOfImage {
       copy_line(image, line * s.vertical_stride - s.vertical_padding + y, scratch + y * line_size);
     for (Index i = 0; i < lines; ++i) {
       Matrix<float> to{made + i * s.pixels * s.outputs, s.outputs};
-      Product<float>{scratch + i * s.vertical_stride * line_size, s.horizontal_stride * s.channels, depth(), b.data(), s.outputs,
-                     s.window_height, offsets.data()}
-          .run(0, vectors_of(s.outputs), tiles_of(s.pixels), [](const Tile &) {},
-               [&](const Tile &tile) { store_tile(tile, to); });
+      const float *from = scratch + i * s.vertical_stride * line_size;
+      Product<float> product{from,      s.horizontal_stride * s.channels, depth(),       b.data(),
+                             s.outputs, s.window_height,                  offsets.data()};
+      product.run(0, vectors_of(s.outputs), tiles_of(s.pixels), [](const Tile &) {},
+                  [&](const Tile &tile) { store_tile(tile, to); });
     }
   }
 
@@ -59,35 +60,41 @@ class StemOfImage {
       for (Index y = begin; y < end; ++y)
         for (Index p = x ? 2 * x - 1 : 0; p < 2 * x + 2 && p < s.pixels; ++p, ++number)
           taps[number] = {(y - first) * s.pixels + p, number};
-      for_channels<kW>(0, s.outputs, MaxPoolBody<float>{made, s.outputs, taps, number, scale.data(), shift.data(), out, nullptr});
+      for_channels<kW>(0, s.outputs,
+                       MaxPoolBody<float>{made, s.outputs, taps, number, scale.data(), shift.data(), out, nullptr});
     }
   }
 
 public:
   StemOfImage(const Stem &s, int threads)
-      : s(s), b(packed<float>(floats(s.weight), s.window_height, depth(), depth(), 1, s.outputs, s.window_height * depth(), threads)),
+      : s(s), b(packed<float>(floats(s.weight), s.window_height, depth(), depth(), 1, s.outputs,
+                              s.window_height * depth(), threads)),
         wide((s.pixels - 1) * s.horizontal_stride + s.window_width), line_size(wide * s.channels), inverse(s.outputs),
         scale(s.outputs), shift(s.outputs) {
     for (Index y = 0; y < s.window_height; ++y)
       offsets.push_back(y * line_size);
-    fold_norm(floats(s.mean), floats(s.variance), floats(s.norm_weight), floats(s.norm_bias), s.eps, s.outputs, inverse.data(),
-              scale.data(), shift.data());
+    fold_norm(floats(s.mean), floats(s.variance), floats(s.norm_weight), floats(s.norm_bias), s.eps, s.outputs,
+              inverse.data(), scale.data(), shift.data());
   }
 
   void run(Matrix<float> out, int threads) const {
     Index pooled = (s.lines + 1) / 2, all = s.images * pooled, row = s.pixels * s.outputs;
     int chunks = chunks_for(all, all * row, threads);
     for_chunks(chunks, [&](int chunk) {
-      Buffer<float> scratch((2 * kPooled * s.vertical_stride + s.window_height) * line_size), made((2 * kPooled + 1) * row);
+      Buffer<float> scratch((2 * kPooled * s.vertical_stride + s.window_height) * line_size);
+      Buffer<float> made((2 * kPooled + 1) * row);
       Range range(all, chunk, chunks);
       for (Index i = range.begin, n; i < range.end; i += n) {
         Index image = i / pooled, line = i % pooled;
         n = pooled - line < range.end - i ? pooled - line : range.end - i;
         n = n < kPooled ? n : kPooled;
         Index first = line ? 2 * line - 1 : 0, stop = 2 * (line + n) < s.lines ? 2 * (line + n) : s.lines, there = 0;
-        if (line && i > range.begin) // the last line of those before
-          std::memcpy(made.data(), made.data() + (2 * kPooled - (line == kPooled)) * row, row * sizeof(float)), there = 1;
-        convolve(floats(s.x) + image * s.image_stride, first + there, stop - first - there, scratch.data(), made.data() + there * row);
+        if (line && i > range.begin) { // the last line of those before, which began with the first, or one earlier
+          std::memcpy(made.data(), made.data() + (2 * kPooled - (line == kPooled)) * row, row * sizeof(float));
+          there = 1;
+        }
+        const float *x = floats(s.x) + image * s.image_stride;
+        convolve(x, first + there, stop - first - there, scratch.data(), made.data() + there * row);
         for (Index k = 0; k < n; ++k)
           pool(made.data(), first, 2 * (line + k), out.data + (i + k) * ((s.pixels + 1) / 2) * out.ld, out.ld);
       }
