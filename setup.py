@@ -12,7 +12,16 @@ KERNELS = Extension(
     "efficient_densenet.ops.cpu._kernels",
     sources=sorted(glob(f"{FOLDER}/*.cpp")),
     depends=glob(f"{FOLDER}/*.h"),
-    extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"],
+    extra_compile_args=[
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+    ],
     optional=True,  # without a compiler, plain PyTorch runs in their place, and says so
 )
 

@@ -194,6 +194,39 @@ template <class E> void run_all(const Kernels &kernels) {
   Case<E>{1, 3, 40, 12, 130, 3}.run(kernels);
 }
 
+// A stem of 7×7 windows, stride 2, over images of 3 channels, channels first.
+void stem(const Kernels &kernels, Index images, Index height, Index width, Index outputs, int threads) {
+  constexpr Index kChannels = 3, kWindow = 7;
+  Index lines = (height + 1) / 2, pixels = (width + 1) / 2, lines_out = (lines + 1) / 2, pixels_out = (pixels + 1) / 2;
+  auto x = random<float>(images * kChannels * height * width), weight = random<float>(outputs * kWindow * kWindow * kChannels);
+  auto norm_weight = random<float>(outputs), norm_bias = random<float>(outputs), mean = random<float>(outputs);
+  auto variance = random<float>(outputs, 0.5, 1.5);
+  Stem s{images, kChannels, height, width, kChannels * height * width, height * width, width, 1, kWindow, kWindow, 2, 2, 3, 3,
+         lines, pixels, outputs, x.data(), weight.data(), norm_weight.data(), norm_bias.data(), mean.data(), variance.data(), 1e-5};
+  std::vector<float> out(images * lines_out * pixels_out * outputs);
+  std::vector<double> expected(out.size(), 0); // no rectified value is less
+  for (Index n = 0; n < images; ++n)
+    for (Index line = 0; line < lines; ++line)
+      for (Index pixel = 0; pixel < pixels; ++pixel)
+        for (Index o = 0; o < outputs; ++o) {
+          double sum = 0;
+          for (Index tap = 0; tap < kWindow * kWindow; ++tap) {
+            Index y = 2 * line + tap / kWindow - 3, p = 2 * pixel + tap % kWindow - 3;
+            for (Index c = 0; c < kChannels && y >= 0 && y < height && p >= 0 && p < width; ++c)
+              sum += double(x[((n * kChannels + c) * height + y) * width + p]) *
+                     weight[(o * kWindow * kWindow + tap) * kChannels + c];
+          }
+          double normed = (sum - mean[o]) / std::sqrt(variance[o] + 1e-5) * norm_weight[o] + norm_bias[o];
+          for (Index v = line / 2; v <= (line + 1) / 2 && v < lines_out; ++v)
+            for (Index h = pixel / 2; h <= (pixel + 1) / 2 && h < pixels_out; ++h) {
+              double &most = expected[((n * lines_out + v) * pixels_out + h) * outputs + o];
+              most = std::fmax(most, normed);
+            }
+        }
+  failures += !kernels.evaluate_stem(&s, {out.data(), outputs}, threads);
+  compare("stem", out, expected, 1e-5);
+}
+
 } // namespace
 
 int main(int count, char **arguments) {
@@ -201,6 +234,10 @@ int main(int count, char **arguments) {
   for (int level = 0; level <= best; ++level) {
     std::printf("level %d, float32\n", level);
     run_all<float>(*ed_kernels(level, 0));
+    if (ed_kernels(level, 0)->evaluate_stem) {
+      stem(*ed_kernels(level, 0), 2, 37, 30, 20, 1);
+      stem(*ed_kernels(level, 0), 1, 5, 3, 70, 3);
+    }
     std::printf("level %d, float64\n", level);
     run_all<double>(*ed_kernels(level, 1));
     std::printf("level %d, bfloat16\n", level);

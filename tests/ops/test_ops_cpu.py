@@ -16,8 +16,10 @@ from efficient_densenet import UserError, densenet_cifar
 from efficient_densenet.ops import cpu, eager, reference
 from efficient_densenet.ops.cpu import layers as cpu_layers
 from efficient_densenet.ops.cpu import library
+from efficient_densenet.ops.cpu import stem as cpu_stem
 from efficient_densenet.ops.cpu.instructions import Instructions, convolutions
-from efficient_densenet.ops.protocol import Affine, BackwardOperands
+from efficient_densenet.ops.layers import Reader
+from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 kernels = pytest.mark.skipif(library.load().kernels is None, reason="the native kernels are not built")
 LARGE = (5, (33, 31), 37)  # enough for several threads
@@ -150,6 +152,53 @@ def _many_units(size, channels, made, kernel, memory_format, dtype):
     actual = [out, *found, grad_x, *sums]
     for a, e in zip(actual, [expected_out, *expected, expected_grad_x, *expected_sums], strict=True):
         assert (a - e).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * e.abs().max()
+
+
+STEMS = [  # images, channels, outputs, window, stride, padding, size
+    *((2, 3, 64, (7, 7), (2, 2), (3, 3), (65, 50)), (2, 4, 20, (5, 5), (1, 1), (2, 2), (19, 23))),
+    *((1, 3, 33, (3, 3), (2, 2), (0, 0), (31, 33)), (3, 2, 7, (3, 5), (2, 1), (1, 0), (9, 40))),
+    *((5, 1, 16, (3, 3), (1, 1), (1, 1), (1, 1)), (2, 3, 5, (3, 3), (2, 2), (1, 1), (2, 5))),
+]
+
+
+@kernels
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("layout", ["contiguous", "rows of pixels", "turned"])
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)
+def test_stems_in_one_call(level, stem, layout, threads):
+    """More lines than are pooled at a time, and threads that share an image: against PyTorch in double precision."""
+    n, channels, made, window, stride, padding, size = stem
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, channels, *size), torch.randn(made, channels, *window)
+    if layout == "rows of pixels":
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    elif layout == "turned":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    norm, mean, variance = [torch.rand(2, made), torch.randn(made), torch.rand(made) + 0.5]
+    norm[0] -= 0.3
+    s = torch.conv2d(x.double(), weight.double(), None, stride, padding)
+    of_conv = s.shape[2:]
+    s = torch.batch_norm(s, *norm.double(), mean.double(), variance.double(), False, 0, 1e-5, False).relu()
+    expected = torch.max_pool2d(s, 3, 2, 1).movedim(1, -1)
+    out = slice_of_channels(torch.full(expected.shape, torch.nan), 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with library.held_to(level):
+            reader = Reader(weight, *norm, Statistics(mean, variance), 1e-5, 0)
+            assert cpu_stem.evaluate(x, reader, stride, padding, of_conv, out)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.max().item())
+
+
+@kernels
+def test_a_stem_whose_weight_is_not_finite_is_left_to_pytorch():
+    x, weight, ones = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 7, 7), torch.ones(4)
+    weight[2, 1, 3, 3] = torch.inf
+    reader, out = Reader(weight, ones, ones, Statistics(ones, ones), 1e-5, 0), torch.empty(1, 3, 3, 4)
+    assert not cpu_stem.evaluate(x, reader, (2, 2), (3, 3), (5, 5), out)
 
 
 @kernels

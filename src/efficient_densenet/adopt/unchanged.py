@@ -29,7 +29,7 @@ class Unchanged:
 
     Attributes:
         others: all modules but the first, in the order of `plan.parts`.
-        tensors: all their parameters and buffers.
+        tensors: all their parameters and buffers but the counters of batches, whose memory nobody keeps.
     """
 
     def __init__(self, modules: Sequence[nn.Module], roots: Sequence[nn.Module], own_hooks: bool) -> None:
@@ -40,7 +40,7 @@ class Unchanged:
         # All attributes of a module are compared at once; an equal value in another object is no change. Dictionaries,
         # and the tensors and modules in them, are compared by identity.
         self.attributes = [*map(vars, self.others)]
-        self.copies = [*map(dict, self.attributes)]
+        self.copies = [*map(dict.copy, self.attributes)]  # which share their keys
         self.dictionaries = [*chain.from_iterable(map(_contents, self.attributes))]
         held = [*self.dictionaries, *self.classes]
         # Half of them are empty, and it takes a fraction of the time to see that they still are. So are all hooks.
@@ -51,7 +51,8 @@ class Unchanged:
         self.names = [*chain.from_iterable(contents)]
         self.values = [*chain.from_iterable(map(_values, contents))]
         of_tensors = [vars(module)[name] for module in modules for name in ("_parameters", "_buffers")]
-        self.tensors: list[Tensor] = [t for t in chain.from_iterable(map(_values, of_tensors)) if t is not None]
+        tensors = chain.from_iterable(map(_values, of_tensors))
+        self.tensors: list[Tensor] = [t for t in tensors if t is not None and t.is_floating_point()]
         self.memory = self._memory()
 
     @classmethod

@@ -63,6 +63,11 @@ class Stage:
         return sum([self.weights[i].shape[0] for i in self.layers]) if self.per_layer == 2 else 0
 
     @cached_property
+    def widest_bottleneck(self) -> int:
+        """The most channels of a bottleneck output."""
+        return max([self.weights[i].shape[0] for i in self.layers]) if self.per_layer == 2 else 0
+
+    @cached_property
     def head(self) -> bool:
         """Whether it ends with one."""
         return len(self.norms) > len(self.weights)
@@ -95,6 +100,15 @@ class Stage:
         return [Reader(weight, *norm, start) for weight, norm, (start, _) in parts]
 
     @cached_property
+    def end(self) -> Reader | None:
+        """That of the transition; or the head's, with an empty weight; None: nothing follows the layers."""
+        if not (self.pool or self.head):
+            return None
+        norm = self.norms[-1]
+        weight = self.weights[-1] if self.pool else self.weights[0].new_empty((0, len(norm.weight), 1, 1))
+        return Reader(weight, *norm, 0)
+
+    @cached_property
     def memo(self) -> dict[Any, Any]:
         """See `Layers.memo`."""
         return {}
@@ -109,3 +123,15 @@ class Stage:
     def runs_layers(self, features: Tensor) -> bool:
         """Whether several layers run in one call."""
         return self._has_plain_layers and ops.runs_layers(features, self.readers, self.memo)
+
+    @cached_property
+    def _evaluated(self) -> list[Reader]:
+        """All readers; none where something else than these is to be computed, or statistics are the batch's."""
+        plain = self._has_plain_layers and not self.uses_batch
+        if not plain or (self.end is not None and prod(self.end.weight.shape[2:]) > 1):
+            return []
+        return [*self.readers, *([] if self.end is None else [self.end])]
+
+    def evaluates(self, x: Tensor) -> bool:
+        """Whether all of it runs in one call in evaluation, on features that begin with `x`."""
+        return bool(self._evaluated) and ops.evaluates(x, self._evaluated, self.memo)

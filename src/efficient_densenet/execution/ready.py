@@ -34,8 +34,8 @@ class Ready:
     def run(self, x: Tensor, contiguous: bool) -> Tensor:
         """What it makes of ``x: (N, C, *spatial)``; features are channels-last in memory unless `contiguous`."""
         if isinstance(self.engine, stem.Stem):
-            return stem.forward(x, self.engine)[0]
+            return stem.evaluate(x, self.engine)
         assert self.engine is not None
-        output, _ = stage.forward(x, self.engine)
+        output = stage.evaluate(x, self.engine)
         copied = contiguous and not (self.engine.pool or self.engine.head)
         return output.clone(memory_format=torch.contiguous_format) if copied else output

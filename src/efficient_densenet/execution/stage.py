@@ -25,7 +25,7 @@ from efficient_densenet import ops
 from efficient_densenet.execution.block import Stage
 from efficient_densenet.execution.buffers import empty_activation, empty_like, take_rows
 from efficient_densenet.execution.norms import Folded, Norms, empty_folded
-from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward
 from efficient_densenet.ops.protocol import BackwardOperands, Statistics, statistics_dtype
 
 
@@ -51,17 +51,45 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     )
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     bottlenecks = _run_layers(features, stage, norms, first=True)
-    if stage.pool:
-        weight = stage.weights[-1]
-        output = empty_activation(x, weight.shape[0], [n // stage.pool for n in x.shape[2:]])
-        made = output.movedim(1, -1)
-        norms.run.norm_relu_conv(features, norms.fold(-1), weight, made, stage.pool)
-        if stage.biases:
-            made.add_(stage.biases[-1])
-    elif stage.head:
-        output = x.new_empty(len(x), features.shape[-1])
-        norms.run.norm_relu_mean(features, norms.fold(-1), output)
+    made = _empty_output(output, stage)
+    if made is not None:
+        output, rows = made, made.movedim(1, -1)
+        if stage.head:
+            norms.run.norm_relu_mean(features, norms.fold(-1), rows)
+        else:
+            norms.run.norm_relu_conv(features, norms.fold(-1), stage.weights[-1], rows, stage.pool)
+            if stage.biases:
+                rows.add_(stage.biases[-1])
     return output, Kept(folded, bottlenecks, features if stage.keeps_features else None)
+
+
+def evaluate(x: Tensor, stage: Stage) -> Tensor:
+    """The output of `forward`, where nothing is kept for backward; in one call, where the backend has one."""
+    output = _evaluate_in_one_call(x, stage) if stage.evaluates(x.movedim(1, -1)) else None
+    return forward(x, stage)[0] if output is None else output
+
+
+def _evaluate_in_one_call(x: Tensor, stage: Stage) -> Tensor | None:
+    """None where a layer is left to the operations of `Backend`, see `forward`."""
+    features = empty_activation(x, x.shape[1] + stage.growth, x.shape[2:])
+    output = _empty_output(features, stage)
+    bottleneck = features[:, 0].numel() * stage.widest_bottleneck
+    pooled = output[:, 0].numel() * features.shape[1] if output is not None and stage.pool > 1 else 0
+    evaluation = Evaluation(
+        x.movedim(1, -1), features.movedim(1, -1), stage.readers, stage.per_layer, stage.end, stage.pool,
+        x.new_empty(max(bottleneck, pooled)), None if output is None else output.movedim(1, -1), stage.memo
+    )  # fmt: skip
+    if not ops.evaluate(evaluation):
+        return None
+    return features if output is None else output
+
+
+def _empty_output(features: Tensor, stage: Stage) -> Tensor | None:
+    """For what the transition or the head makes of ``features: (N, C_T, *spatial)``; None: there is neither."""
+    if stage.pool:
+        size = [n // stage.pool for n in features.shape[2:]]
+        return empty_activation(features, stage.weights[-1].shape[0], size)
+    return features.new_empty(features.shape[:2]) if stage.head else None
 
 
 def _with_input(x: Tensor, stage: Stage) -> Tensor:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet import ops
 from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
 from efficient_densenet.execution.pieces import Piece, held_values, pieces
@@ -34,6 +35,7 @@ from efficient_densenet.execution.stem_convolutions import (
     Wanted,
 )
 from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
+from efficient_densenet.ops.layers import Reader
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Stem:
         last = len(self.norms) - 1
         keeps_last = self.keeps_last and bool(self.weights) and self.norms[last].constants is None
         return [*range(last + keeps_last)]
+
+    @cached_property
+    def reader(self) -> Reader | None:
+        """The convolution and its norm, of constants, for `ops.evaluate_stem`; None where the stem is anything else."""
+        usual = len(self.weights) == 1 and self.entry.groups == 1 and set(self.entry.dilation) == {1}
+        plain = isinstance(self.pool, MaxPool) and not (self.biases or self.group)
+        norm = self.norms[0]
+        return Reader(self.weights[0], *norm, 0) if usual and plain and norm.constants is not None else None
 
     def like(self, x: Tensor) -> Tensor:
         """``(N, *spatial, 1)`` of the size that all norms see, which takes no memory, for the input ``x``."""
@@ -134,6 +144,16 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
                 stem.pool.forward(norms.run, activations, affine, windows)
                 out[piece.images, piece.windows] = windows[:, piece.front // 2 :]
     return output, Kept(folded, made)
+
+
+def evaluate(x: Tensor, stem: Stem) -> Tensor:
+    """The output of `forward`, where nothing is kept for backward; in one call, where the backend has one."""
+    if stem.reader is not None and ops.evaluates_stem(x, stem.reader):
+        size = stem.like(x).shape[1:-1]
+        output = empty_activation(x, len(stem.norms[0].weight), stem.pool.size(size))
+        if ops.evaluate_stem(x, stem.reader, *stem.entry[:2], size, output.movedim(1, -1)):
+            return output
+    return forward(x, stem)[0]
 
 
 def backward(

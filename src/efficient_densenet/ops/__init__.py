@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
-from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
+from efficient_densenet.ops.cpu import stem as cpu_stem
+from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
 from efficient_densenet.ops.profiled import Profiled, label_layers
 from efficient_densenet.ops.protocol import Backend
 
@@ -86,6 +87,41 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
     on_gpu = _choose(layers.features) is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
         return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
+
+
+def evaluates(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
+    """Whether a block of these readers, on features that begin with `x`, runs in one call: see `evaluate`.
+
+    Not while a profiler is active, in whose trace each operation has a label.
+    """
+    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
+    return chosen and cpu_layers.supports(x, readers, memo)
+
+
+def evaluate(evaluation: Evaluation) -> bool:
+    """Run a whole block in evaluation; False, and nothing of use is done, where a layer has to be left to `Backend`."""
+    return cpu_layers.evaluate(evaluation)
+
+
+def evaluates_stem(x: Tensor, reader: Reader) -> bool:
+    """Whether a stem of this convolution and norm runs in one call, likewise, on images `x`."""
+    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
+    return chosen and cpu_stem.supports(x, reader)
+
+
+def evaluate_stem(
+    x: Tensor, reader: Reader, stride: Sequence[int], padding: Sequence[int], size: Sequence[int], out: Tensor
+) -> bool:
+    """Run a whole stem in evaluation; False, and nothing of use is done, where the convolution is left to PyTorch.
+
+    Args:
+        x: ``(N, C, height, width)``.
+        reader: the convolution of `x`, and the norm behind it, which has constants.
+        stride, padding: of the convolution.
+        size: height and width of what it makes.
+        out: ``(N, *ceil(size / 2), O)``, what a max pool of window 3, stride 2 and padding 1 makes of that.
+    """
+    return cpu_stem.evaluate(x, reader, stride, padding, size, out)
 
 
 def slower_than_recomputing(x: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Consecutive layers of a dense block, for a backend that runs several in one call: what they read and write.
+"""What a backend is given that runs several layers of a dense block in one call, or in evaluation the whole block.
 
 Such a call does what the engine (execution/stage.py) would do layer by layer with the operations of `Backend`. That
 spares the time between the operations: on a CPU a third of the evaluation of one image, on a GPU most of the host's.
@@ -50,6 +50,31 @@ class Layers(NamedTuple):
     bottlenecks: Sequence[Tensor | None]
     statistics: Tensor
     folded: Tensor
+    memo: dict[Any, Any]
+
+
+class Evaluation(NamedTuple):
+    """A dense block whose norms all have constants, and the transition or head behind it; nothing is kept.
+
+    Attributes:
+        x: ``(N, *spatial, C_0)``.
+        features: ``(N, *spatial, C_T)``, which are filled.
+        readers, per_layer, memo: as in `Layers`.
+        end: norm and convolution of the transition, or the norm of the head, with a weight ``(0, C_T, 1, 1)``; None:
+            nothing follows.
+        pool: window and stride of the transition's average pool; 0: there is no transition.
+        scratch: as large as the largest bottleneck output, and as what the pool makes.
+        out: ``(N, *(spatial // pool), O)`` of the transition, or ``(N, C_T)`` of the head; None: nothing follows.
+    """
+
+    x: Tensor
+    features: Tensor
+    readers: Sequence[Reader]
+    per_layer: int
+    end: Reader | None
+    pool: int
+    scratch: Tensor
+    out: Tensor | None
     memo: dict[Any, Any]
 
 

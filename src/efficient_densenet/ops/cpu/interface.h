@@ -67,6 +67,27 @@ struct LayersBackward {
   void *grad_norm_weight, *grad_norm_bias; // one after the other, as the folded norms
 };
 
+// A dense block whose norms all have constants, and what follows it.
+struct Evaluation {
+  Rows x;              // the block's input; no data: the features begin with it already
+  Layers layers;       // without vectors, and the readers without bottleneck outputs
+  const Reader *end;   // of all features: the transition's, behind its pool, or the head's, without outputs; or null
+  Volume pool;         // of the transition
+  void *scratch;       // for the largest bottleneck output, and for what the pool makes
+  Rows out;            // of the transition or the head
+};
+
+// A stem whose norm has constants: images in whatever memory format, a convolution of them by a channels-last weight, its
+// norm and a max pool of window 3, stride 2 and padding 1.
+struct Stem {
+  Index images, channels, height, width;
+  Index image_stride, channel_stride, line_stride, pixel_stride;
+  Index window_height, window_width, vertical_stride, horizontal_stride, vertical_padding, horizontal_padding;
+  Index lines, pixels, outputs; // what the convolution makes
+  const void *x, *weight, *norm_weight, *norm_bias, *mean, *variance;
+  double eps;
+};
+
 struct Kernels {
   // Whether the kernel for a 3×3 window is faster than PyTorch's for images of this size.
   int (*suits)(Index height, Index width);
@@ -83,6 +104,10 @@ struct Kernels {
   // Their backward pass, from the last to the first. When a layer's turn comes, what flows through the statistics of its
   // features is subtracted from their gradient already. Returns how many layers were done.
   int (*run_layers_backward)(const Layers *, const LayersBackward *, int threads);
+  // The whole of it. Returns 0, and nothing of use is done, where `convolve` leaves a layer to PyTorch.
+  int (*evaluate)(const Evaluation *, int threads);
+  // out = max_pool(relu(norm(convolution(x)))). Returns 0, and nothing of use is done, where a weight is not finite.
+  int (*evaluate_stem)(const Stem *, Rows out, int threads);
   // inverse = 1/sqrt(variance + eps), scale = weight·inverse, shift = bias − mean·scale.
   void (*fold_norm)(const void *mean, const void *variance, const void *weight, const void *bias, double eps,
                     Index channels, void *inverse, void *scale, void *shift);

@@ -1,9 +1,11 @@
-// The layers of a dense block, forward and backward, without leaving the native code between them: what
-// execution/stage.py does layer by layer, where nothing but the kernels of whole convolutions is needed.
+// The layers of a dense block, forward and backward, without leaving the native code between them, and in evaluation what
+// follows the block too: what execution/stage.py does layer by layer, where nothing but the kernels of whole convolutions
+// is needed.
 #pragma once
 
 #include "convolve.h"
 #include "loops.h"
+#include "mean.h"
 
 BEGIN_LEVEL
 
@@ -152,5 +154,45 @@ private:
     return true;
   }
 };
+
+// A block in evaluation, with the transition or the head behind it.
+template <class E> bool evaluate(const Evaluation &e, int threads) {
+  std::vector<Reader> readers(e.layers.readers, e.layers.readers + e.layers.count);
+  Index inputs = e.end ? e.end->convolution.inputs : 0;
+  for (Reader &reader : readers) {
+    inputs += reader.convolution.inputs;
+    reader.bottleneck = e.scratch;
+  }
+  std::vector<float> inverse(inputs), scale(inputs), shift(inputs);
+  Layers layers = e.layers;
+  layers.readers = readers.data();
+  layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
+  auto matrix = [](Rows rows) { return Matrix<E>{static_cast<E *>(rows.data), rows.ld}; };
+  Matrix<E> features = matrix(layers.features), out = matrix(e.out);
+  const Convolution &c = readers[0].convolution;
+  Index rows = grid_of(c).rows();
+  if (e.x.data)
+    copy_moments(matrix(e.x), rows, layers.width, features, nullptr, 0, threads);
+  if (Block<E>(layers, threads).forward(true, false) < layers.count / layers.per_layer)
+    return false;
+  if (!e.end)
+    return true;
+  auto vector = [](const void *data) { return static_cast<const float *>(data); };
+  const Reader &end = *e.end;
+  Index channels = end.convolution.inputs;
+  fold_norm(vector(end.mean), vector(end.variance), vector(end.norm_weight), vector(end.norm_bias), end.eps, channels,
+            inverse.data(), scale.data(), shift.data());
+  if (!end.convolution.outputs) {
+    mean(features, c.images, rows / c.images, channels, scale.data(), shift.data(), out, threads);
+    return true;
+  }
+  if (pixels_of_window(e.pool) > 1) { // what it makes is not negative: another rectifier changes nothing
+    prologue_pool(features, e.pool, channels, scale.data(), shift.data(), static_cast<E *>(e.scratch), threads);
+    features = {static_cast<E *>(e.scratch), channels};
+    scale.assign(channels, 1), shift.assign(channels, 0);
+  }
+  return convolve(features, grid_of(end.convolution), weight_of<E>(end.convolution, end.weight), scale.data(), shift.data(),
+                  out, nullptr, threads);
+}
 
 END_LEVEL

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.cpu import library
-from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of
-from efficient_densenet.ops.layers import Layers, LayersBackward, Reader
+from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of, volume_of
+from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
+from efficient_densenet.ops.protocol import statistics_dtype
 
 _MOST_KEPT = 32  # of the sizes of images that were met
 
@@ -20,7 +22,7 @@ def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool
     """Whether all convolutions are kernels of ours."""
     if x.dim() != 4:
         return False
-    key, loaded = (supports, x.shape, x.dtype), library.load()
+    key, loaded = (supports, x.shape, x.dtype, len(readers)), library.load()
     if memo.get(key) is not loaded:
         if not all(own_convolution(x, reader.weight) for reader in readers):
             return False
@@ -43,13 +45,43 @@ def run_backward(layers: Layers, operands: LayersBackward) -> int:
     return kernels_for(layers.features).run_layers_backward(described, of_backward, torch.get_num_threads())
 
 
+def evaluate(evaluation: Evaluation) -> bool:
+    """See `ops.evaluate`."""
+    x, features, memo = evaluation.x, evaluation.features, evaluation.memo
+    key = _evaluation, features.shape, features.dtype
+    made, alive = memo.get(key) or _evaluation(evaluation)
+    if not alive:  # as in `_described`
+        _remember(memo, key, (made, alive))
+    here = library.Evaluation.from_buffer_copy(made)  # other threads may run the same block
+    if row_stride(x) is None:
+        features[..., : x.shape[-1]].copy_(x)
+    else:
+        here.x = rows_of(x)
+    here.layers.features, here.scratch = rows_of(features), evaluation.scratch.data_ptr()
+    if evaluation.out is not None:
+        here.out = rows_of(evaluation.out)
+    return bool(kernels_for(features).evaluate(here, torch.get_num_threads()))
+
+
+def _evaluation(evaluation: Evaluation) -> tuple[library.Evaluation, list[Tensor]]:
+    """As the kernel wants it, without what changes from call to call; and tensors that must live as long."""
+    x, features, readers, per_layer, end, pool, _, out, _ = evaluation
+    described, alive = _readers(features, readers)
+    layers = library.Layers(library.Rows(), x.shape[-1], described, len(readers), per_layer)
+    made = library.Evaluation(layers=layers, pool=volume_of(features, pool))
+    if end is not None:
+        last, others = _readers(out if pool and out is not None else features, [end])
+        made.end, alive = ctypes.pointer(last[0]), alive + others
+    return made, alive
+
+
 def _described(layers: Layers, operands: LayersBackward | None = None) -> tuple[library.Layers, list[Tensor]]:
     """As the kernels want it; and tensors that must live as long."""
     features, count = layers.features, len(layers.readers)
     alive: list[Tensor] = []
     key = _readers, features.shape, features.dtype, count
     if key not in layers.memo:
-        made, alive = _readers(layers)
+        made, alive = _readers(layers.features, layers.readers)
         if not alive:  # copies, of values that may change
             _remember(layers.memo, key, made)
     else:
@@ -73,9 +105,10 @@ def _remember(memo: dict[Any, Any], key: Any, value: Any) -> None:
     memo[key] = value
 
 
-def _readers(layers: Layers) -> tuple[ctypes.Array[library.Reader], list[Tensor]]:
-    """All readers, without what changes from call to call; and tensors that must live as long."""
-    dtype, alive = layers.statistics.dtype, []
+def _readers(x: Tensor, readers: Sequence[Reader]) -> tuple[ctypes.Array[library.Reader], list[Tensor]]:
+    """Readers of activations like `x`, without what changes from call to call; and tensors that must live as long."""
+    dtype = statistics_dtype(x.dtype)
+    alive: list[Tensor] = []
 
     def vector(values: Tensor) -> int:
         if values.dtype != dtype or not values.is_contiguous():
@@ -83,15 +116,15 @@ def _readers(layers: Layers) -> tuple[ctypes.Array[library.Reader], list[Tensor]
             alive.append(values)
         return values.data_ptr()
 
-    readers = (library.Reader * len(layers.readers))()
-    for reader, described in zip(layers.readers, readers, strict=True):
-        described.convolution = convolution_of(layers.features, reader.weight)
+    made = (library.Reader * len(readers))()
+    for reader, described in zip(readers, made, strict=True):
+        described.convolution = convolution_of(x, reader.weight)
         described.weight = reader.weight.data_ptr()
         described.norm_weight, described.norm_bias = vector(reader.norm_weight), vector(reader.norm_bias)
         if reader.constants is not None:
             described.mean, described.variance = [vector(values) for values in reader.constants]
         described.eps, described.first = reader.eps, reader.first
-    return readers, alive
+    return made, alive
 
 
 def _lines(matrix: Tensor) -> list[int]:

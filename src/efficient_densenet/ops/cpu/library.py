@@ -76,8 +76,33 @@ class LayersBackward(ctypes.Structure):
     ]
 
 
+class Evaluation(ctypes.Structure):
+    _fields_ = [
+        ("x", Rows),
+        ("layers", Layers),
+        ("end", ctypes.POINTER(Reader)),
+        ("pool", Volume),
+        ("scratch", _pointer),
+        ("out", Rows),
+    ]
+
+
+class Stem(ctypes.Structure):
+    _fields_ = [
+        *_indices(
+            *("images", "channels", "height", "width"),
+            *("image_stride", "channel_stride", "line_stride", "pixel_stride"),
+            *("window_height", "window_width", "vertical_stride", "horizontal_stride"),
+            *("vertical_padding", "horizontal_padding", "lines", "pixels", "outputs"),
+        ),
+        *[(name, _pointer) for name in ("x", "weight", "norm_weight", "norm_bias", "mean", "variance")],
+        ("eps", ctypes.c_double),
+    ]
+
+
 _volume, _convolution = ctypes.POINTER(Volume), ctypes.POINTER(Convolution)
 _layers, _layers_backward = ctypes.POINTER(Layers), ctypes.POINTER(LayersBackward)
+_evaluation, _stem = ctypes.POINTER(Evaluation), ctypes.POINTER(Stem)
 
 
 def _function(*arguments: Any, tells: bool = False) -> Any:
@@ -94,6 +119,8 @@ class Kernels(ctypes.Structure):
         ),
         ("run_layers", _function(_layers, _int, _int, _int, tells=True)),
         ("run_layers_backward", _function(_layers, _layers_backward, _int, tells=True)),
+        ("evaluate", _function(_evaluation, _int, tells=True)),
+        ("evaluate_stem", _function(_stem, Rows, _int, tells=True)),
         ("fold_norm", _function(*[_pointer] * 4, ctypes.c_double, _index, *[_pointer] * 3)),
         ("prologue", _function(Rows, _index, _index, Affine, _pointer, _int)),
         ("prologue_pool", _function(Rows, _volume, _index, Affine, _pointer, _int)),

@@ -349,10 +349,10 @@ void norm_gradients(const S *inverse, const S *scale, const double *sums, Index 
 // ---- folding a norm ---------------------------------------------------------------------------------------------
 
 // In double precision, for an error in these is one of a whole channel, which no sum makes smaller. The shift belongs to
-// the scale as it was rounded.
+// the scale as it was rounded. What is written is not read, and no square root sets `errno`: compilers make vectors of it.
 template <class S>
-void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels, S *inverse,
-               S *scale, S *shift) {
+void fold_norm(const S *mean, const S *variance, const S *weight, const S *bias, double eps, Index channels,
+               S *__restrict inverse, S *__restrict scale, S *__restrict shift) {
   for (Index c = 0; c < channels; ++c) {
     double exact = 1 / std::sqrt(variance[c] + eps);
     inverse[c] = static_cast<S>(exact);

@@ -7,6 +7,9 @@
 #if CONVOLUTIONS
 #include "layers.h"
 #endif
+#if CONVOLUTIONS && !PAIRS
+#include "stem.h"
+#endif
 
 BEGIN_LEVEL
 
@@ -79,11 +82,18 @@ template <class E> struct Functions {
   static int run_layers(const Layers *layers, int fold, int measure, int threads) {
     return Block<E>(*layers, threads).forward(fold != 0, measure != 0);
   }
+  static int evaluate(const Evaluation *evaluation, int threads) { return LEVEL::evaluate<E>(*evaluation, threads); }
   static int run_layers_backward(const Layers *layers, const LayersBackward *operands, int threads) {
     return Block<E>(*layers, threads).backward(*operands);
   }
 #endif
 };
+
+#if CONVOLUTIONS && !PAIRS
+inline int evaluate_stem(const Stem *stem, Rows out, int threads) {
+  return evaluate_stem(*stem, Functions<float>::matrix(out), threads);
+}
+#endif
 
 // Convolutions of doubles, and of levels where none was measured to be faster, are PyTorch's.
 template <class E> constexpr Kernels table() {
@@ -100,7 +110,12 @@ template <class E> constexpr Kernels table() {
   if constexpr (!std::is_same<E, double>::value) {
     kernels.suits = F::suits, kernels.convolve = F::convolve, kernels.convolve_backward = F::convolve_backward;
     kernels.run_layers = F::run_layers, kernels.run_layers_backward = F::run_layers_backward;
+    kernels.evaluate = F::evaluate;
   }
+#endif
+#if CONVOLUTIONS && !PAIRS
+  if constexpr (std::is_same<E, float>::value)
+    kernels.evaluate_stem = evaluate_stem;
 #endif
   return kernels;
 }
