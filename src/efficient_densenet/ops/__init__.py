@@ -52,9 +52,7 @@ def _computing(x: Tensor) -> Backend:
 def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
     """Whether layers of these readers, on features like `x`, run in one call: see `run_layers`, and `Layers.memo`."""
     chosen = _computing(x)
-    if chosen is triton:
-        return triton.runs_layers(x, [reader.weight for reader in readers])
-    return chosen is cpu and cpu_layers.supports(x, readers, memo)
+    return chosen is triton or (chosen is cpu and cpu_layers.supports(x, readers, memo))
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
