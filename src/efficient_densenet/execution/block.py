@@ -16,6 +16,14 @@ from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.layers import Reader
 
 
+def keeps_features(keep: str, pool: int) -> bool:
+    """Whether a block's features stay for backward, for these attributes of a `Stage`.
+
+    Not where a transition comes between them and the rest; a head needs them at once when backward begins.
+    """
+    return keep != "inputs" or not pool
+
+
 @dataclass(frozen=True)
 class Stage:
     """A block's norms and convolutions in their order, layer by layer, those of the transition last.
@@ -80,8 +88,7 @@ class Stage:
 
     @cached_property
     def keeps_features(self) -> bool:
-        """Not where a transition comes between them and the rest; a head needs them at once when backward begins."""
-        return self.keep != "inputs" or not self.pool
+        return keeps_features(self.keep, self.pool)
 
     @cached_property
     def uses_batch(self) -> bool:

@@ -55,6 +55,11 @@ def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> b
     return chosen is triton or (chosen is cpu and cpu_layers.supports(x, readers, memo))
 
 
+def converts_gradients(x: Tensor) -> bool:
+    """Whether `run_layers_backward` writes the gradients of weights in any type, and not only in the weights' own."""
+    return _choose(x) is triton
+
+
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     """Run layers from the first on, up to one that must be left to the operations of `Backend`.
 
