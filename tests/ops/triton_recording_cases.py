@@ -34,7 +34,7 @@ def interpreted(monkeypatch):
     correct_bfloat16(monkeypatch.setattr)
 
 
-def steps(keep, bottleneck, count=2):
+def steps(keep, bottleneck, count=2, autocast=False):
     """What each of some training steps makes: the loss, all gradients and buffers."""
     torch.manual_seed(0)
     options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "num_classes": 5, "input_size": 16}
@@ -43,7 +43,8 @@ def steps(keep, bottleneck, count=2):
     for i in range(count):
         torch.manual_seed(i)
         network.zero_grad()
-        loss = network(torch.randn(2, 3, 5, 5)).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = network(torch.randn(2, 3, 5, 5)).float().square().sum()
         loss.backward()
         made.append([loss, *(p.grad for p in network.parameters()), *(b.clone() for b in network.buffers())])
     return made
@@ -78,6 +79,19 @@ def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monke
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not started
     assert not all(torch.equal(x, y) for a, b in pairwise(found) for x, y in zip(a, b, strict=True))
+
+
+def test_gradients_of_weights_under_autocast_are_not_rounded_to_half_precision(monkeypatch):
+    """Where all layers run in one call. One after the other, they are made in the type of the cast weights."""
+    found = steps("bottleneck", True, 1, autocast=True)[0]
+    monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    rounded = 0
+    for a, b in zip(found, steps("bottleneck", True, 1, autocast=True)[0], strict=True):
+        assert a.dtype == b.dtype
+        if not torch.equal(a, b):
+            assert a.dim() == 4 and torch.equal(a.bfloat16().float(), b)
+            rounded += 1
+    assert rounded == 4  # both convolutions of both layers
 
 
 def add(made, operation):
