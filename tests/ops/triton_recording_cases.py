@@ -15,6 +15,7 @@ from triton_interpreter import correct_bfloat16
 
 from efficient_densenet import DenseNet
 from efficient_densenet import ops as backends
+from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.ops import triton as ops
 from efficient_densenet.ops.layers import Layers, Reader
 from efficient_densenet.ops.protocol import Statistics
@@ -175,6 +176,35 @@ def test_what_cannot_start_is_not_recorded_again():
     with pytest.raises(launch.CannotStart):
         recording.repeated("broken", [x], lambda: [operation])
     assert not recording.repeated("broken", [x], lambda: [operation]) and len(attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("keep", "in_one_call"), [("bottleneck", True), ("bottleneck", False), ("features", True), ("inputs", True)]
+)
+def test_the_scratch_that_is_planned_is_that_of_the_recordings(keep, in_one_call, monkeypatch):
+    """Of all operations of a step: those of a stem, a transition and a head among them, alone and in one call."""
+    planned, found = [], []
+    plan, start = recording.scratch_of, recording.Recording.start
+
+    def planning(*arguments):
+        planned.append(plan(*arguments))
+        return planned[-1]
+
+    def starting(self, *arguments):
+        found.append(self._scratch)
+        start(self, *arguments)
+
+    monkeypatch.setattr(recording, "scratch_of", planning)
+    monkeypatch.setattr(recording.Recording, "start", starting)
+    monkeypatch.setattr(ops, "plans", lambda x: True)
+    if not in_one_call:
+        monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    options = {"growth_rate": 4, "block_config": (2, 1), "num_init_features": 8, "bn_size": 2, "num_classes": 5}
+    network = DenseNet(**options, input_size=64, efficient=True, keep=keep).to(memory_format=torch.channels_last)
+    step_memory(network, (3, 20, 20), 2)
+    assert not found
+    network(torch.randn(2, 3, 20, 20)).square().sum().backward()
+    assert planned == found and len({*found}) > 5
 
 
 def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeypatch):

@@ -244,14 +244,14 @@ def sum_parts_kernel(
 def norm_relu_conv_backward(operands: BackwardOperands, into: tuple[Tensor | None, Tensor, Tensor]) -> None:
     """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum.
 
+    Pixels outside of the pool's whole windows stay as they are.
+
     Args:
         into: what the gradients overwrite: of the convolution's weight, in which taps lie at equal distances (None if
             it is not wanted), and of the norm's weight and bias.
     """
-    x, grad_x, pool = operands.x, operands.grad_x, operands.pool
+    x, grad_x = operands.x, operands.grad_x
     of_weight, *of_norm = into
-    if pool > 1 and not operands.accumulate and any(n % pool for n in x.shape[1:-1]):
-        grad_x.zero_()  # pixels outside whole windows
     product = Product(operands)
     tile = tiles.grad_x_pointwise(product.of)
     name, sums = ("grad_x", product.grad_x) if tile is None else ("grad_x_pointwise", product.grad_x_pointwise)

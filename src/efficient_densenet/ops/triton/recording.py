@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.ops.triton import launch, tiles, tuning
@@ -52,6 +53,9 @@ def repeated(key: Hashable, tensors: Sequence[Tensor | None], operations: Operat
     if len(given) < len(tensors):
         numbers = {identity: number for number, identity in enumerate(distinct)}
         which = tuple([numbers.get(id(x)) for x in tensors])
+    if isinstance(given[0], FakeTensor):  # a step is planned
+        torch.empty(scratch_of(given, operations()), dtype=torch.uint8, device=given[0].device)
+        return True
     addresses, device = [x.data_ptr() for x in given], given[0].device
     key = (
         *(key, which, device, tiles.device_of(device), tiles.precision(given[0])),
@@ -72,6 +76,23 @@ def repeated(key: Hashable, tensors: Sequence[Tensor | None], operations: Operat
         if recording is not None:
             recording.start(given, addresses)
     return recording is not None
+
+
+def scratch_of(given: Sequence[Tensor], operations: Iterable[Operation]) -> int:
+    """Bytes of scratch of a recording: what the operation works on that takes most, besides these tensors."""
+    most, known = 0, {x.untyped_storage()._cdata for x in given}
+    for operation in operations:
+        with launch.collected() as launches:
+            operation()
+        storages = [x.untyped_storage() for start in launches for x in start.args if isinstance(x, Tensor)]
+        sizes = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in known}
+        most = max(most, sum(map(_aligned, sizes.values())))
+    return most
+
+
+def _aligned(size: int) -> int:
+    """The bytes that a tensor of this size takes of the scratch."""
+    return launch.ceil_div(size, _ALIGNMENT) * _ALIGNMENT
 
 
 def _recorded(given: Sequence[Tensor], operations: Operations) -> Recording | None:
@@ -145,7 +166,7 @@ class Recording:
                     storage = argument.untyped_storage()
                     if storage.data_ptr() not in offsets:
                         offsets[storage.data_ptr()] = size
-                        size += launch.ceil_div(storage.nbytes(), _ALIGNMENT) * _ALIGNMENT
+                        size += _aligned(storage.nbytes())
                     number, offset = len(self._given), offsets[storage.data_ptr()] + address - storage.data_ptr()
                 pointers.append(Pointer(i, number, offset, argument.dtype))
                 arguments[i] = None  # or the tensor would live on
