@@ -59,7 +59,7 @@ def repeated(key: Hashable, tensors: Sequence[Tensor | None], operations: Operat
     addresses, device = [x.data_ptr() for x in given], given[0].device
     key = (
         *(key, which, device, tiles.device_of(device), tiles.precision(given[0])),
-        tuple([(x.dtype, x.shape, x.stride()) for x in given]),
+        tuple([(x.dtype, x.shape, x.is_contiguous() or x.stride()) for x in given]),
         tuple([address % 16 for address in addresses]),
     )
     with launch.on(device):
