@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -167,15 +168,29 @@ def test_what_copies_a_tensor_is_not_recorded():
 
 
 def test_what_cannot_start_is_not_recorded_again():
-    attempts, x = [], torch.zeros(2, 8)
+    attempts, x, vectors = [], torch.zeros(2, 8), torch.zeros(2, 8)
 
-    def operation():
+    def cannot():
         attempts.append(1)
         raise launch.CannotStart
 
+    def asks_for_too_much():
+        raise torch.OutOfMemoryError
+
+    def fails(*arguments, **named):
+        raise RuntimeError("invalid argument")
+
     with pytest.raises(launch.CannotStart):
-        recording.repeated("broken", [x], lambda: [operation])
-    assert not recording.repeated("broken", [x], lambda: [operation]) and len(attempts) == 1
+        recording.repeated("broken", [x], lambda: [cannot])
+    assert not recording.repeated("broken", [x], lambda: [cannot]) and len(attempts) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        recording.repeated("large", [x], lambda: [asks_for_too_much])
+    assert recording.repeated("large", [x], lambda: [lambda: None])  # that may be over
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_compiled_for", lambda kernel, programs, tile, arguments: partial(fails, *arguments))
+        with pytest.raises(launch.CannotStart):
+            repeated(x, *vectors)
+    assert repeated(x, *vectors) == (False, True)
 
 
 @pytest.mark.parametrize(

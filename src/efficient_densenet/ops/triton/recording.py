@@ -62,19 +62,17 @@ def repeated(key: Hashable, tensors: Sequence[Tensor | None], operations: Operat
         tuple([(x.dtype, x.shape, x.is_contiguous() or x.stride()) for x in given]),
         tuple([address % 16 for address in addresses]),
     )
+    recording = _recordings.get(key, _UNKNOWN)
     with launch.on(device):
-        recording = _recordings.get(key, _UNKNOWN)
-        if recording is _UNKNOWN:
-            recording = None
-            try:
+        try:
+            if recording is _UNKNOWN:
                 recording = _recorded(given, operations)
-            finally:  # what cannot be recorded is not tried again
-                with _lock:
-                    _recordings[key] = recording
-                    while len(_recordings) > _MOST:
-                        del _recordings[next(iter(_recordings))]
-        if recording is not None:
-            recording.start(given, addresses)
+                _keep(key, recording)
+            if recording is not None:
+                recording.start(given, addresses)
+        except launch.CannotStart:
+            _keep(key, None)  # it is not tried again
+            raise
     return recording is not None
 
 
@@ -256,8 +254,16 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_recordings: dict[Hashable, Recording | None] = {}  # None: there is more to do than to launch kernels
+_recordings: dict[Hashable, Recording | None] = {}  # None: it cannot be recorded, or not started
 _UNKNOWN: Any = object()
+
+
+def _keep(key: Hashable, recording: Recording | None) -> None:
+    """The latest recordings are kept."""
+    with _lock:
+        _recordings[key] = recording
+        while len(_recordings) > _MOST:
+            del _recordings[next(iter(_recordings))]
 
 
 def _filled(template: Sequence[Any], values: Iterable[tuple[int, Any]]) -> list[Any]:
