@@ -131,7 +131,7 @@ def _run(name: str, covered: bool, x: Tensor, *arguments: Any, made: Callable[[]
     An operation whose kernels cannot start is left to plain PyTorch from then on, for such a device and type.
 
     Args:
-        made: makes the empty tensors that the kernels' operation gets last, and that are returned.
+        made: makes the empty tensors that are returned; the kernels' operation gets them last, and fills them.
     """
     module, operation = name.split(".")
     attempt = (operation, x.device, x.dtype)
