@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -49,6 +50,19 @@ def test_the_memory_of_the_engine(script, tmp_path, capsys):
     (tmp_path / "engine.md").unlink()
     assert engine.main(["--sections", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "engine.md").read_text() == text
+
+
+def test_what_the_host_does_in_a_step_on_a_gpu(script, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    host = script("gpu_host")
+    monkeypatch.setattr(host, "_STEPS", 1)
+    monkeypatch.setattr(host, "KEEP", ("bottleneck",))
+    assert host.main([]) == 0
+    found = re.findall(r"(.+), bottleneck: (\d+) operations, (\d+) launches, [\d.]+ ms\n", capsys.readouterr().out)
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    for name, operations, launches in found:
+        assert re.search(rf"{name}.*\b{operations}\b.*\b{launches}\b", text, re.DOTALL)
+    assert len(found) == 2
 
 
 def test_times_and_largest_batches_are_tables():

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from efficient_densenet.ops.triton import check, launch
+from efficient_densenet.ops.triton import check, launch, recording
 
 without_repetition()
 
@@ -54,6 +55,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch):
     monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
+    monkeypatch.setattr(recording, "_recordings", {})
     correct_bfloat16(monkeypatch.setattr)
 
 
@@ -116,12 +118,16 @@ def test_other_operations_and_types_go_on(operation, monkeypatch):
 
 
 def started(monkeypatch, behave):
-    """Every kernel is started by `behave`, which gets its number in the operation and what starts it."""
+    """Every kernel is started by `behave`, which gets its number and what starts it."""
     compiled, numbers = launch._compiled_for, iter(range(99))
 
     def wrapped(*arguments):
-        start, number = compiled(*arguments), next(numbers)
-        return lambda: behave(number, start)
+        start = compiled(*arguments)
+
+        def behaving(*values, **named):
+            behave(next(numbers), partial(start.func, *values, **named))
+
+        return partial(behaving, *start.args, **start.keywords)
 
     monkeypatch.setattr(launch, "_compiled_for", wrapped)
 

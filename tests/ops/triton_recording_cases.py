@@ -6,6 +6,8 @@ In a process of its own, as `triton_cases`.
 from __future__ import annotations
 
 import os
+from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -14,6 +16,7 @@ from triton_interpreter import correct_bfloat16
 
 from efficient_densenet import DenseNet
 from efficient_densenet import ops as backends
+from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.ops import triton as ops
 from efficient_densenet.ops.layers import Layers, Reader
 from efficient_densenet.ops.protocol import Statistics
@@ -29,11 +32,11 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(ops, "supports", lambda x: True)
     monkeypatch.setattr(ops, "_state", {"warned": set(), "failed": set()})
     monkeypatch.setattr(forward, "_MUST_WAIT", False)  # the interpreter has no instructions to insert
-    monkeypatch.setattr(layers, "_recordings", recording.Recordings())
+    monkeypatch.setattr(recording, "_recordings", {})
     correct_bfloat16(monkeypatch.setattr)
 
 
-def steps(keep, bottleneck, count=2):
+def steps(keep, bottleneck, count=2, autocast=False):
     """What each of some training steps makes: the loss, all gradients and buffers."""
     torch.manual_seed(0)
     options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "num_classes": 5, "input_size": 16}
@@ -42,7 +45,8 @@ def steps(keep, bottleneck, count=2):
     for i in range(count):
         torch.manual_seed(i)
         network.zero_grad()
-        loss = network(torch.randn(2, 3, 5, 5)).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = network(torch.randn(2, 3, 5, 5)).float().square().sum()
         loss.backward()
         made.append([loss, *(p.grad for p in network.parameters()), *(b.clone() for b in network.buffers())])
     return made
@@ -61,15 +65,17 @@ def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monke
     monkeypatch.setattr(tiles, "device_of", lambda x: device)
     started, start = [], recording.Recording.start
 
-    def noted(self, given):
+    def noted(self, *arguments):
         started.append(self)
-        start(self, given)
+        start(self, *arguments)
 
     monkeypatch.setattr(recording.Recording, "start", noted)
     found = steps(keep, bottleneck)
-    kept = layers._recordings._found.values()
-    assert started and {*started} == {*kept}  # each was started again
+    assert all(count >= 2 for count in Counter(started).values())
+    assert {*started} == {*recording._recordings.values()}  # there is nothing that cannot be recorded
+    # The same in the order of the engine, and nothing recorded.
     monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    monkeypatch.setattr(recording, "repeated", lambda *arguments: False)
     started.clear()
     for a, b in zip(found, steps(keep, bottleneck), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -77,46 +83,143 @@ def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monke
     assert not all(torch.equal(x, y) for a, b in pairwise(found) for x, y in zip(a, b, strict=True))
 
 
-def recorded(operation, given):
-    made = recording.Recording(given)
-    with launch.operation(torch.device("cpu")) as launches:
+def test_gradients_of_weights_under_autocast_are_not_rounded_to_half_precision(monkeypatch):
+    """Where all layers run in one call. One after the other, they are made in the type of the cast weights."""
+    found = steps("bottleneck", True, 1, autocast=True)[0]
+    monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    rounded = 0
+    for a, b in zip(found, steps("bottleneck", True, 1, autocast=True)[0], strict=True):
+        assert a.dtype == b.dtype
+        if not torch.equal(a, b):
+            assert a.dim() == 4 and torch.equal(a.bfloat16().float(), b)
+            rounded += 1
+    assert rounded == 4  # both convolutions of both layers
+
+
+def add(made, operation):
+    with launch.collected() as launches:
         operation()
     made.add(launches)
-    return made
+
+
+def started(made, given):
+    made.start(given, [x.data_ptr() for x in given])
 
 
 def test_operations_share_the_scratch():
     """Each begins at its start, which is aligned; several tensors of one lie behind each other."""
-    x, mean, variance = torch.randn(2, 5, 7, 8), torch.empty(8), torch.empty(8)
-    given = [x, mean, variance]
-    made = recorded(lambda: moments.statistics(x, (mean, variance)), given)
+    x, mean, variance = torch.randn(2, 5, 7, 8), torch.full((8,), -1.0), torch.full((8,), -1.0)
+    made = recording.Recording([x, mean, variance])
+    add(made, lambda: moments.statistics(x, (mean, variance)))
     size = made._scratch
-    with launch.operation(torch.device("cpu")) as launches:
+    with launch.collected() as launches:
         for _ in range(2):
             moments.statistics(x, (mean, variance))
     made.add(launches)
-    assert made.operations == 2 and size % recording._ALIGNMENT == 0 and made._scratch == 2 * size > 0
+    assert size % recording._ALIGNMENT == 0 and made._scratch == 2 * size > 0
     others = [torch.randn(2, 5, 7, 8), torch.empty(8), torch.empty(8)]
-    before = mean.clone(), variance.clone()
-    made.start(others)
-    assert torch.equal(mean, before[0]) and torch.equal(variance, before[1])  # nothing goes where it went before
+    started(made, others)
+    assert (torch.cat([mean, variance]) == -1).all()  # to record starts nothing, and nothing goes where it was recorded
     moments.statistics(others[0], (mean, variance))
     assert torch.equal(others[1], mean) and torch.equal(others[2], variance)
 
 
-def test_tensors_that_share_memory_are_not_recorded():
-    """A pointer into both could not be told from one into either."""
-    whole = torch.zeros(4, 6)
+def test_tensors_that_lie_in_the_gaps_of_each_other_are_told_apart():
+    """By where they begin. A pointer into two of them, or tensors that begin at the same place, are not recorded."""
+    whole = torch.arange(24.0).view(4, 6)
     left, right = whole[:, :3], whole[:, 3:]
-    assert recording.overlap([left, right])  # one lies in the gaps of the other
-    assert recording.overlap([whole, whole[1:2]]) and not recording.overlap([whole[:2], whole[2:], torch.zeros(3)])
+    made = recording.Recording([left, right])
+    add(made, lambda: moments.finish(right, left, torch.ones(3), torch.zeros(2, 3), torch.ones(()), right))
+    assert not made.ambiguous
+    assert [pointer.tensor for pointer in made._launches[0][2]] == [1, 0, 2, 2, 2, 1]
+    add(made, lambda: moments.finish(left[1:], left[1:], *[left[1:]] * 4))
+    assert made.ambiguous and recording.Recording([whole, left]).ambiguous
+
+
+def repeated(x, mean, variance):
+    """Whether that was possible, and whether there was such a recording before."""
+    asked, into = [], (mean, variance)
+
+    def operations():
+        asked.append(1)
+        return [lambda: moments.statistics(x, into)]
+
+    return recording.repeated("statistics", [x, *into], operations), not asked
 
 
 def test_what_lies_elsewhere_has_the_same_layout_and_what_is_aligned_otherwise_has_not():
-    x = torch.zeros(2, 8)
-    assert recording.layout([x]) == recording.layout([torch.ones(2, 8)])
-    others = [x.double(), x[:1], x.T.contiguous().T, torch.zeros(17)[1:].view(2, 8)]
-    assert len({recording.layout([other]) for other in [x, *others]}) == 5
+    x, vectors = torch.zeros(2, 8), torch.zeros(2, 8)
+    assert repeated(x, *vectors) == (True, False)
+    assert repeated(torch.ones(2, 8), *vectors.clone()) == (True, True)
+    for other in [x.bfloat16(), x[:1], torch.zeros(2, 16)[:, :8], torch.zeros(17)[1:].view(2, 8)]:
+        assert repeated(other, *vectors) == (True, False)
+    mean = vectors[0]
+    assert repeated(x, mean, mean) == (True, False)  # two that are one
+
+
+def test_what_copies_a_tensor_is_not_recorded():
+    """PyTorch would do that once, and not again."""
+    spread, vectors = torch.randn(8, 2).t(), torch.full((2, 8), -1.0)
+    assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
+    assert (vectors == -1).all()
+    with pytest.warns(UserWarning, match="no slice of the channels"):
+        ops.statistics(spread, Statistics(*vectors))
+    torch.testing.assert_close(vectors[0], spread.mean(0))
+
+
+def test_what_cannot_start_is_not_recorded_again():
+    attempts, x, vectors = [], torch.zeros(2, 8), torch.zeros(2, 8)
+
+    def cannot():
+        attempts.append(1)
+        raise launch.CannotStart
+
+    def asks_for_too_much():
+        raise torch.OutOfMemoryError
+
+    def fails(*arguments, **named):
+        raise RuntimeError("invalid argument")
+
+    with pytest.raises(launch.CannotStart):
+        recording.repeated("broken", [x], lambda: [cannot])
+    assert not recording.repeated("broken", [x], lambda: [cannot]) and len(attempts) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        recording.repeated("large", [x], lambda: [asks_for_too_much])
+    assert recording.repeated("large", [x], lambda: [lambda: None])  # that may be over
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_compiled_for", lambda kernel, programs, tile, arguments: partial(fails, *arguments))
+        with pytest.raises(launch.CannotStart):
+            repeated(x, *vectors)
+    assert repeated(x, *vectors) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("keep", "in_one_call"), [("bottleneck", True), ("bottleneck", False), ("features", True), ("inputs", True)]
+)
+def test_the_scratch_that_is_planned_is_that_of_the_recordings(keep, in_one_call, monkeypatch):
+    """Of all operations of a step: those of a stem, a transition and a head among them, alone and in one call."""
+    planned, found = [], []
+    plan, start = recording.scratch_of, recording.Recording.start
+
+    def planning(*arguments):
+        planned.append(plan(*arguments))
+        return planned[-1]
+
+    def starting(self, *arguments):
+        found.append(self._scratch)
+        start(self, *arguments)
+
+    monkeypatch.setattr(recording, "scratch_of", planning)
+    monkeypatch.setattr(recording.Recording, "start", starting)
+    monkeypatch.setattr(ops, "plans", lambda x: True)
+    if not in_one_call:
+        monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    options = {"growth_rate": 4, "block_config": (2, 1), "num_init_features": 8, "bn_size": 2, "num_classes": 5}
+    network = DenseNet(**options, input_size=64, efficient=True, keep=keep).to(memory_format=torch.channels_last)
+    step_memory(network, (3, 20, 20), 2)
+    assert not found
+    network(torch.randn(2, 3, 20, 20)).square().sum().backward()
+    assert planned == found and len({*found}) > 5
 
 
 def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeypatch):
@@ -143,12 +246,8 @@ def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeyp
 
 def test_the_latest_recordings_are_kept(monkeypatch):
     monkeypatch.setattr(recording, "_MOST", 2)
-    kept = recording.Recordings()
-    for key in "ab":
-        kept.keep(key, recording.Recording([]))
-    assert kept.get("a") is not None
-    kept.keep("c", recording.Recording([]))
-    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
+    found = [repeated(torch.zeros(rows, 8), *torch.zeros(2, 8))[1] for rows in (1, 2, 1, 3, 2, 1)]
+    assert found == [False, False, True, False, True, False]
 
 
 def test_a_layer_that_cannot_start_is_left_to_the_operations(monkeypatch):
@@ -160,11 +259,11 @@ def test_a_layer_that_cannot_start_is_left_to_the_operations(monkeypatch):
         raise RuntimeError("PassManager::run failed")
 
     expected = steps("features", True, 1)
-    monkeypatch.setattr(layers, "_recordings", recording.Recordings())
+    monkeypatch.setattr(recording, "_recordings", {})
     monkeypatch.setattr(forward.norm_relu_conv_kernel, "warmup", fail)
     with pytest.warns(UserWarning, match="norm_relu_conv for torch.float32: norm_relu_conv_kernel cannot be compiled"):
         found = steps("features", True, 1)
-    assert any(not kept.operations for kept in layers._recordings._found.values())
+    assert None in recording._recordings.values()
     for a, b in zip(found[0], expected[0], strict=True):
         assert (a - b).abs().max() <= 1e-4 * max(b.abs().max().item(), 1)
 
@@ -193,13 +292,13 @@ def evaluated(second, spread=False):
 
 def test_layers_that_share_modules_in_another_way_are_not_the_same():
     expected = evaluated([0, 1, 1])
-    layers._recordings._found.clear()
+    recording._recordings.clear()
     assert not torch.equal(evaluated([0, 1, 0]), expected)
     assert torch.equal(evaluated([0, 1, 1]), expected) and torch.equal(evaluated([0, 1, 1]), expected)
 
 
 def test_layers_whose_vectors_would_be_copied_are_left():
-    assert evaluated([0, 1, 1], spread=True) is None and not layers._recordings._found
+    assert evaluated([0, 1, 1], spread=True) is None and [*recording._recordings.values()] == [None]
 
 
 def test_tuning_keeps_all_outputs_of_a_pointwise_gradient_in_a_tile(monkeypatch):

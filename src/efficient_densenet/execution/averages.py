@@ -81,9 +81,9 @@ class _Alike:
         self.called = False
 
     def move(self, statistics: Tensor, unbiased: Tensor) -> None:
-        means, variances = self._read(statistics).unbind()
-        dtype = self.averages[0].dtype
-        values = [*means.to(dtype).split(self.sizes), *(variances * unbiased).to(dtype).split(self.sizes)]
+        read, dtype = self._read(statistics), self.averages[0].dtype
+        read[1].mul_(unbiased)
+        values = read.to(dtype).view(-1).split_with_sizes([*self.sizes, *self.sizes])
         if self.momentum is not None:
             torch._foreach_lerp_(self.averages, values, self.momentum)
             return

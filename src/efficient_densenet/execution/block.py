@@ -16,6 +16,14 @@ from efficient_densenet.execution.plan import is_cheap_again
 from efficient_densenet.ops.layers import Reader
 
 
+def keeps_features(keep: str, pool: int) -> bool:
+    """Whether a block's features stay for backward, for these attributes of a `Stage`.
+
+    Not where a transition comes between them and the rest; a head needs them at once when backward begins.
+    """
+    return keep != "inputs" or not pool
+
+
 @dataclass(frozen=True)
 class Stage:
     """A block's norms and convolutions in their order, layer by layer, those of the transition last.
@@ -85,8 +93,7 @@ class Stage:
 
     @cached_property
     def keeps_features(self) -> bool:
-        """Not where a transition comes between them and the rest; a head needs them at once when backward begins."""
-        return self.keep != "inputs" or not self.pool
+        return keeps_features(self.keep, self.pool)
 
     @cached_property
     def uses_batch(self) -> bool:
@@ -116,9 +123,11 @@ class Stage:
     @cached_property
     def _has_plain_layers(self) -> bool:
         """Whether there is nothing else in the layers than norms and convolutions, and no other process to ask."""
-        if self.per_layer == 2 and any(prod(reader.weight.shape[2:]) > 1 for reader in self.readers[::2]):
-            return False  # a 1×1 convolution takes all values; of two larger ones, the second might be done twice
-        return bool(self.readers) and not (self.biases or self.masks or self.group)
+        if self.biases or self.masks or self.group or not self.layers:
+            return False
+        windows = {self.weights[i].shape[2:] for i in self.layers}
+        # A 1×1 convolution takes all values; of two larger ones, the second might be done twice.
+        return self.per_layer == 1 or all(prod(window) == 1 for window in windows)
 
     def runs_layers(self, features: Tensor) -> bool:
         """Whether several layers run in one call."""

@@ -32,9 +32,12 @@ def cast_together(arguments: Any, dtype: torch.dtype | None) -> Any:
 
 
 def copies_in(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Sequence[Tensor]:
-    """The tensors in these types, all of them in one operation, if any has another."""
-    if all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True)):
+    """The tensors in these types: those that have another are copied, all in one operation."""
+    others = [i for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)) if tensor.dtype != dtype]
+    if not others:
         return tensors
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
+    found = list(tensors)
+    for i in others:
+        found[i] = torch.empty_like(tensors[i], dtype=dtypes[i])
+    torch._foreach_copy_([found[i] for i in others], [tensors[i] for i in others])
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.execution import stage as engine
+from efficient_densenet.execution.block import keeps_features
 from efficient_densenet.execution.buffers import copied_when_written, empty_activation, take_rows
 from efficient_densenet.execution.norms import Folded
 from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
@@ -84,13 +85,13 @@ class _StagePasses(Passes):
 
     def saves(self, x: Tensor, made: Sequence[Tensor], arguments: StageArguments) -> tuple[list[Tensor], list[Tensor]]:
         # The features begin with a copy of x. The output is not needed.
-        return [] if arguments.engine().keeps_features else [x], [*made[1:]]
+        return [] if keeps_features(arguments.keep, arguments.pool) else [x], [*made[1:]]
 
     def backward(
-        self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StageArguments
+        self, given: Given, need_x: bool, types: Sequence[torch.dtype | None], arguments: StageArguments
     ) -> list[Tensor]:
         stage = arguments.engine()
-        found = engine.backward(given.grad_output, given.x, stage, _unpack(given.packed, stage), need_weights)
+        found = engine.backward(given.grad_output, given.x, stage, _unpack(given.packed, stage), types)
         of_norms = chain.from_iterable(zip(*found.norms, strict=True))
         return [found.x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
 

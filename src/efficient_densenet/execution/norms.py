@@ -130,19 +130,30 @@ class Norms:
 class NormSums:
     """What is gathered for norm `i` piece by piece, in the order of the pieces and in double precision.
 
+    Args:
+        single: whether there is one piece, whose gradients need no sum.
+
     Attributes:
         through: where an operation on a piece adds what flows through the batch statistics, if the norm uses them.
     """
 
-    def __init__(self, norms: Norms, i: int) -> None:
+    def __init__(self, norms: Norms, i: int, single: bool = False) -> None:
         self.norms, self.i = norms, i
+        self.through = norms.through_of(i)
+        self.total: Tensor | None = None
+        if single:
+            return
         start, stop = norms.sources[i]
         double = torch.float32 if norms.means.device.type == "mps" else torch.float64
         self.total = norms.means.new_zeros((4, stop - start), dtype=double)
-        self.through = None if norms.through_of(i) is None else norms.means.new_zeros((2, stop - start))
+        if self.through is not None:
+            self.through = norms.means.new_zeros((2, stop - start))
 
     def add(self, weight: Tensor, bias: Tensor) -> None:
         """Take in the gradients of the norm's weight and bias for a piece, and what it has added to `through`."""
+        if self.total is None:
+            self.of_piece = weight, bias
+            return
         self.total[0] += weight
         self.total[1] += bias
         if self.through is not None:
@@ -151,6 +162,8 @@ class NormSums:
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Those of weight and bias, once all pieces are in; and `norms` gets what flows through the statistics."""
+        if self.total is None:
+            return self.norms.parameter_gradients(self.i, *self.of_piece)
         through = self.norms.through_of(self.i)
         if through is not None:
             through.copy_(self.total[2:])

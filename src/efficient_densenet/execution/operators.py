@@ -97,9 +97,13 @@ class Passes(ABC):
         """What backward needs of the input (it or nothing), and of all that `forward` made."""
 
     @abstractmethod
-    def backward(self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: Any) -> list[Tensor]:
+    def backward(self, given: Given, need_x: bool, types: Sequence[torch.dtype | None], arguments: Any) -> list[Tensor]:
         """The gradients of the input (anything, if not wanted), of weights and biases of norms, and of convolutions'
         wanted weights and biases.
+
+        Args:
+            types: for each convolution the type that its weight's gradient will have in the end, None where it is not
+                wanted. Here it may have the weight's.
         """
 
     @abstractmethod
@@ -165,6 +169,7 @@ class Passes(ABC):
         first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)
         wanted = [*need_weights, *[True] * len(arguments.biases)]
         types = [dtype for dtype, need in zip(ctx.types, wanted, strict=True) if need]
+        weight_types = _wanted(ctx.types[: len(need_weights)], need_weights)
 
         def run(given: Given) -> list[Tensor]:
             if as_operator:
@@ -177,7 +182,7 @@ class Passes(ABC):
                 made = self.backward_operator(*given, need_x, need_weights, *arguments._replace(weights=weights))
                 return [*made[:first], *(g.to(t) for g, t in zip(made[first:], types, strict=True))]
             _check(given.grad_output, given.x, given.packed, *arguments)
-            made = self.backward(given, need_x, need_weights, arguments)
+            made = self.backward(given, need_x, weight_types, arguments)
             return [*made[:first], *copies_in(made[first:], types)]
 
         with labelled_backward(ctx):
@@ -245,7 +250,9 @@ class Passes(ABC):
     ) -> list[Tensor]:
         _check(grad_output, x, packed, *arguments)
         given = Given(list(grad_output), list(x), list(packed))
-        made = self.backward(given, need_x, need_weights, self.arguments(*arguments))
+        named = self.arguments(*arguments)
+        types = _wanted([weight.dtype for weight in named.weights], need_weights)
+        made = self.backward(given, need_x, types, named)
         return [gradient.clone() if _shares_memory(gradient) else gradient for gradient in made]
 
     def _backward_fake(
@@ -315,6 +322,11 @@ def norms_of(
 def folded_fake(x: Tensor, channels: int, read: int) -> Folded:
     """Tensors like those of norms that read so many of the channels."""
     return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))
+
+
+def _wanted(types: Sequence[torch.dtype], needs: Sequence[bool]) -> list[torch.dtype | None]:
+    """Those of the gradients that are needed."""
+    return [dtype if need else None for dtype, need in zip(types, needs, strict=True)]
 
 
 def _split(row: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:

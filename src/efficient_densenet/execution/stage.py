@@ -202,7 +202,7 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    grad_out: list[Tensor], x: list[Tensor], stage: Stage, kept: Kept, need_weights: Sequence[bool]
+    grad_out: list[Tensor], x: list[Tensor], stage: Stage, kept: Kept, types: Sequence[torch.dtype | None]
 ) -> Gradients:
     """The gradients of `forward` for the gradient of its output.
 
@@ -212,7 +212,7 @@ def backward(
         grad_out: in a list of one: ``(N, C, *spatial)``, or ``(N, C_T)`` of a head; is left as it is.
         x: in a list of one, the block's input; nothing where the features are kept.
         stage, kept: as `forward` had and returned them.
-        need_weights: for each convolution whether its weight's gradient is wanted.
+        types: that the gradient of each convolution's weight will have in the end; None where it is not wanted.
     """
     folded, bottlenecks, features = kept
     if features is None:
@@ -221,7 +221,7 @@ def backward(
     if not stage.keeps_features:
         bottlenecks = _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
-    readers = _Readers(stage, norms, need_weights)
+    readers = _Readers(stage, norms, types)
     grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
     if stage.pool:
         # Rows of channels, as all activations here are.
@@ -274,8 +274,8 @@ def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, sto
 class _Readers:
     """Every norm–relu–convolution that reads features, and the parameter gradients gathered from them."""
 
-    def __init__(self, stage: Stage, norms_of_stage: Norms, need_weights: Sequence[bool]) -> None:
-        self.stage, self.norms_of_stage, self.need_weights = stage, norms_of_stage, need_weights
+    def __init__(self, stage: Stage, norms_of_stage: Norms, types: Sequence[torch.dtype | None]) -> None:
+        self.stage, self.norms_of_stage, self.types = stage, norms_of_stage, types
         self.norms: list[Any] = [None] * len(stage.norms)
         self.weights: list[Tensor | None] = [None] * len(stage.weights)
         self.biases: list[Any] = [None] * len(stage.biases)
@@ -294,7 +294,7 @@ class _Readers:
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
             self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
         norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
-        weight, need_weight = self.stage.weights[i], self.need_weights[i]
+        weight, need_weight = self.stage.weights[i], self.types[i] is not None
         operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
         self.weights[i], *of_norm = self.norms_of_stage.run.norm_relu_conv_backward(operands)
         self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
@@ -321,24 +321,24 @@ class _Readers:
         bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers[start:stop])
         layers = _layers(features, stage, norms, [*[None] * start, *bottlenecks], stop)
         sizes = [len(reader.norm_weight) for reader in layers.readers]
-        grad_norms = norms.folded.vectors.new_empty((2, sum(sizes)))
-        first = start * stage.per_layer
+        grad_norms = norms.folded.vectors.new_empty(2 * sum(sizes))
+        first, any_type = start * stage.per_layer, ops.converts_gradients(features)
         grad_weights = [
-            torch.empty_like(reader.weight) if i >= first and self.need_weights[i] else None
-            for i, reader in enumerate(layers.readers)
+            None if dtype is None or i < first else torch.empty_like(weight, dtype=dtype if any_type else None)
+            for i, (weight, dtype) in enumerate(zip(stage.weights[: len(sizes)], self.types, strict=False))
         ]
         largest = max([bottleneck.shape[-1] for bottleneck in bottlenecks], default=0)
         made_again = bool(bottlenecks) and stage.layers[start] not in kept
         operands = LayersBackward(
             grad, start, made_again, empty_like(features, largest), norms.used_features, norms.total, norms.through,
-            grad_weights, grad_norms,
+            grad_weights, grad_norms.view(2, -1),
         )  # fmt: skip
         done = ops.run_layers_backward(layers, operands)
         # Parts of one tensor, but no views of it to autograd: who changes one in place does not touch the others.
-        of_weights, of_biases = [torch.unsafe_split_with_sizes(line, sizes) for line in grad_norms]
+        of_norms = torch.unsafe_split_with_sizes(grad_norms, [*sizes, *sizes])
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
             self.weights[i] = grad_weights[i]
-            self.norms[i] = norms.parameter_gradients(i, of_weights[i], of_biases[i])
+            self.norms[i] = norms.parameter_gradients(i, of_norms[i], of_norms[i + len(sizes)])
             kept.pop(i, None)
         return done
 

@@ -157,7 +157,12 @@ def evaluate(x: Tensor, stem: Stem) -> Tensor:
 
 
 def backward(
-    grad_out: list[Tensor], x: Tensor, stem: Stem, kept: Kept, need_x: bool, need_weights: Sequence[bool]
+    grad_out: list[Tensor],
+    x: Tensor,
+    stem: Stem,
+    kept: Kept,
+    need_x: bool,
+    types: Sequence[torch.dtype | None],
 ) -> Gradients:
     """The gradients of `forward` for the gradient of its output.
 
@@ -165,7 +170,7 @@ def backward(
         grad_out: in a list of one, out of which it is taken: ``(N, C, *spatial)``.
         x, stem, kept: as `forward` had and returned them.
         need_x: whether the gradient of `x` is wanted.
-        need_weights: for each convolution whether its weight's gradient is wanted.
+        types: of the gradient of each convolution's weight; None where it is not wanted.
     """
     like, made = stem.like(x), list(kept.made)
     norms = Norms(like, stem.norms, stem.sources, kept.folded, stem.group)
@@ -174,7 +179,7 @@ def backward(
     convolution: Convolution | None = None
     for i in reversed(range(len(stem.norms))):
         parts = _pieces(i, like, stem)
-        wanted = Wanted(i > 0 or need_x, bool(stem.weights) and need_weights[i])
+        wanted = Wanted(i > 0 or need_x, bool(stem.weights) and types[i] is not None)
         whole = made.pop() if i in stem.kept else None
         behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
         if behind is None:
@@ -194,9 +199,10 @@ def backward(
                 own = slice(lines.start + front, lines.stop)
                 convolution.backward(images, own, grad[images, own])
         if stem.weights:
-            of_weights.append(_like(convolution.grad_weight, stem.weights[i]) if need_weights[i] else None)
+            dtype = types[i]
+            of_weights.append(None if dtype is None else _like(convolution.grad_weight, stem.weights[i], dtype))
         if stem.biases:
-            of_biases.append(_like(convolution.grad_bias, stem.biases[i]))
+            of_biases.append(_like(convolution.grad_bias, stem.biases[i], stem.biases[i].dtype))
     assert convolution is not None
     grad_x = None if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
     return Gradients(grad_x, of_norms[::-1], of_weights[::-1], of_biases[::-1])
@@ -220,14 +226,16 @@ def _backward_of_pool(
         The gradients of the norm's weight and bias.
     """
     last = len(norms.norms) - 1
-    affine, sums = norms.affine(last), NormSums(norms, last)
+    affine, sums = norms.affine(last), NormSums(norms, last, single=len(parts) == 1)
 
-    def backward_of_piece(piece: Piece, activations: Tensor) -> Tensor:
-        """``scale·g``; and the sums, which matter at the first time."""
+    def backward_of_piece(piece: Piece, activations: Tensor, first: bool) -> Tensor:
+        """``scale·g``; and, at the first time, its share of the sums."""
         grad, windows = empty_like(activations), grad_out[piece.images, piece.windows]
         if piece.front:  # the window there belongs to another piece
             windows = torch.cat([torch.zeros_like(windows[:, :1]), windows], 1)
-        sums.add(*pool.backward(norms.run, windows, activations, affine, grad, sums.through))
+        of_norm = pool.backward(norms.run, windows, activations, affine, grad, sums.through if first else None)
+        if first:
+            sums.add(*of_norm)
         return grad
 
     def activations_of(piece: Piece) -> Tensor:
@@ -238,7 +246,7 @@ def _backward_of_pool(
     room = held_values(grad_out)
     for piece in parts:
         activations = activations_of(piece)
-        grad = backward_of_piece(piece, activations)
+        grad = backward_of_piece(piece, activations, first=True)
         room -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
@@ -256,7 +264,7 @@ def _backward_of_pool(
             activations, grad = held.pop()
         else:
             activations = activations_of(piece)
-            grad = backward_of_piece(piece, activations)
+            grad = backward_of_piece(piece, activations, first=False)
         own = grad[:, piece.front :]
         norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
         convolution.backward(piece.images, piece.lines, grad)
@@ -292,6 +300,8 @@ def _whole(convolution: Convolution, parts: Sequence[Piece], like: Tensor, chann
     return out
 
 
-def _like(grad: Tensor | None, parameter: Tensor) -> Tensor:
-    """The gradient in the type and memory format of the parameter; zero if there was no image."""
-    return torch.zeros_like(parameter) if grad is None else torch.empty_like(parameter).copy_(grad)
+def _like(grad: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in this type, and in the memory format of the parameter; zero if there was no image."""
+    like = torch.zeros_like if grad is None else torch.empty_like
+    made = like(parameter, dtype=dtype)
+    return made if grad is None else made.copy_(grad)

@@ -72,11 +72,11 @@ class _StemPasses(Passes):
         return [x], [*made[1:]]
 
     def backward(
-        self, given: Given, need_x: bool, need_weights: Sequence[bool], arguments: StemArguments
+        self, given: Given, need_x: bool, types: Sequence[torch.dtype | None], arguments: StemArguments
     ) -> list[Tensor]:
         folded = Folded(*(given.packed.pop(0) for _ in Folded._fields))
         kept = Kept(folded, given.packed)
-        found = engine.backward(given.grad_output, given.x[0], arguments.engine(), kept, need_x, need_weights)
+        found = engine.backward(given.grad_output, given.x[0], arguments.engine(), kept, need_x, types)
         of_norms = chain.from_iterable(zip(*found.norms, strict=True))
         of_x = given.x[0].new_empty(0) if found.x is None else found.x
         return [of_x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]

@@ -32,7 +32,9 @@ def backend(x: Tensor) -> Backend:
 
 
 def _choose(x: Tensor) -> Backend:
-    return shapes if _is_planned(x) else _computing(x)
+    if _is_planned(x):
+        return triton if triton.plans(x) else shapes
+    return _computing(x)
 
 
 def _is_planned(x: Tensor) -> bool:
@@ -52,10 +54,13 @@ def _computing(x: Tensor) -> Backend:
 
 def runs_layers(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
     """Whether layers of these readers, on features like `x`, run in one call: see `run_layers`, and `Layers.memo`."""
-    chosen = _computing(x)
-    if chosen is triton:
-        return triton.runs_layers(x, [reader.weight for reader in readers])
-    return chosen is cpu and cpu_layers.supports(x, readers, memo)
+    chosen = _choose(x)
+    return chosen is triton or (_computing(x) is cpu and cpu_layers.supports(x, readers, memo))
+
+
+def converts_gradients(x: Tensor) -> bool:
+    """Whether `run_layers_backward` writes the gradients of weights in any type, and not only in the weights' own."""
+    return _choose(x) is triton
 
 
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
@@ -69,9 +74,10 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
-    if _is_planned(layers.features):
+    chosen = _choose(layers.features)
+    if chosen is shapes:
         return shapes.run_layers(layers)
-    on_gpu = _choose(layers.features) is triton
+    on_gpu = chosen is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
         return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
 
@@ -81,10 +87,11 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
-    if _is_planned(layers.features):
+    chosen = _choose(layers.features)
+    if chosen is shapes:
         return shapes.run_layers_backward(layers, operands)
     again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
-    on_gpu = _choose(layers.features) is triton
+    on_gpu = chosen is triton
     with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
         return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
 

@@ -89,7 +89,8 @@ class LayersBackward(NamedTuple):
         used: features before this one have statistics that norms use.
         values: ``()``, how many values per channel the statistics are of.
         through: as in `BackwardOperands`, for all channels of the statistics; None: all are constants.
-        grad_weights: for each reader where the gradient of its weight goes, or None where it is not wanted.
+        grad_weights: for each reader where the gradient of its weight goes, or None where it is not wanted; in the
+            memory format of the weight, and in its type or in what `ops.converts_gradients` allows.
         grad_norms: ``(2, ΣC)``, where the gradients of the norms' weights and biases go, in sequence.
     """
 

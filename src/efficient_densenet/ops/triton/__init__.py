@@ -11,22 +11,21 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import stride_of_rows
 from efficient_densenet.ops.layers import Layers, LayersBackward
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 from efficient_densenet.ops.triton import check, launch, trust
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST = 2**31 - 1  # rows and columns are counted in 32 bits
 
 
 def supports(x: Tensor) -> bool:
@@ -37,6 +36,11 @@ def supports(x: Tensor) -> bool:
     if reason:
         _warn(reason)
     return not reason
+
+
+def plans(x: Tensor) -> bool:
+    """Whether activations like `x`, which have no values, would run here, if the kernels are right."""
+    return x.is_cuda and trust.mode_of_trust() != "off" and not obstacle(x.device, x.dtype)
 
 
 def available() -> str:
@@ -72,7 +76,13 @@ def norm_relu_conv(
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     x, weight = operands.x, operands.weight
     covered = _covered(x, operands.grad_x, weight, operands.pool)
-    return _run("backward.norm_relu_conv_backward", covered, x, operands)
+    if covered and not operands.accumulate and any(n % operands.pool for n in x.shape[1:-1]):
+        operands.grad_x.zero_()  # pixels outside of whole windows, for which no kernel is started
+
+    def empty() -> tuple[Tensor | None, Tensor, Tensor]:
+        return _gradient_like(weight) if operands.need_weight else None, *_norm_gradients(operands.norm)
+
+    return _run("backward.norm_relu_conv_backward", covered, x, operands, made=empty)
 
 
 def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -83,7 +93,8 @@ def norm_relu_max_pool_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     arguments = grad_out, x, norm, grad_x, through
-    return _run("max_pool.norm_relu_max_pool_backward", _covered(x, grad_x), x, *arguments)
+    made = partial(_norm_gradients, norm)
+    return _run("max_pool.norm_relu_max_pool_backward", _covered(x, grad_x), x, *arguments, made=made)
 
 
 def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
@@ -94,7 +105,8 @@ def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     arguments = grad_out, x, norm, grad_x, through
-    return _run("mean.norm_relu_mean_backward", _covered(x, grad_x), x, *arguments)
+    made = partial(_norm_gradients, norm)
+    return _run("mean.norm_relu_mean_backward", _covered(x, grad_x), x, *arguments, made=made)
 
 
 def statistics(x: Tensor, into: Statistics) -> None:
@@ -105,16 +117,6 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     _run("moments.finish", _covered(x, out), x, grad, x, mean, through, count, out)
 
 
-def runs_layers(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether layers with these weights run in one call: kernels do all, and weights' gradients go where they must."""
-    kernels = {weight.shape[2:] for weight in weights}
-    return (
-        bool(x.numel())
-        and not any(_uncovered(x.shape, x.shape, x.stride(), kernel, 1) for kernel in kernels)
-        and all(weight.is_contiguous() or launch.is_packed(weight) for weight in weights)
-    )
-
-
 def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     return _module("layers").run(layers, fold, measure)
 
@@ -123,21 +125,56 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
     return _module("layers").run_backward(layers, operands)
 
 
-def _run(name: str, covered: bool, x: Tensor, *arguments: Any) -> Any:
+def _run(name: str, covered: bool, x: Tensor, *arguments: Any, made: Callable[[], tuple] | None = None) -> Any:
     """An operation, named with its module, by its kernels; or by plain PyTorch, where they do not cover it.
 
     An operation whose kernels cannot start is left to plain PyTorch from then on, for such a device and type.
+
+    Args:
+        made: makes the empty tensors that are returned; the kernels' operation gets them last, and fills them.
     """
     module, operation = name.split(".")
     attempt = (operation, x.device, x.dtype)
     if covered and attempt not in _state["failed"]:
+        result = None if made is None else made()
+        run = partial(getattr(_module(module), operation), *arguments, *(() if result is None else (result,)))
+        tensors, rest = _apart(run.args)
         try:
-            with launch.operation(x.device):
-                return getattr(_module(module), operation)(*arguments)
+            if not _module("recording").repeated((operation, *rest), tensors, lambda: [run]):
+                with launch.operation(x.device):
+                    run()
+            return result
         except launch.CannotStart as error:
             _state["failed"].add(attempt)
             _warn(f"{operation} for {x.dtype}: {error}")
     return getattr(eager, operation)(*arguments)
+
+
+def _apart(arguments: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among these arguments and in tuples among them; and all else, with the places of tensors."""
+    tensors, rest = [], []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            rest.append(Tensor)
+        elif isinstance(argument, tuple):
+            inside, between = _apart(argument)
+            tensors += inside
+            rest += between
+        else:
+            rest.append(argument)
+    return tensors, rest
+
+
+def _gradient_like(weight: Tensor) -> Tensor:
+    """An empty one, in which taps lie at equal distances."""
+    regular = weight.is_contiguous() or launch.is_packed(weight)
+    return torch.empty_like(weight, memory_format=torch.preserve_format if regular else torch.contiguous_format)
+
+
+def _norm_gradients(norm: Affine) -> tuple[Tensor, Tensor]:
+    """Empty ones of its weight and bias: two tensors, for an operator's results must not share memory."""
+    return torch.empty_like(norm.scale), torch.empty_like(norm.scale)
 
 
 @functools.cache
@@ -150,23 +187,10 @@ def _covered(x: Tensor, out: Tensor, weight: Tensor | None = None, pool: int = 1
     if not x.numel() or not out.numel():
         return False
     kernel = None if weight is None else weight.shape[2:]
-    reason = _uncovered(x.shape, out.shape, out.stride(), kernel, pool)
-    if reason:
+    reason = launch.uncovered(x.shape, out.shape, out.stride(), kernel, pool)
+    if reason and not isinstance(x, FakeTensor):  # or the warning would be missing when it runs
         _warn(reason)
     return not reason
-
-
-@functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
-def _uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: torch.Size | None, pool: int) -> str:
-    if stride_of_rows(out, strides) is None:
-        return "the output is no slice of the channels of a channels-last tensor"
-    if max(prod(x[:-1]), prod(out[:-1])) > _MOST:
-        return "there are 2³¹ pixels or more"
-    if kernel is not None and any(k % 2 == 0 for k in kernel):
-        return f"the kernel's size {list(kernel)} is not odd"
-    if kernel is not None and pool > 1 and max(kernel) > 1:
-        return f"there is a pool of {pool} before a kernel of size {list(kernel)}"
-    return ""
 
 
 @functools.cache  # PyTorch takes microseconds to say what a device can do, and is asked for each operation

@@ -286,7 +286,7 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     x, grad_x = activation(shape.size, shape.channels), activation(shape.size, shape.channels)
     out = activation(tuple(n // shape.pool for n in shape.size), shape.outputs, shape.begin)
     vector, through = torch.empty(shape.channels, device="meta"), torch.empty(2, shape.channels, device="meta")
-    norm, count = Affine(*[vector] * 4), torch.empty((), device="meta")
+    norm, of_norm, count = Affine(*[vector] * 4), (vector, vector), torch.empty((), device="meta")
     found = torch.empty(shape.outputs, device="meta")
     kernel = [shape.kernel] * len(shape.size)
     weight = torch.empty((shape.outputs, shape.channels, *kernel), dtype=dtype, device="meta")
@@ -294,15 +294,16 @@ def _operations(shape: Shape, dtype: torch.dtype) -> None:
     forward.norm_relu_conv(x, norm, weight, out, shape.pool, Statistics(found, found) if plain else None)
     # A prefix's gradient is added to; those of a bottleneck's output and of a transition's input are written.
     for accumulate in {plain, False}:
-        rectifier.rectify_backward(x, x, norm, grad_x, accumulate, through)
+        rectifier.rectify_backward(x, x, norm, grad_x, accumulate, through, of_norm)
         backward.norm_relu_conv_backward(
-            BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True)
+            BackwardOperands(out, x, norm, weight, grad_x, accumulate, through, shape.pool, True),
+            (torch.empty_like(weight), *of_norm),
         )
     norms.fold_norm(Statistics(vector, vector), vector, vector, 1e-5, norm)
     moments.statistics(x, Statistics(vector, vector))
     moments.finish(grad_x, x, vector, through, count, grad_x)
     pooled = activation(tuple((n + 1) // 2 for n in shape.size), shape.channels)
     max_pool.norm_relu_max_pool(x, norm, pooled)
-    max_pool.norm_relu_max_pool_backward(pooled, x, norm, grad_x, through)
+    max_pool.norm_relu_max_pool_backward(pooled, x, norm, grad_x, through, of_norm)
     mean.norm_relu_mean(x, norm, pooled[:, 0, 0])
-    mean.norm_relu_mean_backward(pooled[:, 0, 0], x, norm, grad_x, through)
+    mean.norm_relu_mean_backward(pooled[:, 0, 0], x, norm, grad_x, through, of_norm)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
 import triton
@@ -241,48 +241,37 @@ def sum_parts_kernel(
     tl.store(grad_weight + target, total.to(grad_weight.dtype.element_ty), mask=mask)
 
 
-class ParameterGradients(NamedTuple):
-    """Of a convolution's weight, in its type and layout, None if not wanted; and of its norm's weight and bias."""
-
-    weight: Tensor | None
-    norm_weight: Tensor
-    norm_bias: Tensor
-
-
-def norm_relu_conv_backward(operands: BackwardOperands, into: ParameterGradients | None = None) -> ParameterGradients:
+def norm_relu_conv_backward(operands: BackwardOperands, into: tuple[Tensor | None, Tensor, Tensor]) -> None:
     """Four kernels: prefix and its sums, the norm's gradients, and if wanted the weight's gradient and its sum.
 
-    The gradients of the parameters overwrite `into`.
+    Pixels outside of the pool's whole windows stay as they are.
+
+    Args:
+        into: what the gradients overwrite: of the convolution's weight, in which taps lie at equal distances (None if
+            it is not wanted), and of the norm's weight and bias.
     """
-    x, grad_x, pool = operands.x, operands.grad_x, operands.pool
-    if pool > 1 and not operands.accumulate and any(n % pool for n in x.shape[1:-1]):
-        grad_x.zero_()  # pixels outside whole windows
+    x, grad_x = operands.x, operands.grad_x
+    of_weight, *of_norm = into
     product = Product(operands)
-    if into is None:
-        into = product.parameter_gradients(operands.need_weight)
     tile = tiles.grad_x_pointwise(product.of)
     name, sums = ("grad_x", product.grad_x) if tile is None else ("grad_x_pointwise", product.grad_x_pointwise)
 
-    def attempt(
-        grad_x: Tensor, through: Tensor | None, tile: tiles.Tile, of_norm: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def attempt(grad_x: Tensor, through: Tensor | None, tile: tiles.Tile, of_norm: Sequence[Tensor]) -> None:
         norm_gradients(sums(grad_x, operands.accumulate, tile), product.norm, through, of_norm)
 
     tile = tuning.tuned(
         tile or tiles.grad_x(product.of),
-        lambda tile: attempt(torch.empty_like(x), None, tile),
+        lambda tile: attempt(torch.empty_like(x), None, tile, [torch.empty_like(vector) for vector in of_norm]),
         *(name, x, product.of),
     )
-    attempt(grad_x, operands.through, tile, into[1:])
-    if into.weight is not None:
-        weight = into.weight
+    attempt(grad_x, operands.through, tile, of_norm)
+    if of_weight is not None:
         tile = tuning.tuned(
             tiles.grad_weight(product.of),
-            lambda tile: product.grad_weight(torch.empty_like(weight), tile),
+            lambda tile: product.grad_weight(torch.empty_like(of_weight), tile),
             *("grad_weight", x, product.of),
         )
-        product.grad_weight(weight, tile)
-    return into
+        product.grad_weight(of_weight, tile)
 
 
 class Product:
@@ -297,16 +286,6 @@ class Product:
         self.rows, self.volume = grad_out.numel() // self.outputs, launch.cube(x.shape[1:-1])
         self.windows = launch.windows(weight.shape[2:], operands.pool)
         self.of = tiles.product(x, self.outputs, prod(weight.shape[2:]), operands.pool)
-
-    def parameter_gradients(self, need_weight: bool) -> ParameterGradients:
-        """Empty ones."""
-        of_norm = self.norm.scale.new_empty(self.channels), self.norm.scale.new_empty(self.channels)
-        if not need_weight:
-            return ParameterGradients(None, *of_norm)
-        # There the taps lie at equal distances.
-        regular = self.weight.is_contiguous() or launch.is_packed(self.weight)
-        format_ = torch.preserve_format if regular else torch.contiguous_format
-        return ParameterGradients(torch.empty_like(self.weight, memory_format=format_), *of_norm)
 
     def _divided(self, *further: int) -> tuple[int, list[int]]:
         """The common divisor, and by it the strides of grad_out and x, channels, outputs, and further strides."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from math import gcd
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import gcd, prod
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from efficient_densenet.ops.convolution import row_stride
+from efficient_densenet.ops.convolution import row_stride, stride_of_rows
 from efficient_densenet.ops.triton.tiles import Tile
 
 RUN_TIME = (
@@ -32,42 +33,58 @@ VECTORS = (
 """Numbers per channel, which begin anywhere in a longer vector: the compiler must not look at where."""
 
 
+_MOST = 2**31 - 1  # rows and columns are counted in 32 bits
+
+
 class CannotStart(RuntimeError):
     """A kernel cannot be compiled, loaded or started, and no other kernel of its operation has been started."""
 
 
-@contextmanager
-def on(device: torch.device) -> Iterator[None]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on this device."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        yield
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @contextmanager
-def operation(device: torch.device) -> Iterator[list[functools.partial]]:
+def operation(device: torch.device) -> Iterator[None]:
     """The kernels that are `run` inside start at the end, on this device: none of them if one cannot be compiled.
 
-    So that another way can be tried instead, which then adds to what nobody has added to before. In the list that this
-    gives are then what started them, in their order.
+    So that another way can be tried instead, which then adds to what nobody has added to before.
 
     Raises:
         CannotStart: see there. An exception of a later kernel's start is passed on as it is.
     """
     with on(device):
-        ready: list[functools.partial] = []
-        outer, _of_this_thread.ready = getattr(_of_this_thread, "ready", None), ready
+        with collected() as launches:
+            yield
+        start_all(launches)
+
+
+@contextmanager
+def collected() -> Iterator[list[functools.partial]]:
+    """The kernels that are `run` inside do not start: the list gets what starts them, in their order."""
+    launches: list[functools.partial] = []
+    outer, _of_this_thread.launches = getattr(_of_this_thread, "launches", None), launches
+    try:
+        yield launches
+    finally:
+        _of_this_thread.launches = outer
+
+
+def start_all(launches: Iterable[functools.partial]) -> None:
+    """Start them.
+
+    Raises:
+        CannotStart: the first one does not start. An exception of a later one is passed on as it is.
+    """
+    for number, start in enumerate(launches):
         try:
-            yield ready
-        finally:
-            _of_this_thread.ready = outer
-        for number, start in enumerate(ready):
-            try:
-                start()
-            except RuntimeError as error:  # what the driver says
-                if number:
-                    raise
-                raise CannotStart(f"a kernel does not start: {_first_line(error)}") from error
+            start()
+        except RuntimeError as error:  # what the driver says
+            if number:
+                raise
+            raise CannotStart(f"a kernel does not start: {_first_line(error)}") from error
 
 
 _of_this_thread = threading.local()  # the backward pass has threads of its own
@@ -81,12 +98,19 @@ def run(kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
     Raises:
         CannotStart: it cannot be compiled or loaded.
     """
-    start = _compiled_for(kernel, programs, tile, arguments)
-    ready = getattr(_of_this_thread, "ready", None)
-    if ready is None:
+    if isinstance(arguments[0], FakeTensor):  # a step is planned, and what matters are the tensors
+        start = functools.partial(_nothing, *arguments)
+    else:
+        start = _compiled_for(kernel, programs, tile, arguments)
+    launches = getattr(_of_this_thread, "launches", None)
+    if launches is None:
         start()
     else:
-        ready.append(start)
+        launches.append(start)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 def _compiled_for(kernel: Any, programs: int, tile: Tile, arguments: tuple) -> functools.partial:
@@ -158,6 +182,20 @@ def is_packed(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
 
 
+@functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
+def uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: torch.Size | None, pool: int) -> str:
+    """Why the kernels do not cover an operation on such shapes, with such strides of its output; or nothing."""
+    if stride_of_rows(out, strides) is None:
+        return "the output is no slice of the channels of a channels-last tensor"
+    if max(prod(x[:-1]), prod(out[:-1])) > _MOST:
+        return "there are 2³¹ pixels or more"
+    if kernel is not None and any(k % 2 == 0 for k in kernel):
+        return f"the kernel's size {list(kernel)} is not odd"
+    if kernel is not None and pool > 1 and max(kernel) > 1:
+        return f"there is a pool of {pool} before a kernel of size {list(kernel)}"
+    return ""
+
+
 def cube(size: Sequence[int]) -> tuple[int, ...]:
     """1, 2 or 3 sizes as 3: missing ones are 1."""
     return (*[1] * (3 - len(size)), *size)
@@ -171,7 +209,12 @@ def windows(kernel: Sequence[int], pool: int) -> tuple[int, ...]:
 
 def aligned(*vectors: Tensor) -> bool:
     """Whether they all begin at multiples of 16 bytes."""
-    return all(vector.data_ptr() % 16 == 0 for vector in vectors)
+    return not any(_address(vector) % 16 for vector in vectors)
+
+
+def _address(x: Tensor) -> int:
+    """Where it begins; of a tensor without values, how far behind where its memory would begin."""
+    return int(x.storage_offset()) * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def common_divisor(x: Tensor, *sizes: int) -> int:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -118,8 +120,8 @@ def norm_relu_max_pool(x: Tensor, norm: Affine, out: Tensor) -> None:
 
 
 def norm_relu_max_pool_backward(
-    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None, into: Sequence[Tensor]
+) -> None:
     """Three kernels: where the maxima are (a byte per window), the gathering, the gradients of the norm."""
     argmax = torch.empty(grad_out.shape, dtype=torch.uint8, device=x.device)
     _pool(x, norm, None, argmax)
@@ -135,7 +137,7 @@ def norm_relu_max_pool_backward(
         grad_x, grad_x_stride // vec, sums,
         rows, sums.shape[2], *launch.cube(x.shape[1:-1]), channels // vec, *_taps(x), vec,
     )  # fmt: skip
-    return norm_gradients(sums, norm, through)
+    norm_gradients(sums, norm, through, into)
 
 
 def _pool(x: Tensor, norm: Affine, out: Tensor | None, argmax: Tensor | None) -> None:

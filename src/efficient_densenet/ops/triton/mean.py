@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,7 +55,7 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 
 
 def norm_relu_mean_backward(
-    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None, into: Sequence[Tensor]
+) -> None:
     """Two kernels: see there."""
-    return rectify_backward(grad_out, x, norm, grad_x, False, through)
+    rectify_backward(grad_out, x, norm, grad_x, False, through, into)

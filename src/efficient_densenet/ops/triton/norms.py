@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,17 +76,13 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     )  # fmt: skip
 
 
-def norm_gradients(
-    sums: Tensor, norm: Affine, through: Tensor | None, into: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def norm_gradients(sums: Tensor, norm: Affine, through: Tensor | None, into: Sequence[Tensor]) -> None:
     """One kernel: the gradients of the norm's weight and bias, from the sums of all blocks; they overwrite `into`."""
     _, channels, blocks = sums.shape
-    # Two tensors, for an operator's results must not share memory.
-    of_weight, of_bias = into or (sums.new_empty(channels), sums.new_empty(channels))
+    of_weight, of_bias = into
     target = of_bias if through is None else through
     launch.run(
         norm_gradients_kernel, channels, tiles.ALONG,
         sums, norm.inverse, norm.scale, of_weight, of_bias, target, target.stride(0), blocks, channels,
         through is not None,
     )  # fmt: skip
-    return of_weight, of_bias

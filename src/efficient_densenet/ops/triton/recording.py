@@ -1,4 +1,4 @@
-"""Launches of kernels, recorded once and started again with other tensors.
+"""Launches of kernels, recorded once and started again with other tensors: see `repeated`.
 
 To find and start a kernel takes the host longer than many kernels take on the GPU: tiles are chosen, strides divided,
 scratch is allocated, compiled kernels looked up. For the same shapes all of that comes out the same. What changes from
@@ -11,20 +11,111 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_densenet.ops.triton import launch
+from efficient_densenet.ops.triton import launch, tiles, tuning
 
-_MOST = 256  # recordings; each new size of the images makes some
+_MOST = 1024  # recordings; each new size of the images makes some
 _MOST_GRAPHS = 4  # of a recording; a training step gets the same few places again and again
 _MOST_CAPTURES = 32  # of a recording: to capture takes longer than to launch
 _MOST_SEEN = 16  # places where the tensors of a recording lay
 _ALIGNMENT = 512  # of scratch, as of what PyTorch allocates
+
+Operation = Callable[[], Any]
+Operations = Callable[[], Iterable[Operation]]
+
+
+def repeated(key: Hashable, tensors: Sequence[Tensor | None], operations: Operations) -> bool:
+    """Start what some operations launch as it was recorded, or record it before.
+
+    Args:
+        key: what decides on the launches, besides the layout of the tensors.
+        tensors: all that the launches work on, in an order that says what is what; the first is an activation. What
+            else they work on is scratch: nobody reads it after its operation.
+        operations: gives the operations in their order, where they have to be recorded.
+
+    Returns:
+        Whether it is started. Nothing is where an operation does more than to launch kernels: where it copies a tensor
+        that lies in memory in another way than they want it, for one.
+
+    Raises:
+        CannotStart: see there.
+    """
+    distinct: dict[int, Any] = dict(zip(map(id, tensors), tensors, strict=True))  # layers may share one
+    distinct.pop(id(None), None)
+    given, which = [*distinct.values()], None
+    if len(given) < len(tensors):
+        numbers = {identity: number for number, identity in enumerate(distinct)}
+        which = tuple([numbers.get(id(x)) for x in tensors])
+    if isinstance(given[0], FakeTensor):  # a step is planned
+        torch.empty(scratch_of(given, operations()), dtype=torch.uint8, device=given[0].device)
+        return True
+    addresses, device = [x.data_ptr() for x in given], given[0].device
+    key = (
+        *(key, which, device, tiles.device_of(device), tiles.precision(given[0])),
+        tuple([(x.dtype, x.shape, x.is_contiguous() or x.stride()) for x in given]),
+        tuple([address % 16 for address in addresses]),
+    )
+    recording = _recordings.get(key, _UNKNOWN)
+    with launch.on(device):
+        try:
+            if recording is _UNKNOWN:
+                recording = _recorded(given, operations)
+                _keep(key, recording)
+            if recording is not None:
+                recording.start(given, addresses)
+        except launch.CannotStart:
+            _keep(key, None)  # it is not tried again
+            raise
+    return recording is not None
+
+
+def scratch_of(given: Sequence[Tensor], operations: Iterable[Operation]) -> int:
+    """Bytes of scratch of a recording: what the operation works on that takes most, besides these tensors."""
+    most, known = 0, {x.untyped_storage()._cdata for x in given}
+    for operation in operations:
+        with launch.collected() as launches:
+            operation()
+        storages = [x.untyped_storage() for start in launches for x in start.args if isinstance(x, Tensor)]
+        sizes = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in known}
+        most = max(most, sum(map(_aligned, sizes.values())))
+    return most
+
+
+def _aligned(size: int) -> int:
+    """The bytes that a tensor of this size takes of the scratch."""
+    return launch.ceil_div(size, _ALIGNMENT) * _ALIGNMENT
+
+
+def _recorded(given: Sequence[Tensor], operations: Operations) -> Recording | None:
+    """The launches of these operations, none of which is started; None where that is not all that they do."""
+    if tuning.AUTOTUNE:  # times kernels, which is more
+        for operation in operations():
+            with launch.collected():
+                operation()
+    recording = Recording(given)
+    with _Computing() as computing:
+        for operation in operations():
+            with launch.collected() as launches:
+                operation()
+            recording.add(launches)
+    return None if computing.found or recording.ambiguous else recording
+
+
+class _Computing(TorchDispatchMode):
+    """Finds out whether PyTorch computes something, and does not only allocate memory and look at it in another way."""
+
+    found = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= not (function.is_view or "empty" in function.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 class Pointer(NamedTuple):
@@ -40,22 +131,24 @@ class Recording:
     """Launches of some operations, one after the other.
 
     Args:
-        given: the tensors that will be others at the next time, none of which overlaps with another now, while it is
-            recorded. What else the launches work on is scratch: nobody reads it after its operation.
+        given: the tensors that will be others at the next time.
+
+    Attributes:
+        ambiguous: whether a launch points to where two of them are.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._given = [_extent(x) for x in given]
+        self._starts = {extent.start: number for number, extent in enumerate(self._given)}
         self._launches: list[tuple[functools.partial, list, list[Pointer]]] = []
         self._scratch = 0
         self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
         self._captures = 0
-        self.operations = 0
+        self.ambiguous = len(self._starts) < len(given)
 
     def add(self, operation: Iterable[functools.partial]) -> None:
-        """Take in the launches of an operation, as `launch.operation` gives them."""
-        self.operations += 1
+        """Take in the launches of an operation, as `launch.collected` gives them."""
         offsets: dict[int, int] = {}
         size = 0
         for started in operation:
@@ -64,44 +157,63 @@ class Recording:
                 if not isinstance(argument, Tensor):
                     continue
                 address = argument.data_ptr()
-                number = next((n for n, extent in enumerate(self._given) if address in extent), len(self._given))
-                if number < len(self._given):
+                number = self._number_of(address)
+                if number is not None:
                     offset = address - self._given[number].start
                 else:
                     storage = argument.untyped_storage()
                     if storage.data_ptr() not in offsets:
                         offsets[storage.data_ptr()] = size
-                        size += launch.ceil_div(storage.nbytes(), _ALIGNMENT) * _ALIGNMENT
-                    offset = offsets[storage.data_ptr()] + address - storage.data_ptr()
+                        size += _aligned(storage.nbytes())
+                    number, offset = len(self._given), offsets[storage.data_ptr()] + address - storage.data_ptr()
                 pointers.append(Pointer(i, number, offset, argument.dtype))
                 arguments[i] = None  # or the tensor would live on
             self._launches.append((functools.partial(started.func, **started.keywords), arguments, pointers))
         self._scratch = max(self._scratch, size)
 
-    def start(self, given: Sequence[Tensor]) -> None:
-        """Start them all, in the current stream, on these tensors, which lie and are aligned as those recorded."""
-        scratch = torch.empty(self._scratch, dtype=torch.uint8, device=given[0].device)
-        tensors = [*given, scratch]
-        if not scratch.is_cuda:  # the interpreter
-            for start, template, pointers in self._launches:
-                arguments = template.copy()
-                for pointer in pointers:
-                    arguments[pointer.argument] = _at(tensors[pointer.tensor], pointer)
-                start(*arguments)
+    def _number_of(self, address: int) -> int | None:
+        """Of the tensor that is there; None: it is scratch."""
+        if address in self._starts:  # maybe in the gaps of another one, between its rows
+            return self._starts[address]
+        numbers = [number for number, extent in enumerate(self._given) if address in extent]
+        self.ambiguous |= len(numbers) > 1
+        return numbers[0] if numbers else None
+
+    def start(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """Start them all, in the current stream, on these tensors, which lie and are aligned as those recorded.
+
+        Raises:
+            CannotStart: see there.
+        """
+        device = given[0].device
+        scratch = [torch.empty(self._scratch, dtype=torch.uint8, device=device)] if self._scratch else []
+        if device.type == "cpu":  # the interpreter
+            tensors = [*given, *scratch]
+            launch.start_all(
+                functools.partial(
+                    start, *_filled(template, [(p.argument, _at(tensors[p.tensor], p)) for p in pointers])
+                )
+                for start, template, pointers in self._launches
+            )
             return
-        addresses = tuple([x.data_ptr() for x in tensors])
-        graph = self._graph_of(addresses)
+        places = (*addresses, *[x.data_ptr() for x in scratch])
+        graph = self._graph_of(places) if len(self._launches) > 1 else None
         if graph is None:
-            self._start_each(addresses, torch.cuda.current_stream(scratch.device).cuda_stream)
+            self._start_each(places, torch.cuda.current_stream(device).cuda_stream)
         else:
             graph.replay()
 
     def _start_each(self, addresses: Sequence[int], stream: int) -> None:
-        for start, template, pointers in self._launches:
-            arguments = template.copy()
-            for argument, number, offset, _ in pointers:
-                arguments[argument] = addresses[number] + offset
-            start(*arguments, stream=stream)
+        launch.start_all(
+            functools.partial(
+                start,
+                *_filled(
+                    template, [(argument, addresses[number] + offset) for argument, number, offset, _ in pointers]
+                ),
+                stream=stream,
+            )
+            for start, template, pointers in self._launches
+        )
 
     def _graph_of(self, addresses: tuple[int, ...]) -> torch.cuda.CUDAGraph | None:
         """The launches on these addresses as a graph, from the second time on that they are asked for."""
@@ -142,35 +254,24 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Recordings:
-    """The latest recordings, by what decides on the launches."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[Hashable, Recording] = OrderedDict()
-
-    def get(self, key: Hashable) -> Recording | None:
-        with _lock:
-            found = self._found.get(key)
-            if found is not None:
-                self._found.move_to_end(key)
-            return found
-
-    def keep(self, key: Hashable, recording: Recording) -> None:
-        with _lock:
-            self._found[key] = recording
-            while len(self._found) > _MOST:
-                self._found.popitem(last=False)
+_recordings: dict[Hashable, Recording | None] = {}  # None: it cannot be recorded, or not started
+_UNKNOWN: Any = object()
 
 
-def layout(given: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """What about tensors decides on the launches that work on them: all but where they lie."""
-    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in given])
+def _keep(key: Hashable, recording: Recording | None) -> None:
+    """The latest recordings are kept."""
+    with _lock:
+        _recordings[key] = recording
+        while len(_recordings) > _MOST:
+            del _recordings[next(iter(_recordings))]
 
 
-def overlap(given: Sequence[Tensor]) -> bool:
-    """Whether any two of them share memory, so that a launch's pointer may lie in both."""
-    extents = sorted([(extent.start, extent.stop) for extent in map(_extent, given)])
-    return any(stop > start for (_, stop), (start, _) in pairwise(extents))
+def _filled(template: Sequence[Any], values: Iterable[tuple[int, Any]]) -> list[Any]:
+    """A copy of the arguments of a launch, with these values at these places."""
+    arguments = [*template]
+    for place, value in values:
+        arguments[place] = value
+    return arguments
 
 
 def _extent(x: Tensor) -> range:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,12 +84,19 @@ def rectify(x: Tensor, norm: Affine) -> Tensor:
 
 
 def rectify_backward(
-    grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: bool, through: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor,
+    x: Tensor,
+    norm: Affine,
+    grad_x: Tensor,
+    accumulate: bool,
+    through: Tensor | None,
+    into: Sequence[Tensor],
+) -> None:
     """Two kernels: the prefix and its sums, the gradients of the norm.
 
     Args:
         grad_out: that of each row, or of the mean of each image's rows.
+        into: what the gradients of the norm's weight and bias overwrite.
     """
     (x, x_stride), (grad_x, grad_x_stride), channels = launch.matrix(x), launch.matrix(grad_x), x.shape[-1]
     rows, tile = x.numel() // channels, tiles.elementwise(channels)
@@ -98,4 +107,4 @@ def rectify_backward(
         grad_out.contiguous(), x, x_stride // vec, norm.scale, norm.shift, norm.mean, grad_x, grad_x_stride // vec,
         sums, rows, sums.shape[2], x.numel() // grad_out.numel(), channels // vec, accumulate, vec,
     )  # fmt: skip
-    return norm_gradients(sums, norm, through)
+    norm_gradients(sums, norm, through, into)

@@ -81,7 +81,8 @@ def _timed(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
     found, of_x = Statistics(*torch.empty(2, shape.outputs, device="cuda")), Statistics(norm.mean, norm.inverse)
     count = torch.ones((), device="cuda")
     yield "forward", lambda: forward.norm_relu_conv(x, norm, weight, out, shape.pool, found), large + small, flop
-    yield "backward, prefix", lambda: backward.norm_relu_conv_backward(operands), 3 * large + small, flop
+    of_prefix = None, *torch.empty(2, shape.channels, device="cuda")
+    yield "backward, prefix", lambda: backward.norm_relu_conv_backward(operands, of_prefix), 3 * large + small, flop
     yield "backward, weight", lambda: product.grad_weight(grad_weight, tile), large + small, flop
     yield "finish", lambda: moments.finish(grad_x, x, norm.mean, through, count, grad_x), 3 * large, 0.0
     yield "statistics", lambda: moments.statistics(x, of_x), large, 0.0
