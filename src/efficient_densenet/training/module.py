@@ -173,6 +173,20 @@ class Classifier(LightningModule):
                 "(--trainer.gradient_clip_val); --model.stop_when_not_finite false goes on regardless"
             )
 
+    def on_train_epoch_end(self) -> None:
+        # Lightning steps what follows a metric after this epoch's checkpoint, and a resumed run would miss that step.
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.interval == "epoch" and self.trainer.is_last_batch:
+                metric = self.trainer.callback_metrics.get(config.monitor)
+                if metric is not None:  # otherwise Lightning says that there is none
+                    config.scheduler.step(metric)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is None:
+            scheduler.step()
+        elif self.schedule_interval == "step":  # otherwise it has stepped in `on_train_epoch_end`
+            scheduler.step(metric)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
