@@ -23,7 +23,7 @@ _MOST_DIMENSIONS = 64
 
 
 def array_of_pickle(made: Stub) -> StoredTensor | None:
-    """The array that the pickle would have made there; None if it is none, or not one of plain little-endian numbers."""
+    """The array that the pickle would have made there; None if it is not one of plain little-endian numbers."""
     module, _, name = made.name.rpartition(".")
     try:
         if module.startswith("numpy.") and name == "_reconstruct":
