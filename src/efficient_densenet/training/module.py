@@ -139,6 +139,10 @@ class Classifier(LightningModule):
             raise UserError("model.channels_last is for images: leave it out for volumes")
         self.network = network.to(memory_format=self.memory_format)
         if self.compile_with is not None:
+            if self.compile_with not in torch.compiler.list_backends(()):
+                raise UserError(
+                    f"model.compile must be a backend of torch.compile, such as inductor, not {self.compile_with!r}"
+                )
             self.network.compile(backend=self.compile_with)  # in place: names of weights stay what they are
 
     def on_train_epoch_start(self) -> None:
