@@ -116,6 +116,7 @@ def test_the_peak_that_is_told_is_the_peak_of_a_training_step(keep, monkeypatch)
     """
     monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)
     monkeypatch.setitem(pieces._MOST, "cpu", 1 << 15)
+    monkeypatch.setitem(pieces._HELD, "cpu", 1 << 16)
     model, peaks = make_efficient(torchvision_small(block_config=(3, 3, 3)), keep), []
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -83,6 +83,7 @@ KINDS = {
 @pytest.mark.parametrize("change", [nn.Module.train, nn.Module.eval, frozen], ids=["training", "evaluation", "frozen"])
 def test_gradients_by_pieces_are_the_ordinary_ones(kind, size, plain, change, monkeypatch):
     monkeypatch.setitem(pieces._MOST, "cpu", PIECES[size])
+    monkeypatch.setitem(pieces._HELD, "cpu", 4 * PIECES[size])
     if "kept" in size:
         described = StemArguments.engine
         monkeypatch.setattr(StemArguments, "engine", lambda self: replace(described(self), keeps_last=True))
@@ -116,6 +117,7 @@ def test_every_line_and_every_window_belongs_to_one_piece(lines, most, monkeypat
 def test_neither_the_last_output_nor_its_gradient_exists_whole_in_backward(deep, monkeypatch):
     """More images need no more memory; with three convolutions, two gradients of outputs that are kept."""
     monkeypatch.setitem(pieces._MOST, "cpu", 1 << 16)
+    monkeypatch.setitem(pieces._HELD, "cpu", 1 << 17)
     network = OnBuffer(stem(window=3, deep=deep, channels=8))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -4,8 +4,8 @@ The output of the last convolution is the largest tensor of the network, and is 
 (`Stem.keeps_last`): else backward makes it again, a few images or lines at a time (see `pieces`), so that neither it
 nor its gradient exists whole. The gradient of a norm that uses the batch's statistics needs two sums over all pixels
 before its first value is known. Backward then goes over the pieces twice: for the sums, and for the gradients of what
-lies before the norm. The first pieces wait for the second time, and the gradient of an only one: a small batch is not
-made twice.
+lies before the norm. As many pieces as there is memory for wait for the second time (`held_values`): a small batch is
+not made twice.
 
 Kept besides are the input and the outputs of the convolutions before the last. Everything here is on tensors.
 """
@@ -214,16 +214,16 @@ def _backward_of_pool(
         return convolution.make(piece.images, piece.lines) if whole is None else whole[piece.images, piece.lines]
 
     again = sums.through is not None and go_on
-    held: list[tuple[Tensor, Tensor | None]] = []
+    held: list[tuple[Tensor, Tensor]] = []
     room = held_values(grad_out)
     for piece in parts:
         activations = activations_of(piece)
         grad = backward_of_piece(piece, activations)
-        room -= activations.numel()
+        room -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
         elif again and room >= 0:
-            held.append((activations, grad if len(parts) == 1 else None))
+            held.append((activations, grad))
         del activations, grad
     found = sums.gradients()
     if not again:
@@ -232,12 +232,15 @@ def _backward_of_pool(
     assert through is not None
     held.reverse()
     for piece in parts:
-        activations, kept_grad = held.pop() if held else (activations_of(piece), None)
-        grad = backward_of_piece(piece, activations) if kept_grad is None else kept_grad
+        if held:
+            activations, grad = held.pop()
+        else:
+            activations = activations_of(piece)
+            grad = backward_of_piece(piece, activations)
         own = grad[:, piece.front :]
         norms.run.finish(own, activations[:, piece.front :], affine.mean, through, norms.total, own)
         convolution.backward(piece.images, piece.lines, grad)
-        del activations, grad, kept_grad, own
+        del activations, grad, own
     return found
 
 

@@ -23,8 +23,8 @@ template <class E> bool suits(Index height, Index width) {
 }
 
 template <class E> bool is_finite(const Weight<E> &weight, const E *data, int threads) {
-  Index n = weight.out * weight.in * weight.taps; // it has no gaps
-  return is_finite(Matrix<const E>{data, n}, 1, n, threads);
+  Index n = weight.in * weight.taps; // it has no gaps, and may be cut into as many rows as there are outputs
+  return is_finite(Matrix<const E>{data, n}, weight.out, n, threads);
 }
 
 // False, and nothing of use is done, where a result may not be right.

@@ -3,6 +3,7 @@
 // are two channels or two rows.
 #pragma once
 
+#include "scratch.h"
 #include "vectors.h"
 
 #if defined(__clang__)
@@ -44,18 +45,24 @@ template <class S, class E> inline void assign(S &to, const E &from) {
     set(to, value(from));
 }
 
-// Values of a scratch, which begins where a line of the cache does. They are undefined, for most are written first.
+// Values of the scratch of the thread that asks for them; another may give them back when that thread is waiting. They
+// begin where a line of the cache does, and are undefined, for most are written first.
 template <class T> class Buffer {
-  T *values;
+  Scratch *scratch = nullptr;
+  T *values = nullptr;
 
 public:
-  explicit Buffer(Index n) : values(static_cast<T *>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
-    if (!values)
-      std::abort();
+  Buffer() = default;
+  explicit Buffer(Index n) : scratch(&Scratch::of_thread()), values(static_cast<T *>(scratch->take(n * sizeof(T)))) {}
+  Buffer(Buffer &&other) : scratch(other.scratch), values(other.values) { other.scratch = nullptr; }
+  Buffer &operator=(Buffer &&other) {
+    std::swap(scratch, other.scratch), std::swap(values, other.values);
+    return *this;
   }
-  Buffer(Buffer &&other) : values(other.values) { other.values = nullptr; }
-  Buffer(const Buffer &) = delete;
-  ~Buffer() { std::free(values); }
+  ~Buffer() {
+    if (scratch)
+      scratch->give_back(values);
+  }
   T *data() const { return values; }
 };
 

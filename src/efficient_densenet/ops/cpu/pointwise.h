@@ -83,16 +83,14 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
                   (finished || grad.ld % kScalars<T> == 0);
   int chunks = static_cast<int>(count < threads ? count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<Buffer<float>> weight_parts;
-  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
-    weight_parts.emplace_back(weight.out * ld);
+  std::vector<Buffer<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
     Buffer<T> copy(in_place ? 0 : (step + kRowsBehind) * depth), prefix(grad_weight ? step * stride : 0);
     Buffer<E> rest(finished ? step * weight.out : 0); // of the gradient, without what flows through the statistics
     Buffer<T> columns(grad_weight && kScalars<T> == 2 ? step * weight.out : 0);
     Buffer<T> turned(grad_weight && TILES ? (weight.out + kRowsBehind) * whole_vectors(depth_of<T>(step)) : 0);
     if (grad_weight)
-      std::memset(weight_parts[chunk].data(), 0, weight.out * ld * sizeof(float));
+      weight_parts[chunk] = zeros(weight.out * ld);
     double *totals = parts[chunk].totals.data();
     Range range(count, chunk, chunks);
     for (Index first = range.begin * step; first < range.end * step; first += step) {

@@ -133,6 +133,13 @@ inline void fetch(Matrix<E> x, Index begin, Index end, Index channels) {
   __asm__ volatile(""); // or GCC takes this for a function without an effect, and leaves out the calls
 }
 
+// Of the thread that asks: sums that only this one writes then stay in its cache from call to call.
+inline Buffer<float> zeros(Index n) {
+  Buffer<float> buffer(n);
+  std::memset(buffer.data(), 0, n * sizeof(float));
+  return buffer;
+}
+
 template <class S> void zeros_behind(S *to, Index rows, Index channels, Index stride) {
   for (Index r = 0; channels < stride && r < rows; ++r)
     std::memset(to + r * stride + channels, 0, (stride - channels) * sizeof(S));

@@ -138,14 +138,12 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   Index ld = all * kW;
-  std::vector<Buffer<float>> weight_parts;
-  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
-    weight_parts.emplace_back(9 * weight.out * ld);
+  std::vector<Buffer<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
     Buffer<pair> around(units.scratch(depth) + kRowsBehind * depth), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
     PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
     if (grad_weight)
-      std::memset(weight_parts[chunk].data(), 0, 9 * weight.out * ld * sizeof(float));
+      weight_parts[chunk] = zeros(9 * weight.out * ld);
     double *totals = parts[chunk].totals.data();
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {

@@ -364,15 +364,13 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
                                        kGroup);
   int chunks = static_cast<int>(units.count < threads ? units.count : threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
-  std::vector<Buffer<float>> weight_parts;
-  for (int chunk = 0; grad_weight && chunk < chunks; ++chunk)
-    weight_parts.emplace_back(weight_at.size());
+  std::vector<Buffer<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
     Buffer<float> lines(grad_weight ? units.scratch(step) : 0), prefix(grad_weight ? at.size() : 0);
     Buffer<float> grad_lines(units.scratch(grad_at.stride)), around(grad_at.size()), result(result_at.size());
     Buffer<float> g(units.lines * units.width * kGroup * kW);
     if (grad_weight)
-      std::memset(weight_parts[chunk].data(), 0, weight_at.size() * sizeof(float));
+      weight_parts[chunk] = zeros(weight_at.size());
     double *totals = parts[chunk].totals.data();
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
