@@ -41,11 +41,12 @@ def array_of_pickle(made: Stub) -> StoredTensor | None:
         return None
 
 
-def array_of_archive(file: IO[bytes], read: Callable[[], bytearray]) -> StoredTensor | None:
+def array_of_archive(file: IO[bytes], nbytes: int, read: Callable[[], bytearray]) -> StoredTensor | None:
     """The array in a file ``.npy``; None if it is not one of plain little-endian numbers.
 
     Args:
         file: at its beginning; the header is read.
+        nbytes: of the whole file.
         read: gives the whole file.
 
     Raises:
@@ -58,18 +59,20 @@ def array_of_archive(file: IO[bytes], read: Callable[[], bytearray]) -> StoredTe
     header = _HEADER.fullmatch(file.read(length).decode("latin-1")) if length <= _LONGEST_HEADER else None
     if header is None or header[1] == ">" or header[2] not in _DTYPES:
         return None
-    shape = tuple(int(number) for number in header[4].split(",") if number.strip())
-    position = file.tell()
-    size = _DTYPES[header[2]].itemsize
-    for number in shape:
-        size *= number
-    return _array(header[1], header[2], shape, header[3] == "True", size, lambda: read()[position:])
+    order, code, by_columns, sides = header.groups()
+    shape = [int(side) for side in sides.split(",") if side.strip()]
+    start = file.tell()
+    return _array(order, code, shape, by_columns == "True", nbytes - start, lambda: read()[start:])
 
 
 def _array(
     order: str, code: str, shape: Sequence[int], by_columns: bool, nbytes: int, read: Callable[[], bytearray]
 ) -> StoredTensor:
-    """Raises KeyError, TypeError or ValueError where these do not make one."""
+    """The array whose bytes `read` gives, `nbytes` of them.
+
+    Raises:
+        LookupError, TypeError, ValueError: these do not make one of plain little-endian numbers.
+    """
     dtype = _DTYPES[code.lstrip("<|=")]
     if order == ">":
         raise ValueError("its numbers are big-endian")

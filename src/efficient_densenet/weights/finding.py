@@ -52,7 +52,9 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
     found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
     if not found:
         held = (
-            f"its tensors are called {first_few(leaves)}" if any(leaves) else f"no tensors, but {_described(content)}"
+            f"its tensors are called {first_few(leaves)}"
+            if any(leaves)
+            else f"it holds no tensors, but {_described(content)}"
         )
         raise UserError(f"it holds no dense blocks under names that are known here; {held}")
     chosen, features = _choose(list(found), prefix, ema)

@@ -223,7 +223,7 @@ def _arrays(path: Path, archive: zipfile.ZipFile, read: Callable[[str], bytearra
     found = {}
     for name in archive.namelist():
         with archive.open(name) as file:
-            array = array_of_archive(file, partial(read, name))
+            array = array_of_archive(file, archive.getinfo(name).file_size, partial(read, name))
         if array is None:
             raise UserError(
                 f"{path}: the array {shortened(name)} is not one of plain numbers; write the weights with "
