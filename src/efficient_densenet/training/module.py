@@ -112,6 +112,8 @@ class Classifier(LightningModule):
         self.stop_when_not_finite = stop_when_not_finite
         self.loss_is_finite: Tensor | None = None
         """Whether all losses were since it was looked at: on the device, since looking at each would stop a GPU."""
+        self.pieces: dict[int, int] = {}
+        """Images of each batch that the optimiser's next step sums up."""
         self.found_learning_rate: float | None = None
         """What `FindLearningRate` found, in place of the optimiser's."""
         self.confusion_matrix: Tensor | None = None
@@ -162,7 +164,10 @@ class Classifier(LightningModule):
         self._measure("train", logits, targets, plain)
         finite = loss.detach().isfinite()
         self.loss_is_finite = finite if self.loss_is_finite is None else self.loss_is_finite & finite
-        return loss
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.pieces = {}
+        self.pieces[batch_idx] = len(targets)
+        return loss * (len(targets) / next(iter(self.pieces.values())))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer = self.trainer
@@ -266,12 +271,12 @@ class Classifier(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning divides each piece's loss by accumulate_grad_batches, also where an epoch ends before a batch has
-        # all its pieces. The gradient shall be the average over the pieces there are.
-        planned = self.trainer.accumulate_grad_batches
-        pieces = self.trainer.fit_loop.epoch_loop.batch_idx % planned + 1
+        # all its pieces, or with a smaller one. The gradient shall be the average over the images there are.
+        pieces = list(self.pieces.values())
+        factor = self.trainer.accumulate_grad_batches * pieces[0] / sum(pieces)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if pieces != planned and gradients:
-            torch._foreach_mul_(gradients, planned / pieces)
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names

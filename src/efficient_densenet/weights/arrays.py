@@ -24,14 +24,14 @@ _MOST_DIMENSIONS = 64
 
 def array_of_pickle(made: Stub) -> StoredTensor | None:
     """The array that the pickle would have made there; None if it is not one of plain little-endian numbers."""
-    module, _, name = made.name.rpartition(".")
+    name = made.name.replace("numpy._core.", "numpy.core.")  # before and since NumPy 2
     try:
-        if module.startswith("numpy.") and name == "_reconstruct":
+        if name == "numpy.core.multiarray._reconstruct":
             _, shape, dtype, by_columns, data = made.state
-        elif module.startswith("numpy.") and name == "_frombuffer":
+        elif name == "numpy.core.numeric._frombuffer":
             data, dtype, shape, order = made.arguments
             by_columns = order == "F"
-        elif module.startswith("numpy.") and name == "scalar":
+        elif name == "numpy.core.multiarray.scalar":
             (dtype, data), shape, by_columns = made.arguments, (), False
         else:
             return None
