@@ -21,10 +21,10 @@ BEGIN_LEVEL
 
 constexpr Index kPositions = 16;
 
-// Units whose lines of tiles come to about 32 tiles, or fewer where not every thread would have a unit.
-inline Units winograd_units(const Grid &grid, int threads) {
+// Units whose lines of tiles come to about so many tiles, or fewer where not every thread would have a unit.
+inline Units winograd_units(const Grid &grid, Index tiles, int threads) {
   Index across = (grid.width + 1) / 2;
-  Units units(grid, across < 32 ? 32 / across * 2 : 2);
+  Units units(grid, across < tiles ? tiles / across * 2 : 2);
   while (units.count < threads && units.lines > 2)
     units = Units(grid, units.lines > 4 ? (units.lines + 2) / 4 * 2 : 2);
   return units;
@@ -309,7 +309,7 @@ void transform_prefix(const Units &units, const Unit &unit, Matrix<E> x, Index c
 template <class E>
 bool winograd(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
               Matrix<E> out, double *moments, int threads) {
-  Units units = winograd_units(grid, threads);
+  Units units = winograd_units(grid, 32, threads);
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.out);
   Positions at(units.tiles(), step), out_at(units.tiles(), weight.out);
   Buffer<float> b = transformed(weight, threads);
@@ -355,7 +355,8 @@ void winograd_backward(Matrix<E> grad, Matrix<E> x, const Grid &grid, const Weig
                        const float *shift, const float *mean, Matrix<E> grad_x, E *grad_weight, double *sums,
                        int threads) {
   constexpr Index kGroup = 3; // vectors of results at a time, so that they stay in the cache
-  Units units = winograd_units(grid, threads);
+  // Sums for the weight are read and written once for each unit.
+  Units units = winograd_units(grid, kRegisters == 32 ? 64 : 32, threads);
   Index step = channels_at_a_time(units, weight.in), all = vectors_of(weight.in), plane = weight.out * weight.in;
   Positions at(units.tiles(), step), grad_at(units.tiles(), weight.out), result_at(units.tiles(), kGroup * kW);
   Positions weight_at(weight.out, weight.in);
