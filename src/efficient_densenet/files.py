@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from efficient_densenet.errors import UserError
@@ -36,7 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}; what was there before is untouched"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # the folder is a file
+            temporary.unlink(missing_ok=True)
 
 
 def remove_left_over(paths: Iterable[Path]) -> None:

@@ -148,6 +148,31 @@ def wrapped():
     return block
 
 
+class Observed(nn.Conv2d):
+    """As quantisation scales a weight, by a buffer that has its size from the first call on."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.register_buffer("largest", torch.empty(0))
+
+    def forward(self, x):
+        self.largest.resize_(self.out_channels).copy_(self.weight.detach().abs().amax((1, 2, 3)))
+        return self._conv_forward(x, self.weight / self.largest.view(-1, 1, 1, 1), self.bias)
+
+
+def observed():
+    block = Loop()
+    block.net[1][2] = Observed(block.net[1][2].in_channels, block.net[1][2].out_channels, 3, padding=1, bias=False)
+    return block
+
+
+def wrapped_without_more_channels():
+    block = Loop()
+    block.net[1] = nn.Sequential(nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 10, 1), *block.net[1])
+    block.net[1][2] = Adapter(block.net[1][2])
+    return block
+
+
 def other_activation(activation):
     def build():
         block = Loop()
@@ -159,6 +184,11 @@ def other_activation(activation):
 
 RECOMPUTED = {
     "wrapped convolutions": (wrapped, "Adapter is not a convolution of PyTorch's own"),
+    "wrapped convolutions that keep the channels": (
+        wrapped_without_more_channels,
+        "Adapter is not a convolution of PyTorch's own",
+    ),
+    "observed convolutions": (observed, "the weight of Observed is computed"),
     "leaky rectifiers": (other_activation(nn.LeakyReLU(0.1)), "LeakyReLU is not ReLU"),
     "rectifiers with a slope that is learned": (other_activation(nn.PReLU()), "PReLU is not ReLU"),
     "rectifiers with a lid": (other_activation(nn.ReLU6(inplace=True)), "ReLU6 is not ReLU"),

@@ -101,11 +101,13 @@ def weights_after_a_step(batch_size: int = 64, **options) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "planned_pieces", [4, 6], ids=["a whole batch in four pieces", "an epoch that ends two pieces early"]
+    ("batch_size", "planned_pieces"),
+    [(16, 4), (16, 6), (24, 3)],
+    ids=["a whole batch in four pieces", "an epoch that ends two pieces early", "an epoch that ends in a smaller one"],
 )
-def test_accumulation_steps_by_the_average_gradient(planned_pieces):
+def test_accumulation_steps_by_the_average_gradient(batch_size, planned_pieces):
     whole = weights_after_a_step(devices=1)
-    split = weights_after_a_step(devices=1, batch_size=16, accumulate_grad_batches=planned_pieces)
+    split = weights_after_a_step(devices=1, batch_size=batch_size, accumulate_grad_batches=planned_pieces)
     torch.testing.assert_close(split, whole)
 
 

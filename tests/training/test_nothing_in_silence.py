@@ -66,6 +66,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert run("fit", tmp_path, *options, "--model.stop_when_not_finite=false") == 0
 
 
+def test_a_schedule_that_follows_a_metric_counts_the_last_epoch_before_a_stop(tmp_path):
+    options = ["--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.scheduler.factor=0.5"]
+    options += ["--model.scheduler.patience=0", "--model.scheduler.threshold=1e9"]  # no epoch is better than another
+    assert run("fit", tmp_path, *options) == 0
+    assert run("fit", tmp_path, *options, "--ckpt_path=last", "--trainer.max_epochs=4") == 0
+    assert [float(row["lr"]) for row in rows(tmp_path / "tiny/version_0")] == [0.1, 0.05, 0.025, 0.0125]
+
+
 def test_a_resumed_run_follows_its_configuration_and_says_so(tmp_path, capsys):
     sgd = ["--model.optimizer=SGD", "--model.scheduler=null"]
     assert run("fit", tmp_path, *sgd, "--model.optimizer.lr=0.1") == 0

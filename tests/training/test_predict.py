@@ -88,3 +88,17 @@ def test_mistakes(tmp_path, network, capsys, options, message):
     assert predict(tmp_path, *options) == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pth", "images", "names.txt"}
+
+
+def test_every_image_has_a_row_in_the_order_given(tmp_path, network):
+    folder = tmp_path / "images"
+    (folder / "series.png").mkdir()  # a folder, whatever its name is
+    paths = [folder / name for name in ("2.png", "0.png", "2.png", "0.png")]
+    assert predict(tmp_path, *map(str, paths), "--output", "a.csv") == 0
+    found = [row["path"] for row in csv.DictReader((tmp_path / "a.csv").open())]
+    assert found == [str(path) for path in [*sorted(folder.glob("?.png")), *paths]]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path, network, capsys):
+    assert predict(tmp_path, "--output", "weights.pth/a.csv") == 2
+    assert f"cannot write {tmp_path}/weights.pth/a.csv: " in capsys.readouterr().err

@@ -43,6 +43,12 @@ SETTINGS = {
     "model.network=torch.nn.ReLU": "model.network makes a ReLU, which has no parameters to train",
     "model.network=no.such.thing": "model.network: No module named 'no'",
     "model.label_smoothing=x": "model.label_smoothing must be float, not x",
+    "model.network.keep=all": "model.network.keep must be 'bottleneck', 'features', 'inputs' or 'auto', not all",
+    "model.network.foo=1": "model.network has no option 'foo'",
+    "model.optimizer.lr=1": "give one first, with --model.optimizer CLASS",
+    "model.compile=nothing": "model.compile must be a backend of torch.compile, such as inductor, not 'nothing'",
+    "data.batch_size=x": "data.batch_size must be int, not x",
+    "data.augmentation+=torchvision.transforms.v2.RandomRotation": "data.augmentation.degrees is required",
     "model.weights=nothing.pth": "there is no file nothing.pth",
     "data=Foo": "data: there is no class Foo",
     "data=ImageFolder": "data.root is required",
@@ -74,6 +80,11 @@ def test_a_wrong_configuration_is_named(tmp_path, capsys, content, message):
         (tmp_path / "a.yaml").write_bytes(content)
     assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
     assert message in one_sentence(capsys)
+
+
+def test_no_configuration_at_all_is_named(capsys):
+    assert main(["fit"]) == 2
+    assert one_sentence(capsys) == "efficient-densenet: error: model.network is required"
 
 
 def test_a_single_class_is_refused_and_no_folder_is_made(tmp_path, capsys):

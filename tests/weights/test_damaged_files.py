@@ -14,6 +14,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -59,6 +60,12 @@ def saved(content, **options):
     return buffer.getvalue()
 
 
+def savez(arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
 def sources():
     """A small file of each format."""
     state = DenseNet(num_init_features=4, growth_rate=2, block_config=(1, 1), num_classes=2).state_dict()
@@ -72,6 +79,8 @@ def sources():
         saved(content, pickle_protocol=4),
         saved(content, _use_new_zipfile_serialization=False),
         save(state),
+        savez({name: tensor.numpy() for name, tensor in state.items()}),
+        pickle.dumps({name: tensor.numpy() for name, tensor in state.items()}),
     ]
 
 

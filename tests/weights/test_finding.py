@@ -47,6 +47,9 @@ HOLDERS = {
     "module in a dictionary": {"model": network(), "optimizer": torch.optim.Adam(network().parameters())},
     "data parallel": nn.DataParallel(network()),
     "compiled": prefixed("_orig_mod."),
+    "compiled module": torch.compile(network()),
+    "counts of a profiler": STATE
+    | {"features.total_ops": torch.zeros(1), "features.conv0.total_params": torch.zeros(1)},
     "several wrappers": prefixed("module._orig_mod.model.densenet121."),
     "arguments of a script": {
         "args": argparse.Namespace(lr=0.1, data=pathlib.PosixPath("a"), nested=argparse.Namespace(x=1)),

@@ -6,13 +6,14 @@ import sys
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from efficient_densenet.errors import MissingExtraError, UserError
-from efficient_densenet.weights.canonical import read_state_dict
+from efficient_densenet.weights.canonical import read_state_dict, read_weights
 from efficient_densenet.weights.formats import read_content
 from efficient_densenet.weights.writing import write_state_dict
 
@@ -69,6 +70,39 @@ def test_views_and_shared_storages_are_read(tmp_path):
     assert_state(read_state_dict(tmp_path / "a.pth"), state)
 
 
+def of_arrays(state=STATE):
+    return {name: tensor.numpy().copy("F") for name, tensor in state.items()}
+
+
+ARRAYS = {
+    "savez": lambda path: np.savez(path.open("wb"), **of_arrays()),
+    "savez_compressed": lambda path: np.savez_compressed(path.open("wb"), **of_arrays()),
+    **{f"pickle {p}": lambda path, p=p: path.write_bytes(pickle.dumps(of_arrays(), p)) for p in (2, 3, 4, 5)},
+    **{f"torch.save {p}": lambda path, p=p: torch.save({"a": of_arrays()}, path, pickle_protocol=p) for p in (2, 5)},
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_of_numpy_are_read(tmp_path, kind):
+    ARRAYS[kind](tmp_path / "a")
+    assert_state(read_state_dict(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.ones(3, ">f4"), np.ones(3, np.complex64), np.array([None]), np.array(["a"])],
+    ids=["big-endian", "complex", "objects", "text"],
+)
+def test_arrays_of_other_values_are_refused(tmp_path, array):
+    name = f"{LAYER}.conv1.weight"
+    np.savez((tmp_path / "a.npz").open("wb"), **{name: array})
+    with pytest.raises(UserError, match=r"conv1.weight.npy is not one of plain numbers; write .* np.savez"):
+        read_state_dict(tmp_path / "a.npz")
+    torch.save({name: array}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"conv1.weight is not an ordinary tensor but a numpy"):
+        read_weights(tmp_path / "a.pth")
+
+
 def test_an_archive_without_checksums_is_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
@@ -104,6 +138,12 @@ def torchscript(path):
     traced.save(str(path))
 
 
+def archive_of_others(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "")
+        archive.writestr("weights.pth", "")
+
+
 OLD = {"_use_new_zipfile_serialization": False}
 BAD_FILES = {
     "missing": (lambda path: None, "there is no file"),
@@ -115,7 +155,13 @@ BAD_FILES = {
     "compressed": (lambda path: path.write_bytes(gzip.compress(b"a")), "gunzip"),
     "keras": (lambda path: path.write_bytes(b"\x89HDF\r\n"), "Keras"),
     "another pickle": (lambda path: path.write_bytes(pickle.dumps(list(STATE))), "not of torch.save"),
+    "tensors of another pickle": (lambda path: path.write_bytes(pickle.dumps({"a": torch.ones(2)})), "no dense blocks"),
     "another archive": (lambda path: zipfile.ZipFile(path, "w").close(), "without the record data.pkl"),
+    "an archive of others": (archive_of_others, "unpack it if a checkpoint is in it: it holds notes.txt, weights.pth"),
+    "web page after a mark": (lambda path: path.write_text("<html>", "utf-8-sig"), "a web page: download the file"),
+    "json": (lambda path: path.write_text('{"message": "Not Found"}'), "text, such as JSON"),
+    "an array": (lambda path: np.save(path.open("wb"), np.ones(2)), "np.savez"),
+    "distributed": (lambda path: (path / ".metadata").mkdir(parents=True), "dcp_to_torch_save"),
     "cut": (cut(0.5), "cut short"),
     "cut at the end": (cut(0.999), "cut short"),
     "cut, old format": (cut(0.5, **OLD), "cut short"),

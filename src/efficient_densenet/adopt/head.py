@@ -122,7 +122,7 @@ class _Record(Meanings):
         self.classifier: nn.Module | None = None
         self.inside: nn.Module | None = None  # the features or the classifier, which are not looked into
 
-    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
+    def enter(self, module: nn.Module, given: Any) -> None:
         if self.inside is None and (module is self.features or given == "pooled"):
             if (module is self.features) != (given == "input"):
                 raise NotDenseError("its features and its classifier are not called one after the other")

@@ -222,6 +222,8 @@ _RANDOM = "its forward draws random numbers of Python or NumPy, or of a generato
 
 def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
+        if tensor.shape != value.shape:  # observers of quantisation make their buffers larger at the first call
+            tensor.resize_(value.shape)
         tensor.copy_(value)
 
 

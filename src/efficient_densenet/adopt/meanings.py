@@ -188,8 +188,7 @@ class Meanings:
 
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
         with torch._C.DisableTorchFunction():
-            x = inputs[0] if len(inputs) == 1 else None
-            self.enter(module, self.meaning(x), x)
+            self.enter(module, self.meaning(inputs[0]) if len(inputs) == 1 else None)
 
     def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         with torch._C.DisableTorchFunction():
@@ -205,8 +204,8 @@ class Meanings:
         """Whether that is a module of PyTorch's own, which does not decide by what it asks."""
         return self.module is not None and type(self.module).__module__.startswith("torch.nn.")
 
-    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
-        """A module begins to run, on one tensor `x` of the meaning `given`, or on something else (None)."""
+    def enter(self, module: nn.Module, given: Any) -> None:
+        """A module begins to run, on one tensor of the meaning `given`, or on something else (None)."""
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """It has run."""

@@ -54,11 +54,10 @@ _COPIES = {_aten.clone, _aten.detach, _aten.alias}
 
 
 class _Call(NamedTuple):
-    """A module whose forward is running; what it got, and of how many channels; how many convolutions ran before."""
+    """A module whose forward is running; what it got; how many convolutions ran before."""
 
     module: nn.Module
     given: Any
-    channels: int
     convolutions: int
 
 
@@ -103,9 +102,8 @@ class Record(Meanings):
 
     # ---- modules -----------------------------------------------------------------------------------------------
 
-    def enter(self, module: nn.Module, given: Any, x: Any) -> None:
-        channels = x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0
-        self.calls.append(_Call(module, given, channels, self.convolutions))
+    def enter(self, module: nn.Module, given: Any) -> None:
+        self.calls.append(_Call(module, given, self.convolutions))
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """Give what a module made a meaning, where its operations have none by themselves."""
@@ -122,7 +120,7 @@ class Record(Meanings):
         elif isinstance(call.given, Normed | Active):
             if self.convolutions > call.convolutions:
                 plain = is_plain_convolution(module)
-                kind = "a pool" if output.shape[1] == call.channels and not plain else "a convolution"
+                kind = "a convolution" if any(True for _ in module.parameters()) else "a pool"
                 reason = _no_plain_convolution(module) if plain else f"{name} is not {kind} of PyTorch's own"
                 self.set(output, self.new_piece(Piece(output.shape[1], call.given, None, reason)))
             else:

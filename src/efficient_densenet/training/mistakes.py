@@ -62,9 +62,15 @@ def fact_of(report: str) -> str:
     entry = re.search(r'(?:Parser key|Key) "(?:\.?(?:fit|validate|test)\.)?([^"]+)":?', report)
     key = entry[1].replace(".init_args", "") if entry else ""
     report = report.replace(entry[0], "", 1) if entry else report
-    missing = re.search(r"the following arguments are required: (\S+)", report)
+    inner = _report_of_an_argument(report)
+    if inner:
+        return f"{key}.{fact_of(inner)}"
+    missing = re.search(r"the following arguments are required: (?:(?:fit|validate|test)\.)?([\w.]*\w)", report)
     if missing:
-        return f"{key}.{missing[1]} is required"
+        return f"{key}.{missing[1]} is required".removeprefix(".")
+    unaccepted = re.search(r"Option '(\w+)' is not accepted", report)
+    if unaccepted:
+        return f"{key} has no option {unaccepted[1]!r}; where it has no class yet, give one first, with --{key} CLASS"
     unknown = re.search(r"Expected a dot import path string: (\S+)", report)
     if unknown:
         return f"{key}: there is no class {shortened(unknown[1])}"
@@ -79,6 +85,12 @@ def fact_of(report: str) -> str:
     if said == "is required" or not key:
         return f"{key} {said}".strip()
     return f"{key}: {said}"
+
+
+def _report_of_an_argument(report: str) -> str:
+    """What a report says about an argument of the class that an entry names; empty: nothing."""
+    found = re.search(r"^( *)Parser key.*(?:\n\1 .*)*", report, re.MULTILINE)
+    return found[0].lstrip() if found else ""
 
 
 _FRAME = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a path but")

@@ -112,6 +112,8 @@ class Classifier(LightningModule):
         self.stop_when_not_finite = stop_when_not_finite
         self.loss_is_finite: Tensor | None = None
         """Whether all losses were since it was looked at: on the device, since looking at each would stop a GPU."""
+        self.pieces: dict[int, int] = {}
+        """Images of each batch that the optimiser's next step sums up."""
         self.found_learning_rate: float | None = None
         """What `FindLearningRate` found, in place of the optimiser's."""
         self.confusion_matrix: Tensor | None = None
@@ -139,6 +141,10 @@ class Classifier(LightningModule):
             raise UserError("model.channels_last is for images: leave it out for volumes")
         self.network = network.to(memory_format=self.memory_format)
         if self.compile_with is not None:
+            if self.compile_with not in torch.compiler.list_backends(()):
+                raise UserError(
+                    f"model.compile must be a backend of torch.compile, such as inductor, not {self.compile_with!r}"
+                )
             self.network.compile(backend=self.compile_with)  # in place: names of weights stay what they are
 
     def on_train_epoch_start(self) -> None:
@@ -158,7 +164,10 @@ class Classifier(LightningModule):
         self._measure("train", logits, targets, plain)
         finite = loss.detach().isfinite()
         self.loss_is_finite = finite if self.loss_is_finite is None else self.loss_is_finite & finite
-        return loss
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.pieces = {}
+        self.pieces[batch_idx] = len(targets)
+        return loss * (len(targets) / next(iter(self.pieces.values())))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer = self.trainer
@@ -172,6 +181,20 @@ class Classifier(LightningModule):
                 f"{trainer.global_step}, and the run was stopped: lower the learning rate or clip the gradients "
                 "(--trainer.gradient_clip_val); --model.stop_when_not_finite false goes on regardless"
             )
+
+    def on_train_epoch_end(self) -> None:
+        # Lightning steps what follows a metric after this epoch's checkpoint, and a resumed run would miss that step.
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.interval == "epoch" and self.trainer.is_last_batch:
+                metric = self.trainer.callback_metrics.get(config.monitor)
+                if metric is not None:  # otherwise Lightning says that there is none
+                    config.scheduler.step(metric)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is None:
+            scheduler.step()
+        elif self.schedule_interval == "step":  # otherwise it has stepped in `on_train_epoch_end`
+            scheduler.step(metric)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -248,12 +271,12 @@ class Classifier(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning divides each piece's loss by accumulate_grad_batches, also where an epoch ends before a batch has
-        # all its pieces. The gradient shall be the average over the pieces there are.
-        planned = self.trainer.accumulate_grad_batches
-        pieces = self.trainer.fit_loop.epoch_loop.batch_idx % planned + 1
+        # all its pieces, or with a smaller one. The gradient shall be the average over the images there are.
+        pieces = list(self.pieces.values())
+        factor = self.trainer.accumulate_grad_batches * pieces[0] / sum(pieces)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if pieces != planned and gradients:
-            torch._foreach_mul_(gradients, planned / pieces)
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names

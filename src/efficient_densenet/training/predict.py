@@ -77,16 +77,16 @@ def _rows(
     """What is computed of each image; those that cannot be read are named and put into `skipped`."""
     transform = trained.preprocessing.transform()
     while batch := list(islice(paths, batch_size)):
-        read: dict[Path, Tensor] = {}
+        read: list[tuple[Path, Tensor]] = []
         for path in batch:
             try:
-                read[path] = transform(trained.preprocessing.read(path))
+                read.append((path, transform(trained.preprocessing.read(path))))
             except UnreadableImageError as error:
                 print(error, file=sys.stderr)
                 skipped.append(path)
         if read:
-            values = compute(torch.stack(list(read.values())).to(device)).float().cpu()
-            yield from zip(read, values.tolist(), strict=True)
+            values = compute(torch.stack([image for _, image in read]).to(device)).float().cpu()
+            yield from zip([path for path, _ in read], values.tolist(), strict=True)
 
 
 def _probabilities(trained: TrainedNetwork) -> tuple[Compute, list[str]]:
@@ -148,7 +148,8 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(file for file in path.rglob("*") if is_image(file) and not _is_hidden(file.relative_to(path)))
+        files = (file for file in path.rglob("*") if is_image(file) and file.is_file())
+        found = sorted(file for file in files if not _is_hidden(file.relative_to(path)))
         if not found:
             raise UserError(f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         yield from found

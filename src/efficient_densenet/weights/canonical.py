@@ -18,6 +18,8 @@ from efficient_densenet.weights.pickles import Stub
 from efficient_densenet.weights.stored import StoredTensor
 
 _TENSORS_OF_LAYERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# What thop's profiler leaves in every module.
+_COUNTS = (".total_ops", ".total_params")
 # What `torch.nn.utils` keeps instead of a weight: prune, weight_norm and spectral_norm, parametrize.
 _COMPUTED = re.compile(r"features\..*(?:weight_(?:orig|mask|g|v|u)|parametrizations\.weight\.\w+)")
 
@@ -77,7 +79,9 @@ def read_weights(path: str | os.PathLike[str], prefix: str | None = None, ema: b
         leaves = to_canonical(found.tensors, dialect)
         last_norm = leaves.get(f"features.norm{number_of_blocks(leaves) + 1}.weight")
         head = find_head(leaves, _length(last_norm))
-        own = {name: leaf for name, leaf in leaves.items() if name.startswith("features.")}
+        own = {
+            name: leaf for name, leaf in leaves.items() if name.startswith("features.") and not name.endswith(_COUNTS)
+        }
         own |= {ours: leaves[theirs] for ours, theirs in head.items()}
         tensors = _tensors(own)
     except UserError as error:

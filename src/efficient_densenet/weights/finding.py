@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from efficient_densenet.errors import UserError
+from efficient_densenet.weights.arrays import array_of_pickle
 from efficient_densenet.weights.formats import first_few
 from efficient_densenet.weights.pickles import Stub
 from efficient_densenet.weights.stored import StoredTensor
@@ -50,7 +51,11 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
     leaves = _with_names_for_numbers(named_leaves(content))
     found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
     if not found:
-        held = f"its tensors are called {first_few(leaves)}" if any(leaves) else f"it holds {_described(content)}"
+        held = (
+            f"its tensors are called {first_few(leaves)}"
+            if any(leaves)
+            else f"it holds no tensors, but {_described(content)}"
+        )
         raise UserError(f"it holds no dense blocks under names that are known here; {held}")
     chosen, features = _choose(list(found), prefix, ema)
     tensors = {}
@@ -72,6 +77,8 @@ def named_leaves(value: Any) -> dict[str, Leaf]:
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
         name, value = pending.pop()
+        if isinstance(value, Stub):
+            value = array_of_pickle(value) or value
         if isinstance(value, StoredTensor | Tensor):
             leaves.setdefault(name, value)
             continue

@@ -5,6 +5,7 @@ Memory: at most 16 times the size of the file and 128 MiB, whatever the file dec
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import mmap
@@ -13,15 +14,17 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from efficient_densenet.errors import UserError, require
-from efficient_densenet.weights.pickles import read_pickle
+from efficient_densenet.weights.arrays import array_of_archive
+from efficient_densenet.weights.pickles import Stub, read_pickle
 from efficient_densenet.weights.stored import TENSOR_MAKERS, Storage, StoredTensor, referred
 
 # What parsing damaged bytes raises: found by damaging files.
@@ -50,6 +53,8 @@ _KINDS_BY_START = {
     b"BZh": "compressed: unpack it with bunzip2",
     b"\xfd7zXZ": "compressed: unpack it with unxz",
     b"\x89HDF": "an HDF5 file, as Keras writes: only files of PyTorch and of safetensors are read",
+    b"\x93NUMPY": "a single array: write all weights into one file, with np.savez(path, **weights)",
+    b"{": "text, such as JSON: get the file with the weights",
 }
 
 
@@ -90,7 +95,9 @@ class Content:
 
 
 def read_content(path: str | os.PathLike[str]) -> Content:
-    """What is in a file of `torch.save` (of any version, with any suffix) or of safetensors.
+    """What is in a file of `torch.save` (of any version, with any suffix), of safetensors or of ``np.savez``.
+
+    A dictionary that `pickle.dump` wrote is read too, but not the tensors of PyTorch in it.
 
     Raises:
         UserError: there is no such file, it is damaged, or of another kind.
@@ -99,6 +106,11 @@ def read_content(path: str | os.PathLike[str]) -> Content:
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no file {path}")
+    if (path / ".metadata").exists():
+        raise UserError(
+            f"{path} is a folder of torch.distributed.checkpoint; make one file of it with dcp_to_torch_save of "
+            "torch.distributed.checkpoint.format_utils"
+        )
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the checkpoint itself")
     with open(path, "rb") as file:
@@ -109,7 +121,7 @@ def read_content(path: str | os.PathLike[str]) -> Content:
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size):
         return Content(path, _read_safetensors(path))
     for beginning, kind in _KINDS_BY_START.items():
-        if start.lstrip().startswith(beginning):
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(beginning):
             raise UserError(f"{path} is not a checkpoint but {kind}")
     with damage_named(path):
         if zipfile.is_zipfile(path):
@@ -163,15 +175,33 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _read_archive(path: Path, size: int) -> object:
-    """A zip archive of `torch.save`: the pickle ``ROOT/data.pkl``, and each storage as ``ROOT/data/KEY``."""
+    """A zip archive of `torch.save`: the pickle ``ROOT/data.pkl``, and each storage as ``ROOT/data/KEY``.
+
+    Or one of ``np.savez``: each array as ``NAME.npy``.
+    """
     archive = zipfile.ZipFile(path)
     records = {record.filename: record for record in archive.infolist()}
     if not any(record.CRC for record in records.values()):  # torch.serialization.set_crc32_options(False)
         for record in records.values():
             del record.CRC
+    left = 2 * size + _SLACK  # deflated records
+    read: dict[str, bytearray] = {}
+
+    def read_record(name: str) -> bytearray:
+        nonlocal left
+        if name not in read:
+            left -= records[name].file_size
+            if left < 0:
+                raise ValueError("its records are larger than the file")
+            read[name] = bytearray(archive.read(name))
+        return read[name]
+
     roots = [name.removesuffix("data.pkl") for name in records if f"/{name}".endswith("/data.pkl")]
+    if not roots and records and all(name.endswith(".npy") for name in records):
+        return _arrays(path, archive, read_record)
     if not roots:
-        raise UserError(f"{path} is a zip archive without the record data.pkl: it is not of torch.save")
+        held = f"; unpack it if a checkpoint is in it: it holds {first_few(records)}" if records else ""
+        raise UserError(f"{path} is a zip archive without the record data.pkl: it is not of torch.save{held}")
     root = min(roots, key=len)
     byteorder = records.get(f"{root}byteorder")
     if byteorder and byteorder.file_size == len("big"):
@@ -179,26 +209,28 @@ def _read_archive(path: Path, size: int) -> object:
     pickled = records[f"{root}data.pkl"]
     if pickled.file_size > size + _SLACK:
         raise ValueError("it declares a pickle larger than the file")
-    left = 2 * size + _SLACK  # deflated records
-    read: dict[str, bytearray] = {}
-
-    def read_storage(key: str) -> bytearray:
-        nonlocal left
-        if key not in read:
-            record = records[f"{root}data/{key}"]
-            left -= record.file_size
-            if left < 0:
-                raise ValueError("its records are larger than the file")
-            read[key] = bytearray(archive.read(record))
-        return read[key]
 
     def refer(reference: Any) -> Any:
-        storage = referred(reference, read_storage)
+        storage = referred(reference, lambda key: read_record(f"{root}data/{key}"))
         if isinstance(storage, Storage) and storage.nbytes != records[f"{root}data/{storage.key}"].file_size:
             raise ValueError("a record is not as large as its storage")
         return storage
 
     return read_pickle(io.BytesIO(archive.read(pickled)), TENSOR_MAKERS, refer, _limit(size))
+
+
+def _arrays(path: Path, archive: zipfile.ZipFile, read: Callable[[str], bytearray]) -> dict[str, StoredTensor]:
+    found = {}
+    for name in archive.namelist():
+        with archive.open(name) as file:
+            array = array_of_archive(file, archive.getinfo(name).file_size, partial(read, name))
+        if array is None:
+            raise UserError(
+                f"{path}: the array {shortened(name)} is not one of plain numbers; write the weights with "
+                "np.savez(path, **weights), one array each"
+            )
+        found[name.removesuffix(".npy")] = array
+    return found
 
 
 def _read_old_format(path: Path, size: int) -> object:
@@ -224,7 +256,10 @@ def _read_old_format(path: Path, size: int) -> object:
     def read_next() -> Any:
         return read_pickle(file, TENSOR_MAKERS, refer, _limit(size))
 
-    if read_next() != _MAGIC:
+    first = read_next()
+    if isinstance(first, dict | Stub):
+        return first  # of pickle.dump
+    if first != _MAGIC:
         raise UserError(f"{path} is a pickle, but not of torch.save; load it where it was made, and save a state dict")
     if read_next() != _PROTOCOL:
         raise ValueError("its format has an unknown version")

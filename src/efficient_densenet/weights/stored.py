@@ -116,7 +116,9 @@ def referred(reference: Any, read: Callable[[str], bytearray]) -> Any:
     return Storage(key, _STORAGES[name], numel, read)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: Any = None) -> StoredTensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: Any = None) -> StoredTensor | Stub:
+    if isinstance(storage, Stub):  # pickled with the tensor
+        return Stub("tensor that pickle.dump wrote: load it where it was made, and save it with torch.save")
     if not isinstance(storage, Storage):
         raise TypeError("a tensor has no storage")
     return StoredTensor(storage, dtype or storage.dtype, offset, tuple(size), tuple(stride))
@@ -147,5 +149,6 @@ TENSOR_MAKERS: Makers = {
     "torch._tensor._rebuild_from_type": _tensor_of_type,
     "torch._tensor._rebuild_from_type_v2": _tensor_of_type,
     "fastai.torch_core._fa_rebuild_tensor": lambda kind, *arguments: _tensor(*arguments),
+    "torch._dynamo.eval_frame.OptimizedModule": lambda module, *_: module,
     "torch.Size": lambda sizes=(): tuple(sizes),
 }

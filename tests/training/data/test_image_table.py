@@ -143,6 +143,18 @@ def test_a_table_or_images_that_are_missing(tmp_path):
         loaded(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("p00/0.png", "line 2 is too short: it ends before the column 'patient'"), (",0,1,1", "line 2 names no image")],
+)
+def test_lines_that_lack_something(tmp_path, line, message):
+    make_table(tmp_path, patients(4))
+    header, _, *others = (tmp_path / "table.csv").read_text().splitlines()
+    (tmp_path / "table.csv").write_text("\n".join([header, line, *others]))
+    with pytest.raises(UserError, match=message):
+        loaded(tmp_path)
+
+
 def test_mixing_leaves_unknown_labels_unknown(tmp_path):
     rows = [row | {"mass": "" if row["path"] == "p00/0.png" else row["mass"]} for row in patients(4)]
     make_table(tmp_path, rows)

@@ -50,7 +50,8 @@ def read_image(path: str | os.PathLike[str], value_range: tuple[float, float] | 
     if image.mode in ("I", "F"):
         if value_range is None:
             raise UnreadableImageError(
-                f"the image {os.fspath(path)!r} has 32 bits a channel, whose range is unknown: give it with value_range"
+                f"the image {os.fspath(path)!r} has 32 bits a channel, whose range is unknown: train with it, as in "
+                "--data.value_range [0,4095]"
             )
         return _within(np.asarray(image), value_range)
     return image

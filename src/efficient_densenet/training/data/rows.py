@@ -27,6 +27,8 @@ class Row:
             UserError: there is no such column, or the line is too short.
         """
         entry = self.entries.get(column)
+        if column in self.entries and entry is None:
+            raise UserError(f"{self.location} is too short: it ends before the column {column!r}")
         if entry is None:
             columns = ", ".join(name for name in self.entries if name)
             raise UserError(f"{self.location} has no column {column!r}; there are {columns}")

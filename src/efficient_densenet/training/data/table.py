@@ -169,6 +169,8 @@ class ImageTable(PhotoDataModule):
         return tested
 
     def _files(self, rows: list[Row], labels: list[str]) -> LabelledFiles:
+        if nameless := [row for row in rows if not row.entry(self.path_column)]:
+            raise UserError(f"{nameless[0].location} names no image in the column {self.path_column!r}")
         files = [self._file(row.entry(self.path_column)) for row in rows]
         if absent := [file for file in files[:1] if not file.exists()]:
             raise UserError(
