@@ -33,6 +33,10 @@ def expanded(x):
     return x[:1].expand_as(x)
 
 
+def opposite(x):
+    return torch._neg_view(channels_last(-x))
+
+
 @pytest.mark.parametrize("layout", [channels_last, every_second_pixel, transposed, expanded])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @every_network
@@ -40,6 +44,26 @@ def test_memory_layouts(arguments, layout, memory_format):
     ordinary, efficient = pair(arguments, change=lambda network: network.to(memory_format=memory_format))
     x = layout(images())
     assert_close(training_step(efficient, x), training_step(ordinary, x))
+
+
+@pytest.mark.parametrize("arguments", [BOTTLENECK, IMAGENET], ids=["bottleneck", "imagenet"])
+def test_memory_that_holds_the_opposite_numbers(arguments):
+    """As that of the imaginary part of a conjugate does, for an input and for a gradient."""
+
+    def results(layout):
+        _, efficient = pair(arguments, dtype=torch.float32)
+        block = nn.Sequential(efficient.features.denseblock1, efficient.features.transition1)
+        x = images(dtype=torch.float32)
+        for part, given in ((efficient.features, x), (block, efficient.features[:-4](x).detach())):
+            output = part(layout(given))
+            output.backward(layout(output.detach().cos()))
+            part.eval()
+            with torch.no_grad():
+                yield from [part(layout(given)) for _ in range(2)]
+        yield from gradients(efficient).values()
+
+    found, expected = ([*results(layout)] for layout in (opposite, channels_last))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("keep", KEEP)
