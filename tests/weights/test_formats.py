@@ -70,8 +70,13 @@ def test_views_and_shared_storages_are_read(tmp_path):
     assert_state(read_state_dict(tmp_path / "a.pth"), state)
 
 
-def of_arrays(state=STATE):
-    return {name: tensor.numpy().copy("F") for name, tensor in state.items()}
+def of_arrays():
+    """By columns; and weights of convolutions as other libraries have them in memory, with the outputs last."""
+    arrays = {name: tensor.numpy().copy("F") for name, tensor in STATE.items()}
+    for name, array in arrays.items():
+        if array.ndim == 4:
+            arrays[name] = array.transpose(2, 3, 1, 0).copy().transpose(3, 2, 0, 1)
+    return arrays
 
 
 ARRAYS = {

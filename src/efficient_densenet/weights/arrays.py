@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import IO, Any
 
 import torch
@@ -25,18 +26,23 @@ _MOST_DIMENSIONS = 64
 def array_of_pickle(made: Stub) -> StoredTensor | None:
     """The array that the pickle would have made there; None if it is not one of plain little-endian numbers."""
     name = made.name.replace("numpy._core.", "numpy.core.")  # before and since NumPy 2
+    axes: list[Any] = []  # their order, where it is another than that of the memory
     try:
         if name == "numpy.core.multiarray._reconstruct":
             _, shape, dtype, by_columns, data = made.state
         elif name == "numpy.core.numeric._frombuffer":
-            data, dtype, shape, order = made.arguments
+            data, dtype, shape, order, *axes = made.arguments
             by_columns = order == "F"
         elif name == "numpy.core.multiarray.scalar":
             (dtype, data), shape, by_columns = made.arguments, (), False
         else:
             return None
         (code, *_), (_, order, *_) = dtype.arguments, dtype.state
-        return _array(order, code, shape, by_columns, *_bytes(data))
+        array = _array(order, code, shape, by_columns, *_bytes(data))
+        for axis_order in axes:
+            shape, stride = zip(*[(array.shape[axis], array.stride[axis]) for axis in axis_order], strict=True)
+            array = replace(array, shape=shape, stride=stride)
+        return array
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
 
@@ -82,6 +88,8 @@ def _array(
     for number in shape if by_columns else reversed(shape):
         strides.append(step)
         step *= number
+    if step * dtype.itemsize != nbytes:  # or many small arrays could share what is read for each anew
+        raise ValueError("its bytes are more or fewer than its numbers")
     stride = tuple(strides if by_columns else strides[::-1])
     return StoredTensor(Storage("", dtype, nbytes // dtype.itemsize, lambda _: read()), dtype, 0, tuple(shape), stride)
 
