@@ -382,3 +382,12 @@ def test_networks_run_on_the_kernels(monkeypatch):
     one_by_one = 0 if library.load().convolves else 2 * 3
     assert len(calls) == one_by_one + 2  # transitions
     assert sum(layers) == 2 * 3 - one_by_one
+
+
+@kernels
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    """Its table of functions is another one, and to call what stands there would end the process."""
+    path = library.load().path
+    monkeypatch.setattr(library, "_STRUCTURES", library._STRUCTURES[1:])
+    with pytest.raises(OSError, match="built from other sources; install the package again"):
+        library.open_library(path)

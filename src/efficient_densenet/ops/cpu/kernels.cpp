@@ -102,6 +102,12 @@ EXPORT int ed_best_instructions() {
   return known < there ? known : there;
 }
 
+// The bytes of all structures that Python describes too: in another version of these sources they come to another number.
+EXPORT int ed_interface_bytes() {
+  return sizeof(Rows) + sizeof(Affine) + sizeof(Volume) + sizeof(Convolution) + sizeof(Reader) + sizeof(Layers) +
+         sizeof(LayersBackward) + sizeof(Evaluation) + sizeof(Stem) + sizeof(Kernels);
+}
+
 // Take the functions of a running OpenMP; all null: one thread.
 EXPORT void ed_use_openmp(void *parallel, void *thread, void *team) {
   openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);

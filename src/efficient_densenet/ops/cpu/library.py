@@ -135,6 +135,9 @@ class Kernels(ctypes.Structure):
     ]
 
 
+_STRUCTURES = (Rows, Affine, Volume, Convolution, Reader, Layers, LayersBackward, Evaluation, Stem, Kernels)
+
+
 class Loaded(NamedTuple):
     """The kernels of each type, or None; and in words what is in use, or why there are none."""
 
@@ -212,7 +215,8 @@ def open_library(path: Path, level: Instructions = BEST, pytorch: Instructions =
         OSError: the file is no library for this machine.
     """
     library = ctypes.CDLL(str(path))
-    if not hasattr(library, "ed_processor_instructions"):
+    interface_bytes = getattr(library, "ed_interface_bytes", int)  # older sources have no such function
+    if interface_bytes() != sum(map(ctypes.sizeof, _STRUCTURES)):
         raise OSError("it was built from other sources; install the package again")
     openmp = _running_openmp()
     functions: list[ctypes.c_void_p | None] = [None] * 3
