@@ -89,7 +89,7 @@ def fact_of(report: str) -> str:
 
 def _report_of_an_argument(report: str) -> str:
     """What a report says about an argument of the class that an entry names; empty: nothing."""
-    found = re.search(r"^( *)Parser key.*(?:\n\1 .*)*", report, re.MULTILINE)
+    found = re.search(r'^( *)Parser key "[^"].*(?:\n\1 .*)*', report, re.MULTILINE)
     return found[0].lstrip() if found else ""
 
 
