@@ -14,7 +14,11 @@
 // lives until the last part of it is given back.
 class Scratch {
   static constexpr std::size_t kLine = 64; // bytes of a line of the cache, where each part begins
+#if defined(__SANITIZE_ADDRESS__) // which sees what goes beyond memory of the allocator, and not beyond a part of a block
+  static constexpr std::size_t kMost = 0;
+#else
   static constexpr std::size_t kMost = 16 << 20; // bytes that a thread keeps
+#endif
 
   char *block = nullptr;
   std::size_t size = 0, taken = 0;
