@@ -164,8 +164,7 @@ class Passes(ABC):
         if not as_operator:
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
-        if grad_output[0].is_neg():  # as the input of `shared.run`
-            grad_output[0] = grad_output[0].resolve_neg()
+        grad_output[0] = grad_output[0].resolve_neg()  # as the input of `shared.run`
         given = Given(grad_output, x, packed)
         del x, packed
         first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)

@@ -78,8 +78,7 @@ def _run(
     compiling, graph, kind = torch.compiler.is_compiling(), torch.is_grad_enabled(), activations(x)
     if compiling or is_observed():
         ready = None
-    if x.is_neg():  # kernels read memory, and that of ``z.conj().imag`` holds the opposite numbers
-        x = x.resolve_neg()
+    x = x.resolve_neg()  # kernels read memory, and that of ``z.conj().imag`` holds the opposite numbers
     contiguous = not (channels_last or plan.output)
     if ready is not None and ready.engine is not None and not (graph or kind.cast):
         return _finished(ready.run(x, contiguous), plan, modules, channels_last)
