@@ -60,7 +60,7 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device, by_li
 
 
 def held_values(grad_out: Tensor) -> int:
-    """How many values of pieces and of their gradients may wait for their second use: two small pieces always may.
+    """How many values of pieces and of their gradients may wait for their second use; two pieces always may.
 
     Args:
         grad_out: the gradient of what the pool makes, which is the input of the first block.

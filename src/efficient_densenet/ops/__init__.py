@@ -97,12 +97,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
 
 def evaluates(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
-    """Whether a block of these readers, on features that begin with `x`, runs in one call: see `evaluate`.
-
-    Not while a profiler is active, in whose trace each operation has a label.
-    """
-    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
-    return chosen and cpu_layers.supports(x, readers, memo)
+    """Whether a block of these readers, on features that begin with `x`, runs in one call: see `evaluate`."""
+    return _evaluates_in_one_call(x) and cpu_layers.supports(x, readers, memo)
 
 
 def evaluate(evaluation: Evaluation) -> bool:
@@ -111,9 +107,13 @@ def evaluate(evaluation: Evaluation) -> bool:
 
 
 def evaluates_stem(x: Tensor, reader: Reader) -> bool:
-    """Whether a stem of this convolution and norm runs in one call, likewise, on images `x`."""
-    chosen = _computing(x) is cpu and not torch.autograd._profiler_enabled()
-    return chosen and cpu_stem.supports(x, reader)
+    """Whether a stem of this convolution and norm, on images `x`, runs in one call: see `evaluate_stem`."""
+    return _evaluates_in_one_call(x) and cpu_stem.supports(x, reader)
+
+
+def _evaluates_in_one_call(x: Tensor) -> bool:
+    """Not while a profiler is active, in whose trace each operation has a label."""
+    return _computing(x) is cpu and not torch.autograd._profiler_enabled()
 
 
 def evaluate_stem(
