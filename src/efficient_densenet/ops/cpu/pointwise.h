@@ -49,7 +49,9 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
       Index here = rows - first < step ? rows - first : step;
       Matrix<E> to = from_row(out, first);
       fill_prefix(from_row(x, first), here, weight.in, scale, shift, stride, prefix.data());
-      Product<T>{prefix.data(), stride, depth, b.data(), weight.out}.run(
+      Product<T> product{prefix.data(), stride, depth, b.data(), weight.out};
+      product.evaluates = !moments;
+      product.run(
           0, vectors_of(weight.out), tiles_of(here),
           [&](const Tile &tile) { // what the next rows read and write
             Index next = first + step + tile.row, end = next + tile.rows < rows ? next + tile.rows : rows;

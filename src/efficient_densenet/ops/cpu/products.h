@@ -43,6 +43,7 @@ template <class T> struct Product {
   Index columns; // channels of the result
   Index places = 1;
   const Index *offsets = &kHere;
+  bool evaluates = false; // batch statistics will not enlarge rounding errors: runs of a sum may be twice as long
 
   // For the groups of vectors from `begin` to `end`: tiles(most, work) calls work(row, row of `a`, rows) for each of its
   // tiles of at most `most` rows, before(tile) whatever is to be fetched, and use(tile) takes the result.
@@ -56,9 +57,11 @@ template <class T> struct Product {
       tiles(tile_rows(vectors), [&](Index row, Index at, int rows) {
         Tile tile{row, rows, first, count, values, width};
         before(tile);
-        with_tile(rows, vectors,
-                  ProductTile<T>{a + at * lda, lda, depth, b + first * places * depth, values, width, places,
-                                 offsets});
+        ProductTile<T> product{a + at * lda, lda, depth, b + first * places * depth, values, width, places, offsets};
+        if constexpr (!TILES)
+          if (evaluates)
+            product.terms_per_sum *= 2;
+        with_tile(rows, vectors, product);
         use(tile);
       });
     }

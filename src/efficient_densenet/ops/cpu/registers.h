@@ -56,8 +56,8 @@ template <int NV = kMostVectors, class Body> inline void with_tile(int rows, int
     with_tile<NV - 1>(rows, vectors, body);
 }
 
-// Terms of a sum that are added up one by one, before their sum goes to the sum of all terms: in single precision, this
-// takes away two thirds of the rounding error of a sum of 256 terms.
+// Terms of a sum that are added up one by one, a run, before their sum goes to the sum of all terms: in single precision,
+// this takes away two thirds of the rounding error of a sum of 256 terms.
 constexpr Index kTermsPerSum = 32;
 
 // out (+)= Σ over places of a[place] · b[place] for a tile: `a` has rows `lda` elements apart, and each place's begin at
@@ -71,14 +71,15 @@ template <class T> struct ProductTile {
   Index places = 1;
   const Index *offsets = &kHere;
   bool add = false;
+  Index terms_per_sum = kTermsPerSum;
   template <int MR, int NV> __attribute__((noinline)) void run() const {
     Vector acc[MR][NV] = {};
     bool more = add;
     Index terms = 0;
     for (Index place = 0; place < places; ++place)
       for (Index k = 0, n; k < depth; k += n) {
-        n = depth - k < kTermsPerSum ? depth - k : kTermsPerSum;
-        if (terms + n > kTermsPerSum) {
+        n = depth - k < terms_per_sum ? depth - k : terms_per_sum;
+        if (terms + n > terms_per_sum) {
           add_to_out<MR, NV>(acc, more);
           UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = Vector{};
           more = true, terms = 0;
