@@ -18,7 +18,7 @@ from tiny_run import CONFIG, begin_fit, run
 from efficient_densenet import DenseNet
 from efficient_densenet.files import _HOST, remove_left_over, replacing
 from efficient_densenet.training import runs
-from efficient_densenet.training.data.images import is_image, read_image
+from efficient_densenet.training.data.images import read_image
 from efficient_densenet.training.predict import image_files
 
 
@@ -169,4 +169,11 @@ def test_hidden_files_are_no_images(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (2, 2)).save(tmp_path / name)
     assert list(image_files([tmp_path])) == [tmp_path / "a.png", tmp_path / "c/d.PNG"]
-    assert not is_image(tmp_path / "._a.png")
+
+
+def test_images_in_folders_that_are_links_are_predicted(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "elsewhere/a.gif")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/linked").symlink_to(tmp_path / "elsewhere")
+    assert list(image_files([tmp_path / "new"])) == [tmp_path / "new/linked/a.gif"]
