@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_weights_of_other_programs_are_measured(tmp_path, capsys):
     torch.save(DenseNet(1, 8, 4, (1, 1), num_classes=9).state_dict(), tmp_path / "nine.pth")
     assert run("validate", tmp_path, "--ckpt_path", str(tmp_path / "nine.pth")) == 2
     assert "weights of another network" in capsys.readouterr().err
+
+
+def test_other_classes_are_refused_and_other_sizes_are_said(tmp_path, capsys, images):
+    folder = tmp_path / "images"
+    shutil.copytree(images[images.index("--data.root") + 1], folder)
+    options = [*images, "--data.root", str(folder), "--trainer.max_epochs=1"]
+    assert run("fit", tmp_path, *options) == 0
+    assert run("validate", tmp_path, *options[:-1], "--data.size=28") == 0
+    assert "images with size 28, as configured; the checkpoint was trained with 32" in capsys.readouterr().out
+    (folder / "cat").rename(folder / "gnu")
+    for command in ("fit", "validate", "test"):
+        assert run(command, tmp_path, *options[: None if command == "fit" else -1], "--ckpt_path=last") == 2
+        assert "for other classes than the data have, 'cat' in the place of 'dog'" in capsys.readouterr().err
 
 
 def test_label_smoothing_has_a_column_of_its_own(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -22,7 +21,7 @@ from efficient_densenet.files import replacing
 for _package in ("lightning", "torchvision"):
     require(_package, "train")
 
-from efficient_densenet.training.data.images import IMAGE_SUFFIXES, is_hidden, is_image
+from efficient_densenet.training.data.images import IMAGE_SUFFIXES, files_below, is_image
 from efficient_densenet.training.data.unreadable import UnreadableImageError
 from efficient_densenet.training.networks import head_of
 from efficient_densenet.training.trained import TrainedNetwork, load_trained
@@ -149,9 +148,7 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        # As for training, folders may be links, which `Path.rglob` does not follow.
-        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        found = sorted(file for file in files if is_image(file) and not is_hidden(file, path))
+        found = sorted(filter(is_image, files_below(path)))
         if not found:
             raise UserError(f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         yield from found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +72,18 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 def is_hidden(path: str | os.PathLike[str], folder: Path) -> bool:
     """Whether a file in `folder`, or a folder between them, is hidden, as ``._1.jpg`` of macOS is."""
     return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in `folder` and the folders below it, without hidden ones. Folders may be links; each is read once."""
+    seen = set()
+    for below, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(below)
+        if real in seen:  # a link to a folder above, for example
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for path in (Path(below, name) for name in names) if not is_hidden(path, folder))
 
 
 class LabelledImages(Protocol):
