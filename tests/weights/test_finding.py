@@ -135,6 +135,12 @@ def test_features_without_a_linear_head_are_found(tmp_path, holder):
     assert not [name for name in weights.left_behind if name in FEATURES_ONLY]
 
 
+def test_a_part_that_is_there_twice_is_refused(tmp_path):
+    torch.save(STATE | prefixed("features.module.", FEATURES), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="some parts twice, in a wrapper and without one"):
+        read_weights(tmp_path / "a.pth")
+
+
 def test_of_a_pickled_efficient_network_nothing_is_left_behind(tmp_path):
     torch.save(make_efficient(network()), tmp_path / "a.pth")
     assert_found(tmp_path / "a.pth")

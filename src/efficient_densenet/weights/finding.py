@@ -54,7 +54,10 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
     Raises:
         UserError: there is none, or not the one that is asked for, or there are several.
     """
-    leaves = {_WRAPPED_PART.sub(r"\1", name): leaf for name, leaf in named_leaves(content).items()}
+    named = named_leaves(content)
+    leaves = {_WRAPPED_PART.sub(r"\1", name): leaf for name, leaf in named.items()}
+    if len(leaves) < len(named):
+        raise UserError("it has some parts twice, in a wrapper and without one")
     leaves = _with_names_for_numbers(leaves)
     found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
     if not found:
