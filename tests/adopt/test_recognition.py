@@ -307,6 +307,17 @@ class Sparse(nn.Module):
         return torch.cat([x, a, self.second(a)], 1)
 
 
+def stem(*norms):
+    convolutions = [nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1, bias=False) for i in range(len(norms))]
+    parts = [part for pair in zip(convolutions, norms, strict=True) for part in (*pair, nn.ReLU())]
+    return nn.Sequential(*parts, nn.MaxPool2d(3, 2, 1))
+
+
+def test_a_stem_needs_a_batch_norm_behind_each_of_its_convolutions():
+    assert all(one.reason is None for one in look([stem(nn.BatchNorm2d(6), nn.BatchNorm2d(6))], Tensors("cpu")))
+    assert all(one.chain.plan is None for one in look([stem(nn.GroupNorm(2, 6), nn.BatchNorm2d(6))], Tensors("cpu")))
+
+
 def looks_at_values(block):
     class Looks(Loop):
         def forward(self, x):
@@ -320,8 +331,9 @@ def looks_at_values(block):
     [
         (Sparse, "its layer 2 does not read all features"),
         (lambda: (block := Loop(), looks_at_values(block))[0], "its forward (looks at the values|uses sum)"),
+        (lambda: stem(nn.GroupNorm(2, 6)), "no batch norm follows its first convolution"),
     ],
-    ids=["not all features", "values"],
+    ids=["not all features", "values", "a stem without batch norm"],
 )
 def test_what_is_not_dense_is_left(build, reason):
     with pytest.raises(NotDenseError, match=reason):

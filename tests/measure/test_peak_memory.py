@@ -14,7 +14,7 @@ from torch import nn
 
 from efficient_densenet import DenseNet, densenet121, densenet_cifar
 from efficient_densenet.measure.memory import available_bytes, peak_bytes
-from efficient_densenet.units import parse_bytes
+from efficient_densenet.units import format_bytes, parse_bytes
 
 FLOAT = 4
 
@@ -95,3 +95,10 @@ def test_reads_amounts_of_memory(text, nbytes):
 def test_refuses_what_is_no_amount(text):
     with pytest.raises(argparse.ArgumentTypeError, match="12GB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"), [(12e6, "12.0 MB"), (123_456, "0.1 MB"), (1000, "1.0 kB"), (40, "40 B"), (0, "0.0 MB")]
+)
+def test_small_amounts_of_memory_are_not_shown_as_nothing(amount, text):
+    assert format_bytes(amount) == text

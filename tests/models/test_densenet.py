@@ -165,6 +165,15 @@ def test_unknown_variant():
         build("resnet50")
 
 
+@pytest.mark.parametrize("efficient", [False, True])
+def test_a_first_convolution_that_is_replaced_says_which_images_fit(efficient):
+    network = DenseNet(num_init_features=4, block_config=(1, 1), num_classes=2, efficient=efficient)
+    network.features.conv0 = nn.Conv2d(1, 4, 3, padding=1)
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, 2)
+    with pytest.raises(UserError, match=r"takes images of shape \(N, 1, H, W\), not \(2, 3, 8, 8\)"):
+        network(torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize("input_size", [32, 64])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_smallest_input(input_size, blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tiny_run import CONFIG, begin_fit, run
 from efficient_densenet import DenseNet
 from efficient_densenet.files import _HOST, remove_left_over, replacing
 from efficient_densenet.training import runs
-from efficient_densenet.training.data.images import is_image, read_image
+from efficient_densenet.training.data.images import read_image
 from efficient_densenet.training.predict import image_files
 
 
@@ -137,6 +138,19 @@ def test_weights_of_other_programs_are_measured(tmp_path, capsys):
     assert "weights of another network" in capsys.readouterr().err
 
 
+def test_other_classes_are_refused_and_other_sizes_are_said(tmp_path, capsys, images):
+    folder = tmp_path / "images"
+    shutil.copytree(images[images.index("--data.root") + 1], folder)
+    options = [*images, "--data.root", str(folder), "--trainer.max_epochs=1"]
+    assert run("fit", tmp_path, *options) == 0
+    assert run("validate", tmp_path, *options[:-1], "--data.size=28") == 0
+    assert "images with size 28, as configured; the checkpoint was trained with 32" in capsys.readouterr().out
+    (folder / "cat").rename(folder / "gnu")
+    for command in ("fit", "validate", "test"):
+        assert run(command, tmp_path, *options[: None if command == "fit" else -1], "--ckpt_path=last") == 2
+        assert "for other classes than the data have, 'cat' in the place of 'dog'" in capsys.readouterr().err
+
+
 def test_label_smoothing_has_a_column_of_its_own(tmp_path):
     assert run("fit", tmp_path, "--model.label_smoothing=0.5", "--trainer.max_epochs=1") == 0
     (row,) = rows(tmp_path / "tiny/version_0")
@@ -169,4 +183,11 @@ def test_hidden_files_are_no_images(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (2, 2)).save(tmp_path / name)
     assert list(image_files([tmp_path])) == [tmp_path / "a.png", tmp_path / "c/d.PNG"]
-    assert not is_image(tmp_path / "._a.png")
+
+
+def test_images_in_folders_that_are_links_are_predicted(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "elsewhere/a.gif")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/linked").symlink_to(tmp_path / "elsewhere")
+    assert list(image_files([tmp_path / "new"])) == [tmp_path / "new/linked/a.gif"]

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from torch import nn
 from torchvision.models import DenseNet
 
+from efficient_densenet import make_efficient
 from efficient_densenet.errors import UserError
 from efficient_densenet.weights.canonical import read_weights
 
@@ -50,6 +51,13 @@ HOLDERS = {
     "compiled module": torch.compile(network()),
     "counts of a profiler": STATE
     | {"features.total_ops": torch.zeros(1), "features.conv0.total_params": torch.zeros(1)},
+    "wrapped parts": {
+        name.replace("features.", "features.module.")
+        .replace("denseblock1.", "denseblock1._orig_mod.")
+        .replace("denselayer1.", "denselayer1._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        .replace("transition1.", "transition1._checkpoint_wrapped_module."): tensor
+        for name, tensor in STATE.items()
+    },
     "several wrappers": prefixed("module._orig_mod.model.densenet121."),
     "arguments of a script": {
         "args": argparse.Namespace(lr=0.1, data=pathlib.PosixPath("a"), nested=argparse.Namespace(x=1)),
@@ -125,6 +133,18 @@ def test_features_without_a_linear_head_are_found(tmp_path, holder):
     weights = read_weights(tmp_path / "a.pth")
     assert "classifier.weight" not in weights.tensors
     assert not [name for name in weights.left_behind if name in FEATURES_ONLY]
+
+
+def test_a_part_that_is_there_twice_is_refused(tmp_path):
+    torch.save(STATE | prefixed("features.module.", FEATURES), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="some parts twice, in a wrapper and without one"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_of_a_pickled_efficient_network_nothing_is_left_behind(tmp_path):
+    torch.save(make_efficient(network()), tmp_path / "a.pth")
+    assert_found(tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").left_behind == []
 
 
 def test_timm_features_only(tmp_path):

@@ -125,7 +125,8 @@ def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
         return None, ()
     piece = record.pieces[number]
     if piece.entry is not None:
-        raise NotDenseError("it is a convolution alone")
+        alone = piece.obstacle is None
+        raise NotDenseError("it is a convolution alone" if alone else "no batch norm follows its first convolution")
     drops = [Step(torch.feature_dropout if d.whole_channels else F.dropout, (d.rate, True)) for d in piece.dropouts]
     return piece, (*drops, *steps)
 
@@ -217,7 +218,7 @@ def _tail_obstacle(piece: Piece, blur: Blur | None) -> str | None:
 
 def _stem_obstacle(stem: Sequence[Piece], steps: Sequence[Step], blur: Blur | None) -> str | None:
     for piece in stem:
-        reason = _obstacle(piece) if piece.entry is None else None
+        reason = _obstacle(piece) if piece.entry is None else piece.obstacle
         if reason is not None:
             return reason
         if piece.dropouts:

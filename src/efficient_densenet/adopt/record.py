@@ -269,7 +269,8 @@ class Record(Meanings):
         if not isinstance(x, Features) or len(x.pieces) != 1 or x.pieces == (0,):
             return None
         reason = f"there is {what} behind the last convolution of a layer"
-        return self.new_piece(Piece(made.shape[1], self.pieces[x.pieces[0]].source, None, reason))
+        convolved = self.pieces[x.pieces[0]]
+        return self.new_piece(Piece(made.shape[1], convolved.source, None, reason, entry=convolved.entry))
 
     def _split(self, x: Tensor, made: Sequence[Tensor], dim: int, packet: Any) -> None:
         """Give each part a meaning."""

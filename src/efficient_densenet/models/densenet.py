@@ -235,9 +235,11 @@ class DenseNet(nn.Module):
 
     @torch.jit.unused
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        first = getattr(self.features, "conv0", None)  # which somebody may have replaced
+        channels = getattr(first, "in_channels", self.in_channels)
+        if x.dim() != 4 or x.shape[1] != channels:
             raise UserError(
-                f"this network takes images of shape (N, {self.in_channels}, H, W), not {tuple(x.shape)}; for other "
+                f"this network takes images of shape (N, {channels}, H, W), not {tuple(x.shape)}; for other "
                 "images build it with another in_channels"
             )
         if min(x.shape[2:]) < self.min_input_size:

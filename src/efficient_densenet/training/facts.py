@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -53,7 +55,7 @@ def facts_of(data: LightningDataModule) -> DataFacts:
     """
     names, number = getattr(data, "class_names", None), getattr(data, "num_classes", None)
     if names is None and number is not None:
-        names = [str(i) for i in range(number)]
+        names = numbered(number)
     multi_label = bool(getattr(data, "multi_label", False))
     if names is not None and len(names) < 2 - multi_label:
         raise UserError(f"the data have a single class ({', '.join(names)}); give images of at least two")
@@ -65,4 +67,24 @@ def facts_of(data: LightningDataModule) -> DataFacts:
         multi_label=multi_label,
         preprocessing=None if preprocessing is None else preprocessing.to_dict(),
         tested=getattr(data, "tested", "test images"),
+    )
+
+
+def numbered(classes: int) -> list[str]:
+    """The names of classes that have none."""
+    return [str(i) for i in range(classes)]
+
+
+def refuse_other_classes(trained: list[str], given: list[str], checkpoint: str | Path | None) -> None:
+    """Outputs of a network say nothing of other classes than it was trained for, also where there are as many.
+
+    Raises:
+        UserError: the names of the classes of a checkpoint, and of those given, are not the same in the same order.
+    """
+    if trained == given or numbered(len(given)) in (trained, given):
+        return
+    first, second = next((a, b) for a, b in zip_longest(trained, given) if a != b)
+    raise UserError(
+        f"the checkpoint {checkpoint} was trained for other classes than the data have, {first!r} in the place of "
+        f"{second!r} for one: give the data that it was trained on, or start a new run with --model.weights"
     )

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.checkpointing import differences
-from efficient_densenet.training.facts import facts_of
+from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes
 from efficient_densenet.training.freezing import Frozen
 from efficient_densenet.training.network_factory import factory_of
 from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, start_from
@@ -287,6 +287,11 @@ class Classifier(LightningModule):
         checkpoint["found_learning_rate"] = self.found_learning_rate
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_other_classes(checkpoint["class_names"], self.class_names, self.trainer.ckpt_path)
+        for name, value in (self.facts.preprocessing or {}).items():
+            trained_with = (checkpoint.get("preprocessing") or {}).get(name, value)
+            if trained_with != value and self.trainer.is_global_zero:
+                print(f"images with {name} {value}, as configured; the checkpoint was trained with {trained_with}")
         different = differences(checkpoint["state_dict"], self.state_dict())
         if different:
             raise UserError(
@@ -334,4 +339,4 @@ def _numbered(count: int | None) -> list[str]:
             "neither the data nor the network say how many classes there are: give the data module class_names or "
             "num_classes, or set num_classes of model.network"
         )
-    return [str(i) for i in range(count)]
+    return numbered(count)

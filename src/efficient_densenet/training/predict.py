@@ -21,7 +21,7 @@ from efficient_densenet.files import replacing
 for _package in ("lightning", "torchvision"):
     require(_package, "train")
 
-from efficient_densenet.training.data.images import IMAGE_SUFFIXES, is_image
+from efficient_densenet.training.data.images import IMAGE_SUFFIXES, files_below, is_image
 from efficient_densenet.training.data.unreadable import UnreadableImageError
 from efficient_densenet.training.networks import head_of
 from efficient_densenet.training.trained import TrainedNetwork, load_trained
@@ -148,15 +148,10 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        files = (file for file in path.rglob("*") if is_image(file) and file.is_file())
-        found = sorted(file for file in files if not _is_hidden(file.relative_to(path)))
+        found = sorted(filter(is_image, files_below(path)))
         if not found:
             raise UserError(f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         yield from found
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _device(name: str) -> torch.device:

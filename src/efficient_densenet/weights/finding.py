@@ -27,8 +27,14 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged|shadow)(?=[._\d]|$)", re.
 _BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<features>features[._])?denseblock\d{1,4}\.denselayer\d{1,4}\.")
 _NUMBERED_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<number>\d{1,4})\.denselayer\d{1,4}\.")
 _PART_OF_FEATURES = re.compile(r"(?:conv0|norm0|denseblock\d+|transition\d+|norm\d+|norm_final)\.")
+# What wrappers of single parts put into their names: torch.compile, activation checkpointing, FSDP and DataParallel.
+_WRAPPED_PART = re.compile(
+    r"(?<![^._])((?:features|classifier|(?:denseblock|denselayer|transition|conv|norm)\d*)\.)"
+    r"(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.)+"
+)
 _MAX_NAME = 1000
 _INSIDE_MODULES = ("_parameters", "_buffers", "_modules")
+_OF_ADOPTED_MODULES = "adoption"
 
 
 class Found(NamedTuple):
@@ -48,7 +54,11 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
     Raises:
         UserError: there is none, or not the one that is asked for, or there are several.
     """
-    leaves = _with_names_for_numbers(named_leaves(content))
+    named = named_leaves(content)
+    leaves = {_WRAPPED_PART.sub(r"\1", name): leaf for name, leaf in named.items()}
+    if len(leaves) < len(named):
+        raise UserError("it has some parts twice, in a wrapper and without one")
+    leaves = _with_names_for_numbers(leaves)
     found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
     if not found:
         held = (
@@ -106,7 +116,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         for attributes in value.state if isinstance(value.state, tuple) else (value.state,):
             for key, child in _children(attributes):
                 # A pickled module keeps its parts in dictionaries that are no part of their names.
-                yield "" if key in _INSIDE_MODULES else key, child
+                if key != _OF_ADOPTED_MODULES:
+                    yield "" if key in _INSIDE_MODULES else key, child
 
 
 def _with_names_for_numbers(leaves: dict[str, Leaf]) -> dict[str, Leaf]:

@@ -36,6 +36,47 @@ def test_folders_for_train_val_and_test(tmp_path: Path) -> None:
     assert splits.class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("training", "validation", "testing"), ("train", "valid")])
+def test_folders_for_splits_under_their_other_names(tmp_path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        make_classes(tmp_path / name)
+    splits = loaded(tmp_path).splits
+    assert splits.class_names == ("cat", "dog")
+    assert (splits.test is splits.val) == (len(names) == 2)
+
+
+def test_two_folders_for_one_split(tmp_path: Path) -> None:
+    for name in ("train", "val", "valid"):
+        make_classes(tmp_path / name)
+    with pytest.raises(UserError, match="several folders for val: val, valid"):
+        loaded(tmp_path)
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    make_classes(tmp_path, ("Train", "Bus"))
+    assert loaded(tmp_path).class_names == ("Bus", "Train")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jfif", "jp2", "avif", "tif", "webp"])
+def test_images_of_other_formats(tmp_path: Path, suffix: str) -> None:
+    make_classes(tmp_path)
+    for file in tmp_path.glob("*/*.png"):
+        Image.open(file).save(file.with_suffix(f".{suffix}"))
+        file.unlink()
+    data = loaded(tmp_path)
+    assert sum(len(images) for images, _ in chain(data.train_dataloader(), data.val_dataloader())) == 10
+
+
+def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    for name in ("cat/notes.txt", "dog/new/1.heic", "dog/.hidden/1.png", "dog/.DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out: cat/notes.txt, dog/new/1.heic$"):
+        splits = loaded(tmp_path).splits
+    assert len(splits.train) + len(splits.val) == 10
+
+
 def test_without_a_test_folder_the_validation_images_are_tested(tmp_path: Path) -> None:
     make_classes(tmp_path / "train")
     make_classes(tmp_path / "val", count=3)

@@ -59,8 +59,9 @@ def test_what_entries_mean(tmp_path, missing, uncertain, expected):
 
 def test_labels_by_name_in_one_column(tmp_path):
     findings = ["Mass|Edema", "No Finding", "Edema", "Mass"]
-    make_table(tmp_path, [{"path": f"{i}.png", "patient": str(i), "found": f} for i, f in enumerate(findings)])
-    data = loaded(tmp_path, label_columns=None, findings_column="found", val_table="table.csv", patient_column=None)
+    for table, folder in (("table.csv", "a"), ("val.csv", "b")):
+        make_table(tmp_path, [{"path": f"{folder}/{i}.png", "found": f} for i, f in enumerate(findings)], table)
+    data = loaded(tmp_path, label_columns=None, findings_column="found", val_table="val.csv", patient_column=None)
     assert data.class_names == ("Edema", "Mass")
     assert data.splits.val.targets() == [[1, 1], [0, 0], [1, 0], [0, 1]]
     image, target = data.splits.val[0]
@@ -95,6 +96,30 @@ def test_names_without_folders_are_searched(tmp_path):
     assert files == {tmp_path / f"images_{i}" / f"{i}.png" for i in range(4)}
 
 
+def test_names_without_folders_are_searched_in_folders_that_are_links(tmp_path):
+    make_table(tmp_path / "elsewhere", [{"path": f"{i}.png", "patient": str(i), "mass": "1"} for i in range(4)])
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/table.csv").symlink_to(tmp_path / "elsewhere/table.csv")
+    splits = loaded(tmp_path / "root", label_columns=["mass"], val_fraction=0.25).splits
+    assert {path.parent for path in splits.train.images.files} == {tmp_path / "root/images"}
+
+
+def test_a_name_of_several_images_is_refused(tmp_path):
+    make_table(tmp_path, patients(3))
+    text = (tmp_path / "table.csv").read_text()
+    (tmp_path / "table.csv").write_text(text.replace("p00/", ""))
+    with pytest.raises(UserError, match=r"several images called 0.png, .*p00/0.png and .*p01/0.png among them"):
+        loaded(tmp_path)
+
+
+def test_an_image_that_is_listed_twice_is_on_one_side(tmp_path):
+    make_table(tmp_path, patients(5, images=1) * 2)
+    with pytest.warns(UserWarning, match="nothing says whose images these are"):
+        splits = loaded(tmp_path, patient_column=None, val_fraction=0.2).splits
+    assert (len(splits.train), len(splits.val)) == (8, 2)
+
+
 def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
     make_table(tmp_path, patients(5))
     with pytest.warns(UserWarning, match="nothing says whose images these are"):
@@ -123,6 +148,10 @@ def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
         ({"path_column": "file"}, "has no column 'file'"),
         ({"where": {"mass": "7"}}, "lists no image with {'mass': '7'}"),
         ({"val_table": "table.csv"}, "4 patients are in the training images and in the validation images, 0 for one"),
+        (
+            {"val_table": "table.csv", "patient_column": None},
+            "8 images are in the training images and in the validation",
+        ),
         ({"test_list": "no.txt"}, r"there is no file no.txt; test_list names one"),
         ({"sampling": "balanced"}, "with several labels use model.class_weights"),
     ],

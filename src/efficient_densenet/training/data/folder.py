@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,23 @@ from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.base import NO_TEST_SET, Splits
-from efficient_densenet.training.data.images import TransformedImages, is_image, stratified_split
+from efficient_densenet.training.data.images import TransformedImages, is_hidden, is_image, stratified_split
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
 
 _VAL_FRACTION = 0.2
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 class ImageFolder(PhotoDataModule):
     """Images in one folder per class: ``root/train/CLASS/*`` and ``root/val/CLASS/*``, or ``root/CLASS/*`` alone.
 
-    ``root/test/CLASS/*`` is used for test if it is there; otherwise the validation images are.
+    ``root/test/CLASS/*`` is used for test if it is there; otherwise the validation images are. ``Train``, ``training``,
+    ``valid``, ``validation`` and the like mean the same.
 
     Args:
         root: the folder.
@@ -37,7 +45,7 @@ class ImageFolder(PhotoDataModule):
         self.val_fraction = val_fraction
 
     def load(self) -> Splits:
-        if any((self.root / name).is_dir() for name in ("train", "val")):
+        if _is_split(self.root):
             if self.val_fraction is not None:
                 raise UserError(f"{self.root} is split into folders already: leave val_fraction out")
             return load_split_folders(self.root, self.own_training_transform(), self.preprocessing)
@@ -53,21 +61,42 @@ class ImageFolder(PhotoDataModule):
         )
 
 
+def _is_split(root: Path) -> bool:
+    """Whether the folders in `root` are ``train`` or ``val``, or all have names of that kind: they are no classes."""
+    names = [path.name for path in _folders_in(root)]
+    return bool({"train", "val"} & {*names}) or (bool(names) and all(name.lower() in _SPLITS for name in names))
+
+
+def _folders_in(root: Path) -> list[Path]:
+    """Those that are not hidden; none where there is no such folder."""
+    return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _folder_of(root: Path, split: str) -> Path:
+    """The folder of ``train``, ``val`` or ``test`` under one of its names; the usual one where there is none."""
+    found = [path for path in _folders_in(root) if _SPLITS.get(path.name.lower()) == split]
+    if len(found) > 1:
+        raise UserError(f"{root} has several folders for {split}: {', '.join(path.name for path in found)}; keep one")
+    return found[0] if found else root / split
+
+
 def load_split_folders(root: Path, training_transform: v2.Transform, preprocessing: Preprocessing) -> Splits:
     """The images of ``root/train``, ``root/val`` and, if it is there, ``root/test`` (otherwise ``val`` again).
 
     Raises:
-        UserError: a folder is missing, has no classes or no images, or the classes of the folders differ.
+        UserError: a folder is missing or there twice, has no classes or no images, or their classes differ.
     """
-    train = read_class_folders(root / "train", preprocessing)
+    training = _folder_of(root, "train")
+    train = read_class_folders(training, preprocessing)
     evaluated = {}
     for name in ("val", "test"):
-        if name == "test" and not (root / name).is_dir():
+        folder = _folder_of(root, name)
+        if name == "test" and not folder.is_dir():
             continue
-        images = read_class_folders(root / name, preprocessing)
+        images = read_class_folders(folder, preprocessing)
         if different := sorted(set(train.classes) ^ set(images.classes)):
             raise UserError(
-                f"{root / 'train'} and {root / name} need the same classes, but only one of them has "
+                f"{training} and {folder} need the same classes, but only one of them has "
                 f"{', '.join(different[:5])}{' …' if len(different) > 5 else ''}"
             )
         evaluated[name] = TransformedImages(images, preprocessing.transform())
@@ -91,14 +120,30 @@ class _VisibleImages(datasets.ImageFolder):
 
 
 def read_class_folders(folder: Path, preprocessing: Preprocessing) -> datasets.ImageFolder:
-    """The images of ``folder/CLASS/*`` as a dataset of images and class numbers.
+    """The images of ``folder/CLASS/*`` as a dataset of images and class numbers; warns of files that are left out.
 
     Raises:
         UserError: the folder is missing, has no classes, or a class has no images.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; it should hold one folder of images for each class")
+    left_out: list[str] = []
+
+    def is_visible_image(path: str) -> bool:
+        if is_hidden(path, folder):
+            return False
+        if not is_image(path):
+            left_out.append(path)
+        return is_image(path)
+
     try:
-        return _VisibleImages(str(folder), loader=preprocessing.read, is_valid_file=is_image)
+        images = _VisibleImages(str(folder), loader=preprocessing.read, is_valid_file=is_visible_image)
     except FileNotFoundError as error:
         raise UserError(f"{folder} should hold one folder of images for each class: {error}") from error
+    if left_out:
+        names = ", ".join(path.removeprefix(f"{folder}{os.sep}") for path in sorted(left_out)[:3])
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        warnings.warn(
+            f"{folder} holds files that do not end as images do, and are left out: {names}{more}", stacklevel=2
+        )
+    return images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from efficient_densenet.errors import UserError, require
 from efficient_densenet.training.data.dicom import DICOM_SUFFIXES, read_dicom
 from efficient_densenet.training.data.unreadable import UnreadableImageError, unreadable
 
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, *DICOM_SUFFIXES)
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif", *DICOM_SUFFIXES)
 
 
 def read_image(path: str | os.PathLike[str], value_range: tuple[float, float] | None = None) -> Image.Image | Tensor:
@@ -65,9 +65,25 @@ def _within(values: np.ndarray, value_range: tuple[float, float]) -> Tensor:
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Whether the name of a file is that of an image; hidden files, such as ``._1.jpg`` of macOS, are none."""
-    name = Path(path).name
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+    """Whether the name of a file is that of an image."""
+    return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_hidden(path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a file in `folder`, or a folder between them, is hidden, as ``._1.jpg`` of macOS is."""
+    return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in `folder` and the folders below it, without hidden ones. Folders may be links; each is read once."""
+    seen = set()
+    for below, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(below)
+        if real in seen:  # a link to a folder above, for example
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for path in (Path(below, name) for name in names) if not is_hidden(path, folder))
 
 
 class LabelledImages(Protocol):

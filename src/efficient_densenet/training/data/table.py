@@ -13,7 +13,7 @@ from torch import Tensor, tensor
 
 from efficient_densenet.errors import UserError, require
 from efficient_densenet.training.data.base import NO_TEST_SET, Splits
-from efficient_densenet.training.data.images import TransformedImages
+from efficient_densenet.training.data.images import TransformedImages, files_below
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
 from efficient_densenet.training.data.rows import LabelReader, Row, read_rows
@@ -134,7 +134,7 @@ class ImageTable(PhotoDataModule):
         else:
             rows, validated = self._held_out(rows)
         for other, name in ((validated, "validation"), (tested or [], "test")):
-            self._refuse_shared_patients(rows, other, name)
+            self._refuse_shared(rows, other, name)
         evaluate = self.preprocessing.transform()
         val = TransformedImages(self._files(validated, labels), evaluate)
         return Splits(
@@ -180,11 +180,22 @@ class ImageTable(PhotoDataModule):
 
     def _file(self, name: str) -> Path:
         path = self.root / name
-        return path if "/" in name or path.exists() else self._files_by_name.get(name, path)
+        if "/" in name or path.exists():
+            return path
+        first, *others = self._files_by_name.get(name, [path])
+        if others:
+            raise UserError(
+                f"{self.root} has several images called {name}, {first} and {others[0]} among them: write paths that "
+                f"begin from there into the column {self.path_column!r}"
+            )
+        return first
 
     @cached_property
-    def _files_by_name(self) -> dict[str, Path]:
-        return {path.name: path for path in self.root.rglob("*")}
+    def _files_by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(files_below(self.root)):
+            found.setdefault(path.name, []).append(path)
+        return found
 
     def _patient(self, row: Row) -> str | None:
         if self.patient_column is not None:
@@ -205,21 +216,21 @@ class ImageTable(PhotoDataModule):
                 "patient may be trained on and validated on",
                 stacklevel=2,
             )
-            patients = list(range(len(rows)))
+            patients = [row.entry(self.path_column) for row in rows]
         if len(set(patients)) < 2:
             raise UserError("all images are of one patient: give the validation images in a val_table")
         splitter = split(n_splits=1, test_size=self.val_fraction, random_state=self.seed)
         kept, held_out = next(splitter.split(rows, groups=patients))
         return [rows[i] for i in kept], [rows[i] for i in held_out]
 
-    def _refuse_shared_patients(self, rows: list[Row], others: list[Row], name: str) -> None:
-        patients, other_patients = ({str(self._patient(row)) for row in some} for some in (rows, others))
-        shared = patients & other_patients - {str(None)}
-        if shared:
-            raise UserError(
-                f"{len(shared)} patients are in the training images and in the {name} images, {min(shared)} for "
-                "one: what is measured on them would say too much; split by patient"
-            )
+    def _refuse_shared(self, rows: list[Row], others: list[Row], name: str) -> None:
+        for what, of in (("patients", self._patient), ("images", lambda row: row.entry(self.path_column))):
+            shared = {of(row) for row in rows} & {of(row) for row in others} - {None}
+            if shared:
+                raise UserError(
+                    f"{len(shared)} {what} are in the training images and in the {name} images, "
+                    f"{min(map(str, shared))} for one: what is measured on them would say too much; split by patient"
+                )
 
 
 def _compiled(pattern: str | None) -> re.Pattern[str] | None:
