@@ -242,6 +242,41 @@ def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeyp
     assert len(made._seen) == recording._MOST_SEEN and len(captured) == 1 + recording._MOST_GRAPHS
     capturing = True  # somebody else's graph gets the launches themselves
     assert made._graph_of((5,)) is None
+    capturing = False
+    assert made._graph_of((5,)) is not None
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # where no graph has been tried
+    assert made._graph_of((5,)) is None
+
+
+@pytest.mark.parametrize("failing", ["capture", "replay", None])
+def test_without_memory_for_a_graph_kernels_start_one_by_one(failing, monkeypatch):
+    """With one warning, and no graph is tried again."""
+    captured, replayed = [], []
+
+    class Graph:
+        def replay(self):
+            if failing == "replay":
+                raise torch.OutOfMemoryError("there is none left")
+            replayed.append(self)
+
+    def capture(self, addresses):
+        captured.append(addresses)
+        if failing == "capture":
+            raise torch.OutOfMemoryError("there is none left")
+        return Graph()
+
+    monkeypatch.setattr(recording.Recording, "_captured", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    made = recording.Recording([])
+    made._launches = [None, None]
+    assert not made._replayed((1,)) and not captured
+    if failing is None:
+        assert made._replayed((1,)) and made._replayed((1,))
+        assert len(replayed) == 2 and captured == [(1,)]
+        return
+    with pytest.warns(UserWarning, match="one by one, for there is no CUDA graph of them: there is none left"):
+        assert not made._replayed((1,))
+    assert not any(made._replayed((i,)) for i in (1, 2, 2, 1)) and captured == [(1,)] and not replayed
 
 
 def test_the_latest_recordings_are_kept(monkeypatch):
