@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -83,6 +84,21 @@ def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monke
     assert not all(torch.equal(x, y) for a, b in pairwise(found) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_recorded_evaluation_is_the_same_bit_for_bit(context, memory_format, monkeypatch):
+    """With a stem, and layers that run operation by operation, which rearrange their weights where they must."""
+    torch.manual_seed(0)
+    options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "bn_size": 2, "num_classes": 5}
+    network = DenseNet(**options, input_size=64, efficient=True).eval().to(memory_format=memory_format)
+    batches = torch.randn(3, 2, 3, 20, 20)
+    monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    with context():
+        found = [network(images) for images in batches]
+        monkeypatch.setattr(recording, "repeated", lambda *arguments: False)
+        assert all(torch.equal(network(images), output) for images, output in zip(batches, found, strict=True))
+
+
 def test_gradients_of_weights_under_autocast_are_not_rounded_to_half_precision(monkeypatch):
     """Where all layers run in one call. One after the other, they are made in the type of the cast weights."""
     found = steps("bottleneck", True, 1, autocast=True)[0]
@@ -157,9 +173,21 @@ def test_what_lies_elsewhere_has_the_same_layout_and_what_is_aligned_otherwise_h
     assert repeated(x, mean, mean) == (True, False)  # two that are one
 
 
-def test_what_copies_a_tensor_is_not_recorded():
+# In an operator and in inference, PyTorch says `contiguous` and `to`, and not what these do.
+@pytest.mark.parametrize("context", [nullcontext, torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
+def test_what_copies_a_tensor_is_not_recorded(context):
     """PyTorch would do that once, and not again."""
     spread, vectors = torch.randn(8, 2).t(), torch.full((2, 8), -1.0)
+    with context():
+        for copy in (spread.contiguous, spread.double, lambda: spread.reshape(-1), spread.clone, vectors.zero_):
+            assert not recording.repeated(str(copy), [torch.zeros(2, 8)], lambda copy=copy: [copy])
+        vectors.fill_(-1.0)
+        for view in (spread.t, spread.float, vectors.contiguous, lambda: spread.t().reshape(-1), spread.unbind):
+            assert recording.repeated(str(view), [torch.zeros(2, 8)], lambda view=view: [view])
+        what_copies_is_not_recorded(spread, vectors)
+
+
+def what_copies_is_not_recorded(spread, vectors):
     assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
     assert (vectors == -1).all()
     with pytest.warns(UserWarning, match="no slice of the channels"):

@@ -115,8 +115,14 @@ class _Computing(TorchDispatchMode):
     found = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= not (function.is_view or "empty" in function.__name__)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.found |= "empty" not in function.__name__
+        elif isinstance(
+            result, Tensor
+        ):  # by their schema, `contiguous`, `to` and `reshape` are views even if they copy
+            self.found |= result.untyped_storage()._cdata != args[0].untyped_storage()._cdata
+        return result
 
 
 class Pointer(NamedTuple):
