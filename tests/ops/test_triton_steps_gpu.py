@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -299,26 +298,26 @@ def test_gpu_compiled_steps_as_graphs(recordings):
 
 
 @gpu
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("autocast", [False, True])
-def test_gpu_fully_sharded(autocast, recordings, tmp_path):
+@pytest.mark.usefixtures("precise")
+def test_gpu_fully_sharded(recordings, tmp_path):
     """Weights get their memory back for each block, on another stream, and lose it again."""
     network, images, labels = with_a_stem()
-    expected = trained(copy.deepcopy(network), images, labels, autocast=autocast)
+    network.to(memory_format=torch.contiguous_format)  # what is sharded must be
+    expected = gradients(copy.deepcopy(network), images, labels)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
-        for part in network.features:
-            if type(part).__name__ == "DenseBlock":
+        for name, part in network.features.named_children():
+            if name.startswith("denseblock"):
                 torch.distributed.fsdp.fully_shard(part)
         torch.distributed.fsdp.fully_shard(network)
-        for losses in expected:
+        for _ in range(5):
             network.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-                loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(network(images), labels)
             loss.backward()
             found = [loss.detach(), *(p.grad.full_tensor() for p in network.parameters())]
-            assert equal([[t.cpu() for t in found]], [losses[: len(found)]])
+            some, others = (torch.cat([t.flatten() for t in tensors]) for tensors in (found, expected))
+            assert (some - others).norm() <= 1e-4 * others.norm()
     finally:
         torch.distributed.destroy_process_group()
 
