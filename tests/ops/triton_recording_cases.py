@@ -173,10 +173,9 @@ def test_what_lies_elsewhere_has_the_same_layout_and_what_is_aligned_otherwise_h
     assert repeated(x, mean, mean) == (True, False)  # two that are one
 
 
-# In an operator and in inference, PyTorch says `contiguous` and `to`, and not what these do.
 @pytest.mark.parametrize("context", [nullcontext, torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
 def test_what_copies_a_tensor_is_not_recorded(context):
-    """PyTorch would do that once, and not again."""
+    """PyTorch would do that once, and not again. In inference and in operators it does not say what it does."""
     spread, vectors = torch.randn(8, 2).t(), torch.full((2, 8), -1.0)
     with context():
         for copy in (spread.contiguous, spread.double, lambda: spread.reshape(-1), spread.clone, vectors.zero_):
@@ -184,14 +183,10 @@ def test_what_copies_a_tensor_is_not_recorded(context):
         vectors.fill_(-1.0)
         for view in (spread.t, spread.float, vectors.contiguous, lambda: spread.t().reshape(-1), spread.unbind):
             assert recording.repeated(str(view), [torch.zeros(2, 8)], lambda view=view: [view])
-        what_copies_is_not_recorded(spread, vectors)
-
-
-def what_copies_is_not_recorded(spread, vectors):
-    assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
-    assert (vectors == -1).all()
-    with pytest.warns(UserWarning, match="no slice of the channels"):
-        ops.statistics(spread, Statistics(*vectors))
+        assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
+        assert (vectors == -1).all()
+        with pytest.warns(UserWarning, match="no slice of the channels"):
+            ops.statistics(spread, Statistics(*vectors))
     torch.testing.assert_close(vectors[0], spread.mean(0))
 
 

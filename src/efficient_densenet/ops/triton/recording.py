@@ -118,9 +118,9 @@ class _Computing(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
             self.found |= "empty" not in function.__name__
-        elif isinstance(
-            result, Tensor
-        ):  # by their schema, `contiguous`, `to` and `reshape` are views even if they copy
+        elif isinstance(result, Tensor):
+            # In inference and in operators `contiguous`, `to` and `reshape` come here whole: views by their schema, and
+            # yet they may copy.
             self.found |= result.untyped_storage()._cdata != args[0].untyped_storage()._cdata
         return result
 
