@@ -178,11 +178,12 @@ def test_what_copies_a_tensor_is_not_recorded(context):
     """PyTorch would do that once, and not again. In inference and in operators it does not say what it does."""
     spread, vectors = torch.randn(8, 2).t(), torch.full((2, 8), -1.0)
     with context():
-        for copy in (spread.contiguous, spread.double, lambda: spread.reshape(-1), spread.clone, vectors.zero_):
-            assert not recording.repeated(str(copy), [torch.zeros(2, 8)], lambda copy=copy: [copy])
+        copies = [spread.contiguous, spread.double, lambda: spread.reshape(-1), spread.clone, vectors.zero_]
+        views = [spread.t, spread.float, vectors.contiguous, lambda: spread.t().reshape(-1), spread.unbind]
+        for i, operation in enumerate([*copies, *views]):
+            is_view = recording.repeated(i, [torch.zeros(2, 8)], lambda operation=operation: [operation])
+            assert is_view == (operation in views)
         vectors.fill_(-1.0)
-        for view in (spread.t, spread.float, vectors.contiguous, lambda: spread.t().reshape(-1), spread.unbind):
-            assert recording.repeated(str(view), [torch.zeros(2, 8)], lambda view=view: [view])
         assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
         assert (vectors == -1).all()
         with pytest.warns(UserWarning, match="no slice of the channels"):
