@@ -35,7 +35,7 @@ step() { # name, seconds, command
     if [[ "$result" != 0 ]]; then code=1; fi
 }
 
-tests=(python -m pytest -q -m gpu -p no:cacheprovider tests/ops/test_ops_triton_gpu.py)
+tests=(python -m pytest -q -m gpu -p no:cacheprovider tests/ops/test_ops_triton_gpu.py tests/ops/test_triton_steps_gpu.py)
 case "$call" in
 1)
     step race 190 python benchmarks/gpu_race.py "${quick[@]}" --output "$folder"

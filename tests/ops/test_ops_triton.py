@@ -43,7 +43,8 @@ def test_tests_for_a_gpu_are_sound():
     """Some of those below, in the interpreter, the CPU in the GPU's place: or they would rot where there is none."""
     chosen = "(reference or head) and 13 or max_pool and 9 or falls_back"
     options = ["-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-m", "gpu", "-k", chosen]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "test_ops_triton_gpu.py")]
+    files = [str(HERE / name) for name in ("test_ops_triton_gpu.py", "test_triton_steps_gpu.py")]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     result = subprocess.run(command, env=INTERPRETER, cwd=HERE.parents[1], capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", result.stdout)
     assert result.returncode == 0 and passed and int(passed[1]) >= 14, result.stdout + result.stderr

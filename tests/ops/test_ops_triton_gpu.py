@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU.
+"""The Triton kernels on a GPU, each operation by itself.
 
 For `compute-sanitizer --tool memcheck` and `--tool racecheck` these are enough:
 python -m pytest -m gpu -k "reference or max_pool or head" tests/ops/test_ops_triton_gpu.py
@@ -6,71 +6,21 @@ python -m pytest -m gpu -k "reference or max_pool or head" tests/ops/test_ops_tr
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import pytest
 import torch
-import triton_processes
-from operands import EVERY_OPERATION, Operands, double, empty_statistics, measured, slice_of_channels, weight_for
-from torch.nn import functional as F
+from on_gpu import close, gpu
+from operands import Operands, double, empty_statistics, measured, slice_of_channels, weight_for
 
-from efficient_densenet import DenseNet, densenet_cifar
-from efficient_densenet.measure.devices import Place
-from efficient_densenet.measure.kinks import move_zeros_into_gaps
-from efficient_densenet.ops import eager, reference
+from efficient_densenet.ops import reference
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
-from efficient_densenet.ops.triton import check, trust
+from efficient_densenet.ops.triton import check
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 # Relative to the largest value; TF32 keeps ten bits of each factor.
 TOLERANCE = {"ieee": 1e-5, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 3e-3}
-
-
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def gpu(test):
-    return pytest.mark.gpu(no_gpu(test))
-
-
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch):
-    """What is tested here must not be replaced by plain PyTorch, nor be checked before by each process."""
-    monkeypatch.setenv(trust.VARIABLE, "trust")
-
-
-def close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        assert (a.double() - e.double()).abs().max() <= tolerance * max(e.abs().max().item(), 1)
-
-
-@pytest.fixture
-def multiply():
-    """Sets how float32 is multiplied, until the end of the test. (`monkeypatch` cannot set it back.)"""
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [kind.fp32_precision for kind in kinds]
-
-    def by(precision):
-        for kind in kinds:
-            kind.fp32_precision = precision
-
-    yield by
-    for kind, precision in zip(kinds, before, strict=True):
-        kind.fp32_precision = precision
-
-
-@pytest.fixture
-def precise(multiply):
-    multiply("ieee")
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    """cuDNN, which has the network's first convolution, may add up in any order otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 def cuda(operands):
@@ -206,61 +156,6 @@ def test_gpu_check_finds_no_fault(kind, multiply):
     assert check.faults(kernels, torch.device("cuda"), kind) == []
 
 
-def networks(dtype=torch.float32):
-    torch.manual_seed(0)
-    ordinary = densenet_cifar(16, 12, bottleneck=True).cuda().to(dtype)
-    efficient = densenet_cifar(16, 12, bottleneck=True, efficient=True).cuda().to(dtype)
-    efficient.load_state_dict(ordinary.state_dict())
-    images, labels = torch.randn(8, 3, 32, 32, device="cuda", dtype=dtype), torch.arange(8, device="cuda")
-    return ordinary, efficient, images, labels
-
-
-def gradients(network, images, labels):
-    network.zero_grad()
-    loss = F.cross_entropy(network(images), labels)
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in network.parameters())]
-
-
-@gpu
-@pytest.mark.usefixtures("precise")
-def test_gpu_training_step_against_float64():
-    """No activation is so near zero that chance decides whether the rectifier lets it pass."""
-    ordinary, efficient, images, labels = networks()
-    move_zeros_into_gaps(ordinary, images, Place("cuda"))
-    efficient.load_state_dict(ordinary.state_dict())
-    exact = gradients(copy.deepcopy(ordinary).double(), images.double(), labels)
-    theirs, ours = gradients(ordinary, images, labels), gradients(efficient, images, labels)
-
-    def error(found):
-        return max(((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True))
-
-    assert error(ours) <= 2 * error(theirs) + 1e-6
-
-
-@gpu
-@pytest.mark.parametrize("keep", ["bottleneck", "features", "inputs"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu_autocast_training_step_with_a_stem(dtype, keep):
-    """In half precision, as near to float64 as the ordinary network."""
-    torch.manual_seed(0)
-    options = {"growth_rate": 12, "block_config": (2, 3), "num_init_features": 24, "bn_size": 4, "num_classes": 10}
-    ordinary = DenseNet(input_size=64, **options).cuda()
-    efficient = DenseNet(input_size=64, **options, efficient=True, keep=keep).cuda()
-    efficient.load_state_dict(ordinary.state_dict())
-    images, labels = torch.randn(8, 3, 64, 64, device="cuda"), torch.arange(8, device="cuda")
-    # All together: the gradient of the stem's scale is zero, which the norms behind it take out again.
-    exact = torch.cat([g.flatten() for g in gradients(copy.deepcopy(ordinary).double(), images.double(), labels)[1:]])
-    errors = []
-    for network in (ordinary, efficient):
-        with torch.autocast("cuda", dtype):
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        found = torch.cat([p.grad.double().flatten() for p in network.parameters()])
-        errors.append(((found - exact).norm() / exact.norm()).item())
-    assert errors[1] <= 1.5 * errors[0]
-
-
 @gpu
 def test_gpu_more_values_than_32_bits_count():
     """The last image of a large batch comes out as it does alone."""
@@ -281,127 +176,3 @@ def test_gpu_more_values_than_32_bits_count():
         kernels.finish(grad_x, batch, norm.mean, nothing, torch.ones((), device="cuda"), grad_x)
         results.append((out[-1].clone(), grad_x[-1].clone()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@gpu
-def test_gpu_network_runs_on_the_kernels(monkeypatch):
-    _, efficient, images, labels = networks()
-    for name in EVERY_OPERATION:
-        monkeypatch.setattr(eager, name, None)
-    gradients(efficient, images, labels)
-
-
-@gpu
-def test_gpu_compiles_without_graph_breaks():
-    _, efficient, images, labels = networks()
-    expected = gradients(efficient, images, labels)
-    found = gradients(torch.compile(efficient, fullgraph=True), images, labels)
-    close(found, expected, 1e-3)
-
-
-@gpu
-@pytest.mark.usefixtures("deterministic")
-def test_gpu_graph_of_a_training_step():
-    """Captured once and replayed on other images, it computes what the uncaptured step does."""
-    _, efficient, images, labels = networks()
-    other = torch.randn_like(images)
-    optimizer = torch.optim.SGD(efficient.parameters(), lr=0.1)
-    start = copy.deepcopy(efficient.state_dict())
-    static = images.clone()
-
-    def step():
-        optimizer.zero_grad(set_to_none=False)
-        loss = F.cross_entropy(efficient(static), labels)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and makes the gradients
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    # Whatever the steps found out about the modules is let go of, and its memory is taken by others.
-    efficient.eval()
-    efficient(images)
-    efficient.train()
-    taken = [torch.full((n,), -1, dtype=torch.int32, device=images.device) for n in range(1, 2000, 7)]
-
-    def restart():
-        with torch.no_grad():
-            for name, tensor in efficient.state_dict().items():
-                tensor.copy_(start[name])
-
-    results = []
-    for run in (graph.replay, step):
-        restart()
-        losses = []
-        for batch in (images, other):
-            static.copy_(batch)
-            loss = run()
-            losses.append((captured if loss is None else loss).detach().clone())
-        results.append([*losses, *(t.clone() for t in efficient.state_dict().values())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert all((values == -1).all() for values in taken)
-
-
-@gpu
-@pytest.mark.usefixtures("deterministic")
-def test_gpu_streams_side_by_side():
-    _, efficient, images, labels = networks()
-    expected = gradients(efficient, images, labels)
-    twins = [copy.deepcopy(efficient) for _ in range(2)]
-    streams = [torch.cuda.Stream() for _ in twins]
-    torch.cuda.synchronize()
-    found = []
-    for stream, twin in zip(streams, twins, strict=True):
-        with torch.cuda.stream(stream):
-            found.append(gradients(twin, images, labels))
-    torch.cuda.synchronize()
-    for twin in found:
-        assert all(torch.equal(a, b) for a, b in zip(twin, expected, strict=True))
-
-
-@gpu
-def test_gpu_two_processes_train_what_the_ordinary_network_does(tmp_path):
-    """Data parallel, and with two GPUs also with synchronised norms: gradients and running averages."""
-    results = triton_processes.run(tmp_path)
-    for kind in triton_processes.KINDS:
-        for result in results:
-            # All gradients together: that of the stem's scale is zero, which the norms behind it take out again.
-            for part in ("gradient of", ""):
-                expected, found = (
-                    torch.cat([t.flatten().double() for name, t in result[f"{kind}, {way}"].items() if part in name])
-                    for way in ("ordinary", "efficient")
-                )
-                assert (found - expected).norm() <= 1e-4 * expected.norm()
-        first, second = (result[f"{kind}, efficient"] for result in results)
-        assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("gradient"))
-
-
-@gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.usefixtures("deterministic")
-def test_gpu_runs_on_another_device_than_the_current():
-    _, efficient, images, labels = networks()
-    expected = gradients(efficient, images, labels)
-    found = gradients(efficient.to("cuda:1"), images.to("cuda:1"), labels.to("cuda:1"))
-    assert torch.cuda.current_device() == 0
-    close([t.cpu() for t in found], [t.cpu() for t in expected], 1e-4)
-
-
-@gpu
-def test_gpu_float64_falls_back_with_one_warning(monkeypatch):
-    monkeypatch.setattr(kernels, "_state", {"warned": set(), "failed": set()})
-    _, efficient, images, labels = networks(torch.float64)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            gradients(efficient, images, labels)
-    assert [str(w.message) for w in caught if "Triton" in str(w.message)] == [
-        "plain PyTorch runs instead of the Triton kernels, more slowly: there are none for torch.float64"
-    ]

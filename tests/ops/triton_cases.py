@@ -260,9 +260,11 @@ def test_weight_gradient_left_out():
     assert all(torch.equal(a, b) for a, b in zip(sums, others, strict=True))
 
 
-@pytest.mark.parametrize("programs", [1, 4])
-def test_weight_gradients_of_few_and_many_parts(programs, monkeypatch):
+@pytest.mark.parametrize(("programs", "least"), [(1, 8), (4, 8), (64, 2)])
+def test_weight_gradients_of_few_and_many_parts(programs, least, monkeypatch):
+    grad_weight = tiles.grad_weight
     monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(programs=programs))
+    monkeypatch.setattr(tiles, "grad_weight", lambda of: replace(grad_weight(of), least=least))
     check_conv((4, (9, 11), 13), torch.float32, 5, 3)
 
 
@@ -302,11 +304,12 @@ def test_tuning_leaves_results_alone(monkeypatch):
         tuning, "_around", lambda tile: [tile, replace(tile, rows=32), replace(tile, rows=16, depth=16)]
     )
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
-    assert len(tried) == 9  # the second forward pass knows
+    assert len(tried) == 11  # the second forward pass knows
+    assert [tile.least for tile in tried[-5:]] == [8, 8, 8, 4, 2]  # of a weight's gradient
     capturing = True
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
     check_conv((2, (5, 7), 13), torch.float32, 6, 1)
-    assert len(tried) == 9 and [tile.rows for tile in tuning._found.values()] == [128, 128, 64]
+    assert len(tried) == 11 and [tile.rows for tile in tuning._found.values()] == [128, 128, 64]
 
 
 def test_not_a_number_is_passed_on():

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from efficient_densenet.ops.protocol import Affine, Statistics
-from efficient_densenet.ops.triton import forward, launch, moments, norms
+from efficient_densenet.ops.triton import forward, launch, moments, norms, recording
 
 started: list[tuple] = []
 
@@ -83,6 +83,34 @@ def twice(operation):
     return [function for _, _, _, _, function, *_ in expected]
 
 
+def recorded(given, operation):
+    """A recording starts what the operation starts, on the same device addresses: now, and with other tensors."""
+    made = recording.Recording(given)
+    with launch.collected() as launches:
+        operation(*given)
+    made.add(launches)
+    for tensors in (given, [t.clone() for t in given]):
+        scratch = torch.empty(made._scratch, dtype=torch.uint8)
+        started.clear()
+        operation(*tensors)
+        expected = [[address(v, tensors, None) for v in one] for one in started]
+        started.clear()
+        made._start_each([*(t.data_ptr() for t in tensors), scratch.data_ptr()], 17)
+        assert [[address(v, tensors, scratch) for v in one] for one in started] == expected and expected
+
+
+def address(value, given, scratch):
+    """A pointer into one of the tensors given as its number and how far behind; any into scratch are the same."""
+    pointer = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if not isinstance(pointer, int) or isinstance(value, bool) or pointer < 2**32:
+        return value
+    for number, t in enumerate(given):
+        if t.data_ptr() <= pointer < t.data_ptr() + t.nbytes:
+            return number, pointer - t.data_ptr()
+    assert scratch is None or scratch.data_ptr() <= pointer < scratch.data_ptr() + scratch.nbytes
+    return "scratch"
+
+
 def main():
     triton.runtime.driver.set_active(Driver())
     vectors = torch.randn(7, 37)
@@ -103,6 +131,15 @@ def main():
     of_x, weight, out = Affine(*torch.randn(4, 16)), torch.randn(8, 16, 1, 1), torch.empty(3, 5, 7, 8)
     operation = lambda: forward.norm_relu_conv(x, of_x, weight, out, 1, None)  # noqa: E731
     assert [name for name, _ in twice(operation)] == ["norm_relu_conv_kernel"]
+
+    buffer, vectors = torch.randn(3, 5, 7, 32), torch.randn(6, 16)
+
+    def layer(buffer, vectors, weight):  # reads a slice of the channels, writes another one, and takes scratch
+        norm, found = Affine(*vectors[:4]), Statistics(*vectors[4:, 16 - len(weight) :])
+        forward.norm_relu_conv(buffer[..., :16], norm, weight, buffer[..., 16 : 16 + len(weight)], 1, found)
+
+    recorded([buffer, vectors, weight], layer)
+    recorded([buffer, vectors, torch.randn(5, 16, 3, 3)], layer)
     print("the same")
 
 

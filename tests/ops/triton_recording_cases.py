@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -83,6 +84,21 @@ def test_recorded_steps_are_the_same_bit_for_bit(keep, bottleneck, device, monke
     assert not all(torch.equal(x, y) for a, b in pairwise(found) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_recorded_evaluation_is_the_same_bit_for_bit(context, memory_format, monkeypatch):
+    """With a stem, and layers that run operation by operation, which rearrange their weights where they must."""
+    torch.manual_seed(0)
+    options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "bn_size": 2, "num_classes": 5}
+    network = DenseNet(**options, input_size=64, efficient=True).eval().to(memory_format=memory_format)
+    batches = torch.randn(3, 2, 3, 20, 20)
+    monkeypatch.setattr(backends, "runs_layers", lambda *of_stage: False)
+    with context():
+        found = [network(images) for images in batches]
+        monkeypatch.setattr(recording, "repeated", lambda *arguments: False)
+        assert all(torch.equal(network(images), output) for images, output in zip(batches, found, strict=True))
+
+
 def test_gradients_of_weights_under_autocast_are_not_rounded_to_half_precision(monkeypatch):
     """Where all layers run in one call. One after the other, they are made in the type of the cast weights."""
     found = steps("bottleneck", True, 1, autocast=True)[0]
@@ -157,13 +173,21 @@ def test_what_lies_elsewhere_has_the_same_layout_and_what_is_aligned_otherwise_h
     assert repeated(x, mean, mean) == (True, False)  # two that are one
 
 
-def test_what_copies_a_tensor_is_not_recorded():
-    """PyTorch would do that once, and not again."""
+@pytest.mark.parametrize("context", [nullcontext, torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
+def test_what_copies_a_tensor_is_not_recorded(context):
+    """PyTorch would do that once, and not again. In inference and in operators it does not say what it does."""
     spread, vectors = torch.randn(8, 2).t(), torch.full((2, 8), -1.0)
-    assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
-    assert (vectors == -1).all()
-    with pytest.warns(UserWarning, match="no slice of the channels"):
-        ops.statistics(spread, Statistics(*vectors))
+    with context():
+        copies = [spread.contiguous, spread.double, lambda: spread.reshape(-1), spread.clone, vectors.zero_]
+        views = [spread.t, spread.float, vectors.contiguous, lambda: spread.t().reshape(-1), spread.unbind]
+        for i, operation in enumerate([*copies, *views]):
+            is_view = recording.repeated(i, [torch.zeros(2, 8)], lambda operation=operation: [operation])
+            assert is_view == (operation in views)
+        vectors.fill_(-1.0)
+        assert repeated(spread, *vectors) == (False, False) and repeated(spread, *vectors) == (False, True)
+        assert (vectors == -1).all()
+        with pytest.warns(UserWarning, match="no slice of the channels"):
+            ops.statistics(spread, Statistics(*vectors))
     torch.testing.assert_close(vectors[0], spread.mean(0))
 
 
@@ -242,6 +266,41 @@ def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeyp
     assert len(made._seen) == recording._MOST_SEEN and len(captured) == 1 + recording._MOST_GRAPHS
     capturing = True  # somebody else's graph gets the launches themselves
     assert made._graph_of((5,)) is None
+    capturing = False
+    assert made._graph_of((5,)) is not None
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # where no graph has been tried
+    assert made._graph_of((5,)) is None
+
+
+@pytest.mark.parametrize("failing", ["capture", "replay", None])
+def test_without_memory_for_a_graph_kernels_start_one_by_one(failing, monkeypatch):
+    """With one warning, and no graph is tried again."""
+    captured, replayed = [], []
+
+    class Graph:
+        def replay(self):
+            if failing == "replay":
+                raise torch.OutOfMemoryError("there is none left")
+            replayed.append(self)
+
+    def capture(self, addresses):
+        captured.append(addresses)
+        if failing == "capture":
+            raise torch.OutOfMemoryError("there is none left")
+        return Graph()
+
+    monkeypatch.setattr(recording.Recording, "_captured", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    made = recording.Recording([])
+    made._launches = [None, None]
+    assert not made._replayed((1,)) and not captured
+    if failing is None:
+        assert made._replayed((1,)) and made._replayed((1,))
+        assert len(replayed) == 2 and captured == [(1,)]
+        return
+    with pytest.warns(UserWarning, match="one by one, for there is no CUDA graph of them: there is none left"):
+        assert not made._replayed((1,))
+    assert not any(made._replayed((i,)) for i in (1, 2, 2, 1)) and captured == [(1,)] and not replayed
 
 
 def test_the_latest_recordings_are_kept(monkeypatch):

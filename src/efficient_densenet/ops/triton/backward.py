@@ -328,7 +328,7 @@ class Product:
         """Overwrite it: it is contiguous or channels-last."""
         lines = self.of.taps * self.outputs
         products = launch.ceil_div(lines, tile.rows) * launch.ceil_div(self.channels, tile.columns)
-        rows_per_part = tiles.rows_per_part(self.rows, products, tile.depth, self.of.device)
+        rows_per_part = tiles.rows_per_part(self.rows, products, tile, self.of.device)
         number = launch.ceil_div(self.rows, rows_per_part)
         parts = self.norm.scale.new_empty((number, lines, self.channels))
         vec, (grad_out_stride, x_stride, channels, outputs) = self._divided()

@@ -33,7 +33,7 @@ VECTORS = (
 """Numbers per channel, which begin anywhere in a longer vector: the compiler must not look at where."""
 
 
-_MOST = 2**31 - 1  # rows and columns are counted in 32 bits
+_MOST = 2**30  # rows are counted in 32 bits, and so is where a tile or a part of them would end
 
 
 class CannotStart(RuntimeError):
@@ -188,7 +188,7 @@ def uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: to
     if stride_of_rows(out, strides) is None:
         return "the output is no slice of the channels of a channels-last tensor"
     if max(prod(x[:-1]), prod(out[:-1])) > _MOST:
-        return "there are 2³¹ pixels or more"
+        return "there are more than 2³⁰ pixels"
     if kernel is not None and any(k % 2 == 0 for k in kernel):
         return f"the kernel's size {list(kernel)} is not odd"
     if kernel is not None and pool > 1 and max(kernel) > 1:

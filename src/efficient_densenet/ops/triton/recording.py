@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -114,8 +115,14 @@ class _Computing(TorchDispatchMode):
     found = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= not (function.is_view or "empty" in function.__name__)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.found |= "empty" not in function.__name__
+        elif isinstance(result, Tensor):
+            # In inference and in operators `contiguous`, `to` and `reshape` come here whole: views by their schema, and
+            # yet they may copy.
+            self.found |= result.untyped_storage()._cdata != args[0].untyped_storage()._cdata
+        return result
 
 
 class Pointer(NamedTuple):
@@ -197,11 +204,8 @@ class Recording:
             )
             return
         places = (*addresses, *[x.data_ptr() for x in scratch])
-        graph = self._graph_of(places) if len(self._launches) > 1 else None
-        if graph is None:
+        if not self._replayed(places):
             self._start_each(places, torch.cuda.current_stream(device).cuda_stream)
-        else:
-            graph.replay()
 
     def _start_each(self, addresses: Sequence[int], stream: int) -> None:
         launch.start_all(
@@ -215,9 +219,25 @@ class Recording:
             for start, template, pointers in self._launches
         )
 
+    def _replayed(self, addresses: tuple[int, ...]) -> bool:
+        """Whether the launches on these addresses are started as a graph; if not, none of them is started."""
+        try:
+            graph = self._graph_of(addresses) if len(self._launches) > 1 else None
+            if graph is not None:
+                graph.replay()
+        except RuntimeError as error:  # a graph takes memory of its own; another thread may have ended the capture
+            with _lock:
+                self._captures = _MOST_CAPTURES
+                self._graphs.clear()
+            warnings.warn(f"kernels start one by one, for there is no CUDA graph of them: {error}", stacklevel=2)
+            return False
+        return graph is not None
+
     def _graph_of(self, addresses: tuple[int, ...]) -> torch.cuda.CUDAGraph | None:
         """The launches on these addresses as a graph, from the second time on that they are asked for."""
-        if torch.cuda.is_current_stream_capturing():  # a graph of somebody else's gets the launches themselves
+        # A graph of somebody else's gets the launches themselves. On ROCm no graph has been tried: a query of an event
+        # by another thread, as that of NCCL, ends a capture there.
+        if torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
             return None
         with _lock:
             graph = self._graphs.get(addresses)

@@ -48,13 +48,19 @@ ROCM = Device(2, 264, widest=64)
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns that a program makes, how deep it multiplies at a time, its warps and its pipeline's stages."""
+    """Rows and columns that a program makes, how deep it multiplies at a time, its warps and its pipeline's stages.
+
+    Attributes:
+        least: steps of a program of a weight's gradient, at least. The compiler does not see it. Where pixels are few,
+            fewer steps make more programs, and more partial sums; which is faster was timed nowhere.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    least: int = 8
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -179,10 +185,10 @@ def grad_weight(of: Product) -> Tile:
     return Tile(rows, columns, 32, warps, of.stages)
 
 
-def rows_per_part(rows: int, products: int, depth: int, device: Device) -> int:
+def rows_per_part(rows: int, products: int, tile: Tile, device: Device) -> int:
     """The rows that a program of a weight gradient adds up, where one pass over them makes `products` tiles."""
     parts = ceil(device.programs / products)
-    return max(8, ceil(rows / parts / depth)) * depth
+    return max(tile.least, ceil(rows / parts / tile.depth)) * tile.depth
 
 
 def _warps(of: Product, large: bool) -> int:

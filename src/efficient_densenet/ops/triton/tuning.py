@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -31,6 +32,8 @@ def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, o
         if torch.cuda.is_current_stream_capturing():
             return default
         tiles = [tile for tile in _around(default) if name != "grad_x_pointwise" or tile.depth >= of.outputs]
+        if name == "grad_weight":
+            tiles += [replace(default, least=steps) for steps in (4, 2)]
         _found[key] = min(tiles, key=lambda tile: _milliseconds(attempt, tile, x.device))
     return _found[key]
 
