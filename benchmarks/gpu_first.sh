@@ -40,7 +40,8 @@ case "$call" in
 1)
     step race 190 python benchmarks/gpu_race.py "${quick[@]}" --output "$folder"
     side_by_side=()
-    if python -c "import xdist" 2>/dev/null; then side_by_side=(-n "${TEST_WORKERS:-8}"); fi
+    workers="${TEST_WORKERS:-8}"
+    if [[ "$workers" != 0 ]] && python -c "import xdist" 2>/dev/null; then side_by_side=(-n "$workers"); fi
     step tests 200 "${tests[@]}" "${side_by_side[@]}" -k "$chosen"
     if command -v compute-sanitizer >/dev/null; then
         # Its memcheck is known to complain about products of warp groups without reason.

@@ -40,10 +40,12 @@ def xray_small(**arguments) -> nn.Module:
     return torchxrayvision.models.DenseNet(num_classes=5, in_channels=3, **arguments)
 
 
-def unet() -> nn.Module:
+def unet(depth: int = 5) -> nn.Module:
+    """Of a depth of 3, it runs two of the encoder's four blocks."""
     import segmentation_models_pytorch
 
-    return segmentation_models_pytorch.Unet("densenet121", encoder_weights=None, decoder_channels=(8, 8, 4, 4, 4))
+    decoder = {"encoder_depth": depth, "decoder_channels": (8, 8, 4, 4, 4)[:depth]}
+    return segmentation_models_pytorch.Unet("densenet121", encoder_weights=None, **decoder)
 
 
 def images(*size: int, n: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,12 +10,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+from forks import forks_with
+
 from efficient_densenet.cli import main
 from efficient_densenet.training import plots
 
-# Processes are forks of one that has imported everything, which takes seconds, and has run nothing.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([f"efficient_densenet.training.{name}" for name in ("lightning_cli", "plots", "data")])
+FORKS = forks_with(*(f"efficient_densenet.training.{name}" for name in ("lightning_cli", "plots", "data")))
 CONFIGS = Path(__file__).parents[1] / "configs"
 BRIEF = [
     "--trainer.max_epochs=2",
@@ -55,7 +54,7 @@ def _run(command: str, config: Path, folder: Path, *options: str) -> int:
 def begin_fit(output: Path, config: str, folder: Path, *options: str, first: Sequence[Callable] = ()) -> BaseProcess:
     """A process that fits the configuration `config`, prints to the file `output`, and calls what is `first` before."""
     (folder / "tiny.yaml").write_text(config)
-    begun = _FORKS.Process(target=_fit, args=(output, folder, options, first))
+    begun = FORKS.Process(target=_fit, args=(output, folder, options, first))
     begun.start()
     return begun
 

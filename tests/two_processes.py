@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from comparison import buffers, gradients, weighted_sum
+from forks import forks_with
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from twins import BOTTLENECK, IMAGENET, PLAIN, images, pair
 
 from efficient_densenet.execution import KEEP
 
+forks_with("efficient_densenet", "torch.distributed.fsdp", "torch._dynamo")
 EMPTY = "without images in one process"
 SYNCHRONISED = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
 SHARDS = (slice(0, 2), slice(2, 5))  # of five images; of unequal size, as the last batch of an epoch may be
@@ -24,7 +26,7 @@ NOTHING_IN_ONE = (slice(0, 0), slice(0, 5))
 
 def run(folder: Path) -> list[dict[str, dict]]:
     """The results of `_work`, for each of the two processes."""
-    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(_work, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import timm.layers
 import torch
 from comparison import buffers, gradients, weighted_sum
+from forks import forks_with
 from others import images, monai_small, pair, timm_small, torchvision_small
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,13 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from efficient_densenet import make_efficient
 
+forks_with(
+    "efficient_densenet", "torch.distributed.fsdp", "torch._dynamo", "torchvision", "timm", "monai.networks.nets"
+)
 MODELS = {"torchvision": torchvision_small, "timm": timm_small, "MONAI": monai_small}
 WAYS = ("ordinary", "adopted before", "adopted after")
 
 
 def run(folder: Path) -> list[dict[str, dict]]:
     """The results of `_work`, for each of the two processes."""
-    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(_work, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

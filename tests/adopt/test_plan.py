@@ -23,7 +23,7 @@ NETWORKS = {
     "torchvision, wider": (lambda: torchvision_small(num_init_features=16), (3, 96, 96), 16, LITTLE),
     "timm, deep stem": (lambda: timm_small(block_config=(3, 3, 3), stem_type="deep"), (3, 96, 96), 4, LITTLE),
     "MONAI 3D": (lambda: monai_small(3, growth_rate=16, init_features=16), (3, 32, 32, 32), 16, USUAL),
-    "U-Net": (unet, (3, 64, 64), 3, USUAL),
+    "U-Net": (lambda: unet(3), (3, 64, 64), 3, USUAL),
 }
 
 

@@ -18,18 +18,41 @@ from operands import (
 
 from efficient_densenet.ops import convolution, cpu, eager, reference
 from efficient_densenet.ops.cpu import library
+from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 # Relative to the largest value: sums in another order; half precision is rounded once per value and accumulation.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_spare = pytest.mark.parametrize("spare", [0, 3], ids=["whole", "slice"])
-every_size_of_piece = pytest.mark.parametrize("pieces", [False, True], ids=["one piece", "one image a piece"])
+SIZES_OF_PIECE = {"one piece": False, "one image a piece": True}
+every_size_of_piece = pytest.mark.parametrize("pieces", SIZES_OF_PIECE.values(), ids=[*SIZES_OF_PIECE])
+
+BACKENDS = {"eager": None, **{f"cpu-{level.option}": level for level in LEVELS}}
+# Above AVX-512, a level has kernels of its own for bfloat16 alone; for other types it has those of AVX-512.
+BACKENDS_AND_DTYPES = {
+    f"{name}-{str(dtype).removeprefix('torch.')}": (level, dtype)
+    for name, level in BACKENDS.items()
+    for dtype in DTYPES
+    if level is None or level <= Instructions.AVX512 or dtype == torch.bfloat16
+}
+every_backend_and_dtype = pytest.mark.parametrize(
+    ("ops", "dtype"), BACKENDS_AND_DTYPES.values(), ids=[*BACKENDS_AND_DTYPES], indirect=["ops"]
+)
+# Without a convolution, native kernels take all images at once.
+PASSES = {
+    f"{name}-{size}": (level, dtype, pieces)
+    for name, (level, dtype) in BACKENDS_AND_DTYPES.items()
+    for size, pieces in SIZES_OF_PIECE.items()
+    if level is None or not pieces
+}
+every_backend_of_passes = pytest.mark.parametrize(
+    ("ops", "dtype", "pieces"), PASSES.values(), ids=[*PASSES], indirect=["ops"]
+)
 
 
-@pytest.fixture(params=[None, *LEVELS], ids=["eager", *(f"cpu-{level.option}" for level in LEVELS)])
+@pytest.fixture(params=BACKENDS.values(), ids=[*BACKENDS])
 def ops(request):
     """Plain PyTorch, and the native kernels at every level that this processor has."""
     if request.param is None:
@@ -65,7 +88,7 @@ def poisoned(shape, dtype, spare):
 
 @pytest.mark.usefixtures("scratch")
 @every_shape
-@every_dtype
+@every_backend_and_dtype
 @every_spare
 @every_size_of_piece
 @pytest.mark.parametrize(("kernel", "pool"), [(1, 1), (3, 1), (1, 2), (1, 3)])
@@ -97,7 +120,7 @@ def test_norm_relu_conv(ops, shape, dtype, spare, kernel, pool):
 
 
 @pytest.mark.usefixtures("scratch")
-@every_dtype
+@every_backend_and_dtype
 @every_spare
 @every_size_of_piece
 def test_gradients_accumulate_and_weights_are_left_out(ops, dtype, spare):
@@ -114,9 +137,8 @@ def test_gradients_accumulate_and_weights_are_left_out(ops, dtype, spare):
 
 
 @pytest.mark.usefixtures("scratch")
-@every_dtype
+@every_backend_of_passes
 @every_spare
-@every_size_of_piece
 @pytest.mark.parametrize("size", [(5, 7), (8, 6), (1, 9), (1, 1), (9,), (3, 4, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 13])
 def test_norm_relu_max_pool(ops, size, channels, dtype, spare):
@@ -139,9 +161,8 @@ def test_norm_relu_max_pool(ops, size, channels, dtype, spare):
 
 @pytest.mark.usefixtures("scratch")
 @every_shape
-@every_dtype
+@every_backend_of_passes
 @every_spare
-@every_size_of_piece
 def test_norm_relu_mean(ops, shape, dtype, spare):
     operands = Operands.random(shape, dtype, spare)
     (x, norm), (x64, norm64) = operands, operands.double()
@@ -158,7 +179,7 @@ def test_norm_relu_mean(ops, shape, dtype, spare):
     assert_close([grad_x, *sums, through], [grad_x64, *expected, through64], dtype)
 
 
-@every_dtype
+@every_backend_and_dtype
 @pytest.mark.parametrize("parameters", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fold_norm(ops, dtype, parameters):
     _, norm = Operands.random((1, (1, 1), 37), dtype)
@@ -173,9 +194,8 @@ def test_fold_norm(ops, dtype, parameters):
 
 @pytest.mark.usefixtures("scratch")
 @every_shape
-@every_dtype
+@every_backend_of_passes
 @every_spare
-@every_size_of_piece
 def test_statistics_and_finish(ops, shape, dtype, spare):
     operands = Operands.random(shape, dtype, spare)
     (x, norm), (x64, norm64) = operands, operands.double()
@@ -233,7 +253,7 @@ def test_sums_do_not_cancel(ops):
 
 
 @pytest.mark.usefixtures("scratch")
-@every_dtype
+@every_backend_and_dtype
 @every_size_of_piece
 def test_results_repeat_bit_for_bit(ops, dtype):
     x, norm = Operands.random((4, (9, 11), 13), dtype, 3)

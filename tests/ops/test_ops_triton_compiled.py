@@ -16,9 +16,12 @@ triton = pytest.importorskip("triton")
 from efficient_densenet.ops.triton import ahead_of_time, estimate, forward, launch, machine_code  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Empty at first, and one for all tests, for several look at the same kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 def shapes(*names):

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from triton_interpreter import correct_bfloat16
+from triton_interpreter import correct_bfloat16, without_repetition
 
 from efficient_densenet import DenseNet
 from efficient_densenet import ops as backends
@@ -26,6 +26,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops_triton.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
 from efficient_densenet.ops.triton import forward, launch, layers, moments, recording, tiles, tuning
+
+without_repetition()
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,19 @@
-"""Runs that are killed, batches that are split, and the trainer's options. As a program: one step in two processes."""
+"""Runs that are killed, batches that are split, and the trainer's options."""
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor, nn
+from tiny_run import FORKS, begin_fit
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Subset
 
 from efficient_densenet import DenseNet
@@ -47,8 +49,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
 
     def last(root):
         return run_folder(root) / "checkpoints" / "last.ckpt"
-
-    from tiny_run import begin_fit  # which this file, as a program, could not import
 
     (tmp_path / "killed").mkdir()
     killed = begin_fit(tmp_path / "output", TINY, tmp_path / "killed", "--ckpt_path", "last")
@@ -112,10 +112,25 @@ def test_accumulation_steps_by_the_average_gradient(batch_size, planned_pieces):
 
 
 def test_two_processes_step_by_the_average_gradient(tmp_path):
-    subprocess.run([sys.executable, __file__, tmp_path / "rank"], check=True, capture_output=True, timeout=200)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=step_as, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
     whole = weights_after_a_step(devices=1)
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}", weights_only=True), whole)
+
+
+def step_as(rank: int, port: int, folder: Path) -> None:
+    """The step of one of two processes, which are started as by a cluster, not by Lightning."""
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.save(weights_after_a_step(devices=2, strategy="ddp"), folder / f"rank{rank}")
+    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +180,3 @@ def test_batch_norm_across_processes_needs_gpus(tiny, tmp_path, capsys):
     together = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
     assert main(["fit", "--config", str(tiny), *folder, *together]) == 2
     assert "sync_batchnorm works on GPUs alone" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    weights = weights_after_a_step(devices=2, strategy="ddp")
-    torch.save(weights, f"{sys.argv[1]}{torch.distributed.get_rank()}")
-    torch.distributed.destroy_process_group()
