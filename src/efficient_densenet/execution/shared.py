@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.casts import cast_one_by_one
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import Passes, is_observed
+from efficient_densenet.execution.operators import Passes
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
@@ -32,6 +32,7 @@ from efficient_densenet.execution.reading import (
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import unrecorded
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
+from efficient_densenet.execution.transforms import is_observed
 
 
 def run(
