@@ -28,22 +28,23 @@ template <bool kRectify> struct PairRowsBody {
   const float *scale, *shift;
   pair *out;
   template <int W> void run(Index c) const {
-    using V = vector<float, W>;
-    V a{}, b{};
+    using Half = typename Vectors<float, W>::bits16;
+    using Wide = typename Vectors<float, W>::bits32;
+    vector<float, W> a{}, b{};
     if constexpr (kRectify)
       a = load<W>(scale + c), b = load<W>(shift + c);
     auto row = [&](Index r) {
-      V v = load<W>(x + r * ldx + c);
+      Half v;
       if constexpr (kRectify)
-        v = rectify(v * a + b);
-      return v;
+        store<W>(reinterpret_cast<bf16 *>(&v), rectify(load<W>(x + r * ldx + c) * a + b));
+      else
+        std::memcpy(&v, x + r * ldx + c, sizeof v);
+      return __builtin_convertvector(v, Wide);
     };
     for (Index r = 0; r < rows; r += 2) {
-      typename Vectors<float, W>::bits16 first, second;
-      store<W>(reinterpret_cast<bf16 *>(&first), row(r));
-      store<W>(reinterpret_cast<bf16 *>(&second), r + 1 < rows ? row(r + 1) : V{});
-      using Wide = typename Vectors<float, W>::bits32;
-      Wide both = __builtin_convertvector(first, Wide) | __builtin_convertvector(second, Wide) << 16;
+      Wide both = row(r);
+      if (r + 1 < rows)
+        both |= row(r + 1) << 16;
       std::memcpy(out + r / 2 * stride + c, &both, sizeof both);
     }
   }
@@ -52,5 +53,23 @@ template <bool kRectify, class E, class T>
 void pair_rows(Matrix<E> x, Index rows, Index channels, const float *scale, const float *shift, Index stride, T *out) {
   for_channels<kW>(0, channels, PairRowsBody<kRectify>{x.data, x.ld, rows, stride, scale, shift, out});
 }
+
+// From pairs (r₀, r₁), (r₂, r₃) … the `n` + 1 pairs (0, r₀), (r₁, r₂) …, `stride` pairs from one to the next.
+struct ShiftedPairsBody {
+  const pair *pairs;
+  Index stride, n;
+  pair *out;
+  template <int W> void run(Index c) const {
+    using Wide = typename Vectors<float, W>::bits32;
+    Wide before{}, here;
+    for (Index i = 0; i <= n; ++i, before = here) {
+      here = Wide{};
+      if (i < n)
+        std::memcpy(&here, pairs + i * stride + c, sizeof here);
+      Wide both = before >> 16 | here << 16;
+      std::memcpy(out + i * stride + c, &both, sizeof both);
+    }
+  }
+};
 
 END_LEVEL

@@ -73,10 +73,10 @@ void add_outer(Lines<T> a, Index outputs, Lines<T> b, Index channels, Index line
   Index most = tile_vectors((outputs + tiles - 1) / tiles);
   TileRegisters registers(rows);
   // A slice of `b` stays in the first-level cache for all outputs.
-  for (Index j = 0; j < all; j += most)
+  for (Index j = 0; j < all; j += group_of(j, all, most))
     for (Index i = 0; i < tiles; ++i) {
       Index from = outputs * i / tiles, n = outputs * (i + 1) / tiles - from;
-      with_tile(static_cast<int>(n), static_cast<int>(all - j < most ? all - j : most),
+      with_tile(static_cast<int>(n), group_of(j, all, most),
                 OuterTile<T>{{a.data + from * (TILES ? a.ld : 1), a.ld, a.line},
                              {b.data + j * kW, b.ld, b.line},
                              lines,

@@ -30,9 +30,74 @@ inline auto tiles_of(const Units &units, const Unit &unit) {
   };
 }
 
+// A unit of the rectified prefix with its border, turned round: for each pair of channels all pixels, `ld` apart.
+struct Pixels {
+  Index stride, ld; // pairs from pixel to pixel before it is turned, from pair to pair behind that
+  Buffer<pair> line, turned;
+  Pixels(const Units &units, Index channels)
+      : stride(whole_vectors(elements<pair>(channels))), ld((vectors_of(units.scratch(1) + kW) | 1) * kW),
+        line(units.width * stride), turned(stride * ld) {
+    std::memset(turned.data(), 0, stride * ld * sizeof(pair));
+  }
+  void fill(const Units &units, const Unit &unit, Matrix<bf16> x, Index channels, const float *scale, const float *shift) {
+    for (Index y = 0; y < unit.lines + 2; ++y) {
+      Index at = unit.first + y - 1; // the line of the image
+      pair *to = turned.data() + y * units.wide + 1;
+      if (at < 0 || at >= units.height) {
+        for (Index k = 0; k < stride; ++k)
+          std::memset(to + k * ld, 0, units.width * sizeof(pair));
+        continue;
+      }
+      fill_prefix(from_row(x, (unit.image * units.height + at) * units.width), units.width, channels, scale, shift,
+                  stride, line.data());
+      // Zeros behind the line's pixels go to the border, and to pixels that the next line fills.
+      copy_transposed(line.data(), stride, stride, units.width, ld, to);
+    }
+  }
+};
+
+// `windowed` for outputs that leave most of a vector empty, or only just fill it: vectors are of pixels here.
+inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
+                                 const float *shift, Matrix<bf16> out, double *moments, int threads) {
+  Index depth = depth_of<pair>(weight.in);
+  Units units(grid, lines_within(128 << 10, grid, whole_vectors(depth)));
+  Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
+                                     weight.out_stride, threads);
+  Index all = units.lines * units.wide, ld = whole_vectors(all) + kW;
+  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
+  for_chunks(chunks, [&](int chunk) {
+    Pixels prefix(units, weight.in);
+    Buffer<float> sums(weight.out * ld), values(whole_vectors(units.width) * kW);
+    Range range(units.count, chunk, chunks);
+    for (Index i = range.begin; i < range.end; ++i) {
+      Unit unit(units, i);
+      Matrix<bf16> to = from_row(out, unit.row);
+      prefix.fill(units, unit, x, weight.in, scale, shift);
+      std::memset(sums.data(), 0, weight.out * ld * sizeof(float));
+      for (Index y = 0; y < 3; ++y) { // lines of the window, whose taps lie side by side
+        fetch_unit(units, unit, x, grid, weight.in, unit.rows * y / 3, unit.rows * (y + 1) / 3);
+        add_outer(Lines<pair>{b.data() + 3 * y * depth * kW, kW, depth * kW}, weight.out,
+                  Lines<pair>{prefix.turned.data() + y * units.wide, prefix.ld, 1}, unit.lines * units.wide, 3, depth,
+                  sums.data(), ld);
+      }
+      for (Index y = 0; y < unit.lines; ++y) {
+        copy_transposed(sums.data() + y * units.wide, ld, whole_vectors(units.width), weight.out, kW, values.data());
+        store_tile({y * units.width, static_cast<int>(units.width), 0, weight.out, values.data(), kW}, to);
+      }
+      if (moments)
+        parts[chunk].add<bf16>(to, unit.rows, weight.out, {nullptr, 0});
+    }
+  });
+  if (moments)
+    merge_moments(parts, 0, moments);
+}
+
 // `convolve` for a window of 3.
 inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
                      const float *shift, Matrix<bf16> out, double *moments, int threads) {
+  if (!TILES && weight.out <= kW)
+    return windowed_over_pixels(x, grid, weight, scale, shift, out, moments, threads);
   Index depth = depth_of<pair>(weight.in);
   Units units(grid, lines_within(192 << 10, grid, depth));
   Taps taps(units, depth);
@@ -80,18 +145,26 @@ struct PixelPairs {
         std::memset(prefix->data(), 0, size(units) * sizeof(pair));
   }
 
-  // From the gradient of the output, and from the rectified prefix with its border, `stride` pairs of channels a pixel.
-  void fill(const Units &units, const Unit &unit, Matrix<bf16> grad_here, Index outputs, pair *prefix, Index stride,
-            Index channels) {
+  // From the gradient of the output of all images, and from their prefix, which is rectified.
+  void fill(const Units &units, const Unit &unit, Matrix<bf16> all_grad, Index outputs, Matrix<bf16> x, Index channels,
+            const float *scale, const float *shift) {
     for (Index y = 0; y < unit.lines; ++y)
-      pair_rows<false>(from_row(grad_here, y * units.width), units.width, outputs, nullptr, nullptr, outputs,
+      pair_rows<false>(from_row(all_grad, unit.row + y * units.width), units.width, outputs, nullptr, nullptr, outputs,
                        grad.data() + y * across * outputs);
     if (TILES)
       turn_gradient(units, unit, outputs);
     for (Index y = 0; y < unit.lines + 2; ++y) {
-      Matrix<bf16> from{scalars(prefix + y * units.wide * stride), 2 * stride};
-      pair_rows<false>(from, units.wide, channels, nullptr, nullptr, ld, even.data() + y * line);
-      pair_rows<false>(from_row(from, 1), units.wide - 2, channels, nullptr, nullptr, ld, odd.data() + y * line);
+      Index at = unit.first + y - 1; // the line of the image
+      pair *to_even = even.data() + y * line, *to_odd = odd.data() + y * line;
+      if (at < 0 || at >= units.height) {
+        for (pair *to : {to_even, to_odd})
+          std::memset(to, 0, line * sizeof(pair));
+        continue;
+      }
+      // The border is one pixel wide: the first of the image stands at an odd one.
+      pair_rows<true>(from_row(x, (unit.image * units.height + at) * units.width), units.width, channels, scale, shift,
+                      ld, to_odd);
+      for_channels<kW>(0, channels, ShiftedPairsBody{to_odd, ld, units.across, to_even});
     }
   }
 
@@ -130,8 +203,8 @@ template <bool kAdd>
 void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight,
                        const float *scale, const float *shift, const float *mean, Matrix<bf16> grad_x,
                        bf16 *grad_weight, double *sums, int threads) {
-  Index depth = depth_of<pair>(weight.out), prefix_depth = elements<pair>(weight.in), all = vectors_of(weight.in);
-  Units units(grid, lines_within(192 << 10, grid, prefix_depth));
+  Index depth = depth_of<pair>(weight.out), all = vectors_of(weight.in);
+  Units units(grid, lines_within(192 << 10, grid, elements<pair>(weight.in)));
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
                                      weight.out_stride, weight.in, weight.in_stride, threads); // turned round
@@ -140,7 +213,7 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   Index ld = all * kW;
   std::vector<Buffer<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
-    Buffer<pair> around(units.scratch(depth) + kRowsBehind * depth), prefix(grad_weight ? units.scratch(prefix_depth) : 0);
+    Buffer<pair> around(units.scratch(depth) + kRowsBehind * depth);
     PixelPairs pairs(units, grad_weight ? weight.out : 0, grad_weight ? weight.in : 0);
     if (grad_weight)
       weight_parts[chunk] = zeros(9 * weight.out * ld);
@@ -154,10 +227,7 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
         fill_copy(from, pixels, weight.out, depth, line);
       });
       if (grad_weight) {
-        with_border(units, unit, x, prefix_depth, prefix.data(), [&](Matrix<bf16> from, Index pixels, pair *line) {
-          fill_prefix(from, pixels, weight.in, scale, shift, prefix_depth, line);
-        });
-        pairs.fill(units, unit, from_row(grad, unit.row), weight.out, prefix.data(), prefix_depth, weight.in);
+        pairs.fill(units, unit, grad, weight.out, x, weight.in, scale, shift);
         pairs.add(units, unit, weight.out, weight.in, weight_parts[chunk].data());
       }
       Product<pair>{around.data(), depth, depth, b.data(), weight.in, 9, taps.offsets}.run(
