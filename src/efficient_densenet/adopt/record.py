@@ -156,7 +156,7 @@ class Record(Meanings):
         meanings = [m for m in map(self.meaning, _flat(args)) if m is not None]
         if packet is _aten.zeros and made.dim() == 0:
             self.set(made, Zero())
-        if not meanings or not any(not isinstance(m, Zero) for m in meanings):
+        if all(isinstance(m, Zero) for m in meanings):  # or there are none
             return
         in_place = packet.__name__.endswith("_")
         if in_place:

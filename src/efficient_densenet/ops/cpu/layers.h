@@ -16,7 +16,7 @@ template <class E> Weight<E> weight_of(const Convolution &c, const void *data) {
   return {values, c.outputs, c.inputs, c.window * c.window, c.output_stride, c.input_stride, c.tap_stride};
 }
 
-// What every reader of the layers has in common.
+// The layers, reader by reader.
 template <class E> class Block : Passed<E> {
   using S = float; // there are kernels of whole convolutions for types that are computed in single precision
   using Passed<E>::matrix, Passed<E>::vector;
@@ -74,13 +74,13 @@ template <class E> class Block : Passed<E> {
 public:
   Block(const Layers &layers, int threads) : layers(layers), threads(threads) {}
 
-  int forward(bool folds, bool measure) const {
+  int forward(bool fold_norms, bool measure) const {
     Index width = layers.width, at = 0;
     std::vector<double> moments;
     for (Index i = 0; i < layers.count; ++i) {
       const Reader &r = reader(i);
       Index outputs = r.convolution.outputs;
-      if (folds)
+      if (fold_norms)
         fold(r, norm(r, at));
       moments.assign(2 * outputs, 0);
       if (!run(i, at, width, measure ? moments.data() : nullptr))

@@ -64,7 +64,7 @@ inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
                                      weight.out_stride, threads);
   Index all = units.lines * units.wide, ld = whole_vectors(all) + kW;
-  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  int chunks = units.chunks(threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
     Pixels prefix(units, weight.in);
