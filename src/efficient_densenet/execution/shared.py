@@ -180,8 +180,6 @@ def _mask(x: Tensor, weight: Tensor, dropout: Dropout, channels_last: bool) -> T
     """
     size = [1] * (x.dim() - 2) if dropout.whole_channels else x.shape[2:]
     ones = torch.ones((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device)
-    if dropout.whole_channels:
-        return torch.feature_dropout(ones, dropout.rate, True) != 0
-    if channels_last:
+    if channels_last and not dropout.whole_channels:
         ones = ones.movedim(1, -1).contiguous().movedim(-1, 1)
-    return F.dropout(ones, dropout.rate) != 0
+    return dropout.step()(ones) != 0
