@@ -93,6 +93,7 @@ def test_mistakes(tmp_path, network, capsys, options, message):
 def test_every_image_has_a_row_in_the_order_given(tmp_path, network):
     folder = tmp_path / "images"
     (folder / "series.png").mkdir()  # a folder, whatever its name is
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
     paths = [folder / name for name in ("2.png", "0.png", "2.png", "0.png")]
     assert predict(tmp_path, *map(str, paths), "--output", "a.csv") == 0
     found = [row["path"] for row in csv.DictReader((tmp_path / "a.csv").open())]

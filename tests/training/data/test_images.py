@@ -16,6 +16,7 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.images import (
     TransformedImages,
     UnreadableImageError,
+    files_below,
     read_image,
     stratified_split,
 )
@@ -80,6 +81,20 @@ def test_a_damaged_image_is_one_line_also_from_a_worker(tmp_path: Path, num_work
     images = TransformedImages(datasets.ImageFolder(str(tmp_path), loader=read_image), v2.PILToTensor())
     message = error_from(DataLoader(images, num_workers=num_workers))
     assert re.fullmatch(r"cannot read the image '.*broken\.png' \(.*\); replace or remove it", message)
+
+
+@pytest.mark.parametrize("link", ["images", "zebras"])
+def test_files_below_a_folder(tmp_path: Path, link: str) -> None:
+    """A folder that can be reached under two names is read under the first; a link to nothing is no file."""
+    for name in (".cache/set/1.png", "photos/2.png", "photos/.3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "cached").symlink_to(tmp_path / ".cache/set")
+    (tmp_path / link).symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/above").symlink_to(tmp_path)
+    (tmp_path / "photos/gone.png").symlink_to(tmp_path / "nothing")
+    found = [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)]
+    assert found == ["cached/1.png", f"{min(link, 'photos')}/2.png"]
 
 
 def test_the_error_survives_pickling() -> None:

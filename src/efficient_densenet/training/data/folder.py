@@ -62,9 +62,14 @@ class ImageFolder(PhotoDataModule):
 
 
 def _is_split(root: Path) -> bool:
-    """Whether the folders in `root` are ``train`` or ``val``, or all have names of that kind: they are no classes."""
+    """Whether the folders in `root` are splits and not classes.
+
+    They are where one is called ``train`` or ``val``, where there are folders for two splits, whatever else is there,
+    and where all have names of splits.
+    """
     names = [path.name for path in _folders_in(root)]
-    return bool({"train", "val"} & {*names}) or (bool(names) and all(name.lower() in _SPLITS for name in names))
+    found = [_SPLITS[name.lower()] for name in names if name.lower() in _SPLITS]
+    return bool({"train", "val"} & {*names}) or len({*found}) > 1 or (bool(names) and len(found) == len(names))
 
 
 def _folders_in(root: Path) -> list[Path]:
@@ -132,9 +137,10 @@ def read_class_folders(folder: Path, preprocessing: Preprocessing) -> datasets.I
     def is_visible_image(path: str) -> bool:
         if is_hidden(path, folder):
             return False
-        if not is_image(path):
+        taken = is_image(path)
+        if not taken:
             left_out.append(path)
-        return is_image(path)
+        return taken
 
     try:
         images = _VisibleImages(str(folder), loader=preprocessing.read, is_valid_file=is_visible_image)

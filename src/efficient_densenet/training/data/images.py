@@ -18,7 +18,9 @@ from efficient_densenet.errors import UserError, require
 from efficient_densenet.training.data.dicom import DICOM_SUFFIXES, read_dicom
 from efficient_densenet.training.data.unreadable import UnreadableImageError, unreadable
 
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif", *DICOM_SUFFIXES)
+# PIL reads AVIF only where it was built with a library for it.
+_AVIF = [".avif"] if ".avif" in Image.registered_extensions() else []
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", *_AVIF, *DICOM_SUFFIXES)
 
 
 def read_image(path: str | os.PathLike[str], value_range: tuple[float, float] | None = None) -> Image.Image | Tensor:
@@ -75,7 +77,10 @@ def is_hidden(path: str | os.PathLike[str], folder: Path) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in `folder` and the folders below it, without hidden ones. Folders may be links; each is read once."""
+    """All files in `folder` and the folders below it, without hidden ones and links to nothing.
+
+    Folders may be links; each is read once, under the name that comes first in alphabetical order.
+    """
     seen = set()
     for below, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(below)
@@ -83,7 +88,10 @@ def files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (path for path in (Path(below, name) for name in names) if not is_hidden(path, folder))
+        # Hidden folders are not entered, or a visible link to one of them would be left out as seen.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (Path(below, name) for name in names if not name.startswith("."))
+        yield from (path for path in visible if path.is_file())
 
 
 class LabelledImages(Protocol):
