@@ -313,6 +313,12 @@ def stem(*norms):
     return nn.Sequential(*parts, nn.MaxPool2d(3, 2, 1))
 
 
+def test_a_stem_with_an_activation_in_place_of_its_norm_is_left_with_the_reason():
+    convolutions = [nn.Conv2d(3, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, 6, 3, padding=1)]
+    found, *_ = look([nn.Sequential(*convolutions, nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))], Tensors("cpu"))
+    assert found.reason == "there is GELU behind its first convolution, where a batch norm should be"
+
+
 def test_a_stem_needs_a_batch_norm_behind_each_of_its_convolutions():
     assert all(one.reason is None for one in look([stem(nn.BatchNorm2d(6), nn.BatchNorm2d(6))], Tensors("cpu")))
     assert all(one.chain.plan is None for one in look([stem(nn.GroupNorm(2, 6), nn.BatchNorm2d(6))], Tensors("cpu")))
@@ -332,8 +338,12 @@ def looks_at_values(block):
         (Sparse, "its layer 2 does not read all features"),
         (lambda: (block := Loop(), looks_at_values(block))[0], "its forward (looks at the values|uses sum)"),
         (lambda: stem(nn.GroupNorm(2, 6)), "no batch norm follows its first convolution"),
+        (
+            lambda: nn.Sequential(*parts(6), nn.AvgPool2d(2), nn.Dropout(0.3), nn.Conv2d(4, 4, 1)),
+            "a convolution reads features without a norm and an activation in front of it",
+        ),
     ],
-    ids=["not all features", "values", "a stem without batch norm"],
+    ids=["not all features", "values", "a stem without batch norm", "a convolution behind pool and dropout"],
 )
 def test_what_is_not_dense_is_left(build, reason):
     with pytest.raises(NotDenseError, match=reason):

@@ -82,8 +82,7 @@ class Owners:
         part, name = self._found.get(id(weight), (-1, ""))
         constant = part >= 0 and name in self.modules[part]._buffers
         plain = bias is None and not transposed and not any(padding) and set(dilation) == {1}
-        function: Any = pad.function
-        mode = _PADS.get(function.overloadpacket)
+        mode = _PADS.get(getattr(pad.function, "overloadpacket", None))  # dropout is a plain function
         if not constant or not plain or not (groups == weight.shape[0] == channels) or mode is None:
             return None
         if any(pad.arguments[1:]) or len(stride) != 2 or len(pad.arguments[0]) != 4:

@@ -266,9 +266,12 @@ class Record(Meanings):
         """What a layer made of its last convolution's output `x`, as if the convolution were of another kind."""
         if not isinstance(x, Features) or x.single is None:
             return None
-        reason = f"there is {what} behind the last convolution of a layer"
         convolved = self.pieces[x.single]
-        return self.new_piece(Piece(made.shape[1], convolved.source, None, reason, entry=convolved.entry))
+        reason = f"there is {what} behind the last convolution of a layer"
+        if convolved.entry is not None:
+            reason = f"there is {what} behind its first convolution, where a batch norm should be"
+        obstacle = convolved.obstacle or reason  # what comes first is named
+        return self.new_piece(Piece(made.shape[1], convolved.source, None, obstacle, entry=convolved.entry))
 
     def _split(self, x: Tensor, made: Sequence[Tensor], dim: int, packet: Any) -> None:
         """Give each part a meaning."""
