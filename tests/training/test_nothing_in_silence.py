@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from PIL import Image
 from tiny_run import CONFIG, begin_fit, run
 
 from efficient_densenet import DenseNet
+from efficient_densenet.errors import UserError
 from efficient_densenet.files import _HOST, remove_left_over, replacing
 from efficient_densenet.training import runs
 from efficient_densenet.training.data.images import read_image
+from efficient_densenet.training.facts import refuse_other_classes
 from efficient_densenet.training.predict import image_files
 
 
@@ -149,6 +152,24 @@ def test_other_classes_are_refused_and_other_sizes_are_said(tmp_path, capsys, im
     for command in ("fit", "validate", "test"):
         assert run(command, tmp_path, *options[: None if command == "fit" else -1], "--ckpt_path=last") == 2
         assert "for other classes than the data have, 'cat' in the place of 'dog'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "message"),
+    [
+        (["cat", "dog"], ["cat", "gnu"], "'dog' in the place of 'gnu' for one"),
+        (["cat", "dog"], ["dog", "cat"], "'cat' in the place of 'dog' for one"),
+        (["cat", "dog"], ["cat", "dog", "fish"], "for 2 classes and the data have 3: "),
+        (["0", "1"], ["cat", "dog", "fish"], "for 2 classes and the data have 3: "),
+        (["cat", "dog", "fish"], ["0", "1"], "for 3 classes and the data have 2: "),
+        (["cat", "dog"], ["cat", "dog"], None),
+        (["0", "1"], ["cat", "dog"], None),  # numbers are no names
+        (None, ["cat", "dog"], None),  # a checkpoint of another program
+    ],
+)
+def test_classes_of_a_checkpoint(trained, given, message):
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        refuse_other_classes(trained, given, "a.ckpt")
 
 
 def test_label_smoothing_has_a_column_of_its_own(tmp_path):

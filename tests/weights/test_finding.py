@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import pathlib
+import re
 from collections import OrderedDict, defaultdict
 
 import numpy as np
@@ -56,6 +57,13 @@ HOLDERS = {
         .replace("denseblock1.", "denseblock1._orig_mod.")
         .replace("denselayer1.", "denselayer1._fsdp_wrapped_module._checkpoint_wrapped_module.")
         .replace("transition1.", "transition1._checkpoint_wrapped_module."): tensor
+        for name, tensor in STATE.items()
+    },
+    "a wrapped head": {name.replace("classifier.", "fc._orig_mod."): tensor for name, tensor in STATE.items()},
+    "a wrapped head of MONAI's": {
+        re.sub(r"(denselayer\d)\.", r"\1.layers._checkpoint_wrapped_module.", name).replace(
+            "classifier.", "class_layers._orig_mod.out._orig_mod."
+        ): tensor
         for name, tensor in STATE.items()
     },
     "several wrappers": prefixed("module._orig_mod.model.densenet121."),
@@ -137,7 +145,7 @@ def test_features_without_a_linear_head_are_found(tmp_path, holder):
 
 def test_a_part_that_is_there_twice_is_refused(tmp_path):
     torch.save(STATE | prefixed("features.module.", FEATURES), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="some parts twice, in a wrapper and without one"):
+    with pytest.raises(UserError, match="it has features.conv0.weight twice, in a wrapper and without one: save"):
         read_weights(tmp_path / "a.pth")
 
 

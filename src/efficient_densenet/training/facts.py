@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +74,26 @@ def numbered(classes: int) -> list[str]:
     return [str(i) for i in range(classes)]
 
 
-def refuse_other_classes(trained: list[str], given: list[str], checkpoint: str | Path | None) -> None:
-    """Outputs of a network say nothing of other classes than it was trained for, also where there are as many.
+def refuse_other_classes(trained: list[str] | None, given: list[str], checkpoint: str | Path | None) -> None:
+    """Refuse a checkpoint that was trained for other classes.
+
+    Outputs of a network say nothing of other classes than it was trained for, also where there are as many. Classes
+    that are numbers have no names: any names of as many classes may be theirs, and are accepted. So are all where the
+    checkpoint, of another program, does not name any.
 
     Raises:
         UserError: the names of the classes of a checkpoint, and of those given, are not the same in the same order.
     """
-    if trained == given or numbered(len(given)) in (trained, given):
+    if trained is None or trained == given:
         return
-    first, second = next((a, b) for a, b in zip_longest(trained, given) if a != b)
+    if len(trained) != len(given):
+        others = f"for {len(trained)} classes and the data have {len(given)}"
+    elif numbered(len(given)) in (trained, given):
+        return
+    else:
+        first, second = next((a, b) for a, b in zip(trained, given, strict=True) if a != b)
+        others = f"for other classes than the data have, {first!r} in the place of {second!r} for one"
     raise UserError(
-        f"the checkpoint {checkpoint} was trained for other classes than the data have, {first!r} in the place of "
-        f"{second!r} for one: give the data that it was trained on, or start a new run with --model.weights"
+        f"the checkpoint {checkpoint} was trained {others}: give the data that it was trained on, or start a new run "
+        "with --model.weights"
     )

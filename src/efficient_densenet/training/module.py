@@ -287,7 +287,7 @@ class Classifier(LightningModule):
         checkpoint["found_learning_rate"] = self.found_learning_rate
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_other_classes(checkpoint["class_names"], self.class_names, self.trainer.ckpt_path)
+        refuse_other_classes(checkpoint.get("class_names"), self.class_names, self.trainer.ckpt_path)
         for name, value in (self.facts.preprocessing or {}).items():
             trained_with = (checkpoint.get("preprocessing") or {}).get(name, value)
             if trained_with != value and self.trainer.is_global_zero:

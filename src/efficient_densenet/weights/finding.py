@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.weights.arrays import array_of_pickle
-from efficient_densenet.weights.formats import first_few
+from efficient_densenet.weights.formats import first_few, shortened
 from efficient_densenet.weights.pickles import Stub
 from efficient_densenet.weights.stored import StoredTensor
 
@@ -22,19 +22,21 @@ Leaf = StoredTensor | Tensor | Stub
 
 # Where training scripts keep the state dict in what they save, and the attributes that hold a network in another.
 _USUAL = {"state_dict", "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "state"}
-_USUAL |= {"module", "_orig_mod"}
+_USUAL |= {"module"}
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged|shadow)(?=[._\d]|$)", re.IGNORECASE)
 _BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<features>features[._])?denseblock\d{1,4}\.denselayer\d{1,4}\.")
 _NUMBERED_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<number>\d{1,4})\.denselayer\d{1,4}\.")
 _PART_OF_FEATURES = re.compile(r"(?:conv0|norm0|denseblock\d+|transition\d+|norm\d+|norm_final)\.")
-# What wrappers of single parts put into their names: torch.compile, activation checkpointing, FSDP and DataParallel.
-_WRAPPED_PART = re.compile(
-    r"(?<![^._])((?:features|classifier|(?:denseblock|denselayer|transition|conv|norm)\d*)\.)"
-    r"(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.)+"
+# What wrappers put into names: torch.compile, activation checkpointing and FSDP. No part is called so by itself.
+_WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# That of DataParallel, which may also be the name of a part: it is left out behind the names of a DenseNet's parts only.
+_MODULE_OF_PART = re.compile(
+    r"(?<![^._])((?:features|classifier|(?:denseblock|denselayer|transition|conv|norm)\d*)\.)(?:module\.)+"
 )
 _MAX_NAME = 1000
 _INSIDE_MODULES = ("_parameters", "_buffers", "_modules")
-_OF_ADOPTED_MODULES = "adoption"
+# What an adopted module remembers of its original, by which its parts would be found a second time.
+_ADOPTION_ATTRIBUTE = "adoption"
 
 
 class Found(NamedTuple):
@@ -54,11 +56,7 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
     Raises:
         UserError: there is none, or not the one that is asked for, or there are several.
     """
-    named = named_leaves(content)
-    leaves = {_WRAPPED_PART.sub(r"\1", name): leaf for name, leaf in named.items()}
-    if len(leaves) < len(named):
-        raise UserError("it has some parts twice, in a wrapper and without one")
-    leaves = _with_names_for_numbers(leaves)
+    leaves = _with_names_for_numbers(_without_wrappers(named_leaves(content)))
     found = dict.fromkeys((match["prefix"], match["features"] or "") for match in map(_BLOCK.match, leaves) if match)
     if not found:
         held = (
@@ -116,8 +114,21 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         for attributes in value.state if isinstance(value.state, tuple) else (value.state,):
             for key, child in _children(attributes):
                 # A pickled module keeps its parts in dictionaries that are no part of their names.
-                if key != _OF_ADOPTED_MODULES:
+                if key != _ADOPTION_ATTRIBUTE:
                     yield "" if key in _INSIDE_MODULES else key, child
+
+
+def _without_wrappers(named: dict[str, Leaf]) -> dict[str, Leaf]:
+    """The same under the names that they have without wrappers of the network or of single parts."""
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in named.items():
+        own = _MODULE_OF_PART.sub(r"\1", _WRAPPER.sub("", name))
+        if own in leaves:
+            raise UserError(
+                f"it has {shortened(own)} twice, in a wrapper and without one: save the state dict of one of the two"
+            )
+        leaves[own] = leaf
+    return leaves
 
 
 def _with_names_for_numbers(leaves: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -150,7 +161,7 @@ def _child_with_number(number: int, blocks: list[int]) -> str | None:
 def _choose(found: list[tuple[str, str]], prefix: str | None, ema: bool) -> tuple[str, str]:
     there = f"its DenseNets have the prefixes {first_few([repr(p) for p, _ in found], 6)}"
     if prefix is not None:
-        wanted = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+        wanted = _WRAPPER.sub("", prefix if prefix.endswith(".") or not prefix else f"{prefix}.")
         found = [one for one in found if f".{one[0]}".endswith(f".{wanted}")]
         if not found:
             raise UserError(f"{there}, and not {wanted!r}")
