@@ -315,7 +315,9 @@ def stem(*norms):
 
 def test_a_stem_with_an_activation_in_place_of_its_norm_is_left_with_the_reason():
     convolutions = [nn.Conv2d(3, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, 6, 3, padding=1)]
-    found, *_ = look([nn.Sequential(*convolutions, nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))], Tensors("cpu"))
+    found, *_ = look(
+        [nn.Sequential(*convolutions, nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))], Tensors("cpu")
+    )
     assert found.reason == "there is GELU behind its first convolution, where a batch norm should be"
 
 

@@ -145,7 +145,7 @@ def test_features_without_a_linear_head_are_found(tmp_path, holder):
 
 def test_a_part_that_is_there_twice_is_refused(tmp_path):
     torch.save(STATE | prefixed("features.module.", FEATURES), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="it has features.conv0.weight twice, in a wrapper and without one: save"):
+    with pytest.raises(UserError, match=r"it has features\.conv0\.weight twice, in a wrapper and without one: save"):
         read_weights(tmp_path / "a.pth")
 
 

@@ -120,6 +120,34 @@ def test_an_image_that_is_listed_twice_is_on_one_side(tmp_path):
     assert (len(splits.train), len(splits.val)) == (8, 2)
 
 
+@pytest.mark.parametrize("again", ["./a/0.png", "0.png"])
+def test_an_image_is_the_same_under_another_name(tmp_path, again):
+    make_table(tmp_path, [{"path": f"a/{i}.png", "mass": "1"} for i in range(3)])
+    (tmp_path / "val.csv").write_text(f"path,mass\n{again},1\n")
+    with pytest.raises(
+        UserError, match=r"1 images .* and in the validation .*a/0.png .*; leave them out of one of the"
+    ):
+        loaded(tmp_path, label_columns=["mass"], patient_column=None, val_table="val.csv")
+
+
+@pytest.mark.filterwarnings("ignore:nothing says whose images")
+def test_rows_are_held_out_by_their_numbers_whatever_their_images_are_called(tmp_path):
+    found = []
+    for folder, names in (("up", range(10, 20)), ("down", range(20, 10, -1))):
+        (tmp_path / folder).mkdir()
+        make_table(tmp_path / folder, [{"path": f"{name}.png", "mass": "1"} for name in names])
+        held_out = loaded(tmp_path / folder, label_columns=["mass"], patient_column=None, val_fraction=0.3).splits.val
+        found.append([[*names].index(int(path.stem)) for path in held_out.images.files])
+    assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:nothing says whose images")
+def test_a_single_image_cannot_be_divided(tmp_path):
+    make_table(tmp_path, [{"path": "0.png", "mass": "1"}] * 2)
+    with pytest.raises(UserError, match="there is a single image to divide: give the validation images in a val_table"):
+        loaded(tmp_path, label_columns=["mass"], patient_column=None)
+
+
 def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
     make_table(tmp_path, patients(5))
     with pytest.warns(UserWarning, match="nothing says whose images these are"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -171,14 +171,16 @@ class ImageTable(PhotoDataModule):
     def _files(self, rows: list[Row], labels: list[str]) -> LabelledFiles:
         if nameless := [row for row in rows if not row.entry(self.path_column)]:
             raise UserError(f"{nameless[0].location} names no image in the column {self.path_column!r}")
-        files = [self._file(row.entry(self.path_column)) for row in rows]
+        files = [self._image(row) for row in rows]
         if absent := [file for file in files[:1] if not file.exists()]:
             raise UserError(
                 f"there is no image {absent[0]}: data.root is the folder that paths in the table begin from"
             )
         return LabelledFiles(files, [self.reader.targets(row, labels) for row in rows], self.preprocessing)
 
-    def _file(self, name: str) -> Path:
+    def _image(self, row: Row) -> Path:
+        """Its file, which rows may name in several ways: ``1.png``, ``./1.png`` and ``folder/1.png``."""
+        name = row.entry(self.path_column)
         path = self.root / name
         if "/" in name or path.exists():
             return path
@@ -216,7 +218,10 @@ class ImageTable(PhotoDataModule):
                 "patient may be trained on and validated on",
                 stacklevel=2,
             )
-            patients = [row.entry(self.path_column) for row in rows]
+            first: dict[Path, int] = {}  # row of an image; others that list it too go with that one
+            patients = [first.setdefault(self._image(row), i) for i, row in enumerate(rows)]
+            if len(first) < 2:
+                raise UserError("there is a single image to divide: give the validation images in a val_table")
         if len(set(patients)) < 2:
             raise UserError("all images are of one patient: give the validation images in a val_table")
         splitter = split(n_splits=1, test_size=self.val_fraction, random_state=self.seed)
@@ -224,12 +229,16 @@ class ImageTable(PhotoDataModule):
         return [rows[i] for i in kept], [rows[i] for i in held_out]
 
     def _refuse_shared(self, rows: list[Row], others: list[Row], name: str) -> None:
-        for what, of in (("patients", self._patient), ("images", lambda row: row.entry(self.path_column))):
+        ways: tuple[tuple[str, Callable[[Row], Any], str], ...] = (
+            ("patients", self._patient, "split by patient"),
+            ("images", self._image, "leave them out of one of the two"),
+        )
+        for what, of, way_out in ways:
             shared = {of(row) for row in rows} & {of(row) for row in others} - {None}
             if shared:
                 raise UserError(
                     f"{len(shared)} {what} are in the training images and in the {name} images, "
-                    f"{min(map(str, shared))} for one: what is measured on them would say too much; split by patient"
+                    f"{min(map(str, shared))} for one: what is measured on them would say too much; {way_out}"
                 )
 
 
