@@ -10,12 +10,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-from forks import forks_with
+from forks import FORKS, preload
 
 from efficient_densenet.cli import main
 from efficient_densenet.training import plots
 
-FORKS = forks_with(*(f"efficient_densenet.training.{name}" for name in ("lightning_cli", "plots", "data")))
+preload(*(f"efficient_densenet.training.{name}" for name in ("lightning_cli", "plots", "data")))
 CONFIGS = Path(__file__).parents[1] / "configs"
 BRIEF = [
     "--trainer.max_epochs=2",

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from comparison import buffers, gradients, weighted_sum
-from forks import forks_with
+from forks import preload
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +17,7 @@ from twins import BOTTLENECK, IMAGENET, PLAIN, images, pair
 
 from efficient_densenet.execution import KEEP
 
-forks_with("efficient_densenet", "torch.distributed.fsdp", "torch._dynamo")
+preload("efficient_densenet", "torch.distributed.fsdp", "torch._dynamo")
 EMPTY = "without images in one process"
 SYNCHRONISED = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
 SHARDS = (slice(0, 2), slice(2, 5))  # of five images; of unequal size, as the last batch of an epoch may be

@@ -8,7 +8,7 @@ from pathlib import Path
 import timm.layers
 import torch
 from comparison import buffers, gradients, weighted_sum
-from forks import forks_with
+from forks import preload
 from others import images, monai_small, pair, timm_small, torchvision_small
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,9 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from efficient_densenet import make_efficient
 
-forks_with(
-    "efficient_densenet", "torch.distributed.fsdp", "torch._dynamo", "torchvision", "timm", "monai.networks.nets"
-)
+preload("efficient_densenet", "torch.distributed.fsdp", "torch._dynamo", "torchvision", "timm", "monai.networks.nets")
 MODELS = {"torchvision": torchvision_small, "timm": timm_small, "MONAI": monai_small}
 WAYS = ("ordinary", "adopted before", "adopted after")
 

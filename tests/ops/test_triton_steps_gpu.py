@@ -273,6 +273,7 @@ def test_gpu_replays_draw_no_random_numbers(recordings):
 def test_gpu_without_memory_for_a_graph_kernels_start_one_by_one(failing, recordings, monkeypatch):
     expected = trained(*with_a_stem())
     recordings.clear()
+    monkeypatch.setattr(recording, "_warned", threading.Event())
     right = getattr(torch.cuda.CUDAGraph, failing)
 
     def fails(self):
@@ -281,7 +282,9 @@ def test_gpu_without_memory_for_a_graph_kernels_start_one_by_one(failing, record
         raise torch.OutOfMemoryError("there is none left")
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, failing, fails)
-    with pytest.warns(UserWarning, match="one by one, for there is no CUDA graph of them: there is none left"):
+    with pytest.warns(
+        UserWarning, match="one by one, for a CUDA graph of them cannot be made or replayed: there is none"
+    ):
         assert equal(trained(*with_a_stem()), expected)
     assert not graphs(recordings)
 

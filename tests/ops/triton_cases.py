@@ -260,11 +260,11 @@ def test_weight_gradient_left_out():
     assert all(torch.equal(a, b) for a, b in zip(sums, others, strict=True))
 
 
-@pytest.mark.parametrize(("programs", "least"), [(1, 8), (4, 8), (64, 2)])
-def test_weight_gradients_of_few_and_many_parts(programs, least, monkeypatch):
+@pytest.mark.parametrize(("programs", "steps"), [(1, 8), (4, 8), (64, 2)])
+def test_weight_gradients_of_few_and_many_parts(programs, steps, monkeypatch):
     grad_weight = tiles.grad_weight
     monkeypatch.setattr(tiles, "device_of", lambda device: tiles.OTHER._replace(programs=programs))
-    monkeypatch.setattr(tiles, "grad_weight", lambda of: replace(grad_weight(of), least=least))
+    monkeypatch.setattr(tiles, "grad_weight", lambda of: replace(grad_weight(of), minimum_steps=steps))
     check_conv((4, (9, 11), 13), torch.float32, 5, 3)
 
 
@@ -305,7 +305,7 @@ def test_tuning_leaves_results_alone(monkeypatch):
     )
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
     assert len(tried) == 11  # the second forward pass knows
-    assert [tile.least for tile in tried[-5:]] == [8, 8, 8, 4, 2]  # of a weight's gradient
+    assert [tile.minimum_steps for tile in tried[-5:]] == [8, 8, 8, 4, 2]  # of a weight's gradient
     capturing = True
     check_conv((2, (5, 7), 13), torch.float32, 5, 3, accumulate=True)
     check_conv((2, (5, 7), 13), torch.float32, 6, 1)

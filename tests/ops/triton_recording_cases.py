@@ -6,6 +6,8 @@ In a process of its own, as `triton_cases`.
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -274,9 +276,9 @@ def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeyp
     assert made._graph_of((5,)) is None
 
 
-@pytest.mark.parametrize("failing", ["capture", "replay", None])
+@pytest.mark.parametrize("failing", ["capture", "a launch in it", "replay", None])
 def test_without_memory_for_a_graph_kernels_start_one_by_one(failing, monkeypatch):
-    """With one warning, and no graph is tried again."""
+    """With one warning for all recordings, and no graph is tried again."""
     captured, replayed = [], []
 
     class Graph:
@@ -289,20 +291,27 @@ def test_without_memory_for_a_graph_kernels_start_one_by_one(failing, monkeypatc
         captured.append(addresses)
         if failing == "capture":
             raise torch.OutOfMemoryError("there is none left")
+        if failing == "a launch in it":  # as where another thread has ended the capture
+            raise launch.CannotStart("there is none left")
         return Graph()
 
     monkeypatch.setattr(recording.Recording, "_captured", capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    made = recording.Recording([])
-    made._launches = [None, None]
+    monkeypatch.setattr(recording, "_warned", threading.Event())
+    made, other = recording.Recording([]), recording.Recording([])
+    made._launches = other._launches = [None, None]
     assert not made._replayed((1,)) and not captured
     if failing is None:
         assert made._replayed((1,)) and made._replayed((1,))
         assert len(replayed) == 2 and captured == [(1,)]
         return
-    with pytest.warns(UserWarning, match="one by one, for there is no CUDA graph of them: there is none left"):
+    with pytest.warns(
+        UserWarning, match="one by one, for a CUDA graph of them cannot be made or replayed: there is none"
+    ):
         assert not made._replayed((1,))
     assert not any(made._replayed((i,)) for i in (1, 2, 2, 1)) and captured == [(1,)] and not replayed
+    with warnings.catch_warnings(action="error"):
+        assert not any(other._replayed((1,)) for _ in range(3)) and captured == [(1,), (1,)]
 
 
 def test_the_latest_recordings_are_kept(monkeypatch):

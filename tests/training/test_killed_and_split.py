@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import FORKS
 from lightning.pytorch import Trainer, seed_everything
-from tiny_run import FORKS, begin_fit
+from tiny_run import begin_fit
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -115,7 +116,7 @@ def test_two_processes_step_by_the_average_gradient(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [FORKS.Process(target=step_as, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    processes = [FORKS.Process(target=step_as, args=(rank, port, tmp_path), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

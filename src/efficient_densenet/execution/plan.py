@@ -106,7 +106,7 @@ class Dropout(NamedTuple):
     whole_channels: bool
 
     def step(self) -> Step:
-        """It as an operation, in training."""
+        """This dropout as a step, in training."""
         return Step(torch.feature_dropout if self.whole_channels else F.dropout, (self.rate, True))
 
 

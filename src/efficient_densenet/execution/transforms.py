@@ -55,7 +55,7 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
 
 
 def for_each(run: Callable[..., list[Tensor]], grad_output: list[Tensor], *saved: list[Tensor]) -> list[Tensor]:
-    """What `run` makes of a gradient and of what was saved, in lists out of which it may take them.
+    """What `run` makes of a gradient and of what was saved; `run` may empty the lists to free memory.
 
     A batch of ``is_grads_batched`` is taken apart, for operators have no rules for it.
     """

@@ -189,7 +189,7 @@ def record(target: str, kind: str, launched: Launched) -> dict[str, Any]:
         "shape": launched.shape.name,
         "type": kind,
         "target": target,
-        "tile": {name: size for name, size in asdict(launched.tile).items() if name != "least"},
+        "tile": {name: size for name, size in asdict(launched.tile).items() if name != "minimum_steps"},
         "flags": launched.flags,
         "shared_bytes": compiled.metadata.shared,
         **machine_code.describe(compiled),

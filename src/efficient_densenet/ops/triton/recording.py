@@ -225,11 +225,19 @@ class Recording:
             graph = self._graph_of(addresses) if len(self._launches) > 1 else None
             if graph is not None:
                 graph.replay()
-        except RuntimeError as error:  # a graph takes memory of its own; another thread may have ended the capture
+        # A graph takes memory of its own, also when it is first replayed. Another thread may have ended the capture:
+        # then a kernel in it `CannotStart`, which starts outside. One that does not start there either raises it there.
+        except RuntimeError as error:
             with _lock:
                 self._captures = _MOST_CAPTURES
                 self._graphs.clear()
-            warnings.warn(f"kernels start one by one, for there is no CUDA graph of them: {error}", stacklevel=2)
+                warned = _warned.is_set()
+                _warned.set()
+            if not warned:
+                warnings.warn(
+                    f"kernels start one by one, for a CUDA graph of them cannot be made or replayed: {error}",
+                    stacklevel=2,
+                )
             return False
         return graph is not None
 
@@ -266,6 +274,7 @@ class Recording:
 
 
 _lock = threading.Lock()  # the backward pass has threads of its own
+_warned = threading.Event()  # that there are no graphs: once, and not for each recording of a step
 
 
 @functools.cache

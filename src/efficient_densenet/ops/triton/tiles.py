@@ -51,7 +51,7 @@ class Tile:
     """Rows and columns that a program makes, how deep it multiplies at a time, its warps and its pipeline's stages.
 
     Attributes:
-        least: steps of a program of a weight's gradient, at least. The compiler does not see it. Where pixels are few,
+        minimum_steps: of a program of a weight's gradient. The compiler does not see it. Where pixels are few,
             fewer steps make more programs, and more partial sums; which is faster was timed nowhere.
     """
 
@@ -60,7 +60,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
-    least: int = 8
+    minimum_steps: int = 8
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -188,7 +188,7 @@ def grad_weight(of: Product) -> Tile:
 def rows_per_part(rows: int, products: int, tile: Tile, device: Device) -> int:
     """The rows that a program of a weight gradient adds up, where one pass over them makes `products` tiles."""
     parts = ceil(device.programs / products)
-    return max(tile.least, ceil(rows / parts / tile.depth)) * tile.depth
+    return max(tile.minimum_steps, ceil(rows / parts / tile.depth)) * tile.depth
 
 
 def _warps(of: Product, large: bool) -> int:

@@ -33,7 +33,7 @@ def tuned(default: Tile, attempt: Callable[[Tile], Any], name: str, x: Tensor, o
             return default
         tiles = [tile for tile in _around(default) if name != "grad_x_pointwise" or tile.depth >= of.outputs]
         if name == "grad_weight":
-            tiles += [replace(default, least=steps) for steps in (4, 2)]
+            tiles += [replace(default, minimum_steps=steps) for steps in (4, 2)]
         _found[key] = min(tiles, key=lambda tile: _milliseconds(attempt, tile, x.device))
     return _found[key]
 
