@@ -31,7 +31,7 @@ RANK = {
 INSIDE = {
     "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
-        "__init__ averages buffers casts operands pieces synchronise plan profiling reading recompute",
+        "__init__ averages buffers casts operands pieces synchronise plan profiling reading recompute transforms",
         "norms",
         "block",
         "operators stage stem_convolutions stem_pools",
@@ -40,12 +40,13 @@ INSIDE = {
         "shared",
     ],
     "adopt": [
-        "conditions kinds turns tools meanings",
+        "conditions kinds turns tools owners meanings",
         "trial unchanged",
         "record",
         "chain",
         "head look",
         "decide",
+        "run",
         "adopted block memory",
         "step survey",
         "conversion",

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from efficient_densenet import make_efficient
-from efficient_densenet.adopt import decide
+from efficient_densenet.adopt import run
 from efficient_densenet.execution import KEEP, shared
 
 TABLE = Path(__file__).parents[2] / "docs" / "tools.md"
@@ -58,7 +58,7 @@ def test_a_tool_sees_the_ordinary_network(name, how, kind, way, monkeypatch):
 
     make = functools.partial(copy.deepcopy, made(kind, way))
     monkeypatch.setattr(shared, "run", note(shared.run, "shared buffer"))
-    monkeypatch.setattr(decide, "recomputing", note(decide.recomputing, "recompute"))
+    monkeypatch.setattr(run, "recomputing", note(run.recomputing, "recompute"))
     actual = quietly(PROGRAMS[name], make)
     assert_same(actual, expected(kind, name))
     if how != "as it can":

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from efficient_densenet import DenseNet
-from efficient_densenet.adopt import decide
+from efficient_densenet.adopt import run
 from efficient_densenet.cli import main
+from efficient_densenet.execution import shared
 from efficient_densenet.measure import gradients
 from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.gradients import WHOLE, Difference, strain, whole_gradient
@@ -38,7 +39,7 @@ class Spoil(torch.autograd.Function):
 
 def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=lambda norm: None):
     """In networks that run this way, break the second layer: its convolution's weight, or its norm after use."""
-    run_block, run_layer, recomputing = decide.shared.run, DenseLayer.forward, decide.recomputing
+    run_block, run_layer, recomputing = shared.run, DenseLayer.forward, run.recomputing
     running = []
 
     def broken_block(x, plan, modules, *rest):
@@ -72,9 +73,9 @@ def break_way(monkeypatch, way, spoil_weight=lambda weight: weight, spoil_norm=l
         return result
 
     if way == "true":
-        monkeypatch.setattr(decide.shared, "run", broken_block)
+        monkeypatch.setattr(shared, "run", broken_block)
     else:
-        monkeypatch.setattr(decide, "recomputing", noted)
+        monkeypatch.setattr(run, "recomputing", noted)
         monkeypatch.setattr(DenseLayer, "forward", broken_layer)
 
 

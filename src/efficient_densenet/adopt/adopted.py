@@ -16,19 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efficient_densenet.adopt.decide import (
-    SHARED,
-    Adoption,
-    Standing,
-    as_ordinary,
-    at_call,
-    decide,
-    run_as,
-    run_shared,
-    standing_now,
-)
+from efficient_densenet.adopt.decide import SHARED, Adoption, Standing, at_call, decide, standing_now
 from efficient_densenet.adopt.head import Head, head_of
 from efficient_densenet.adopt.kinds import original_class
+from efficient_densenet.adopt.run import as_ordinary, run_as, run_shared
 from efficient_densenet.adopt.turns import in_turn
 from efficient_densenet.errors import UserError
 

@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from efficient_densenet.adopt.decide import Adoption, decide, look_now, run_as
+from efficient_densenet.adopt.decide import Adoption, decide, look_now
+from efficient_densenet.adopt.run import run_as
 from efficient_densenet.adopt.tools import needs_ordinary
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep, check_keep

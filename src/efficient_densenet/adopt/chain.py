@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from efficient_densenet.adopt.meanings import Active, Features, Normed, NotDenseError, Other, Piece, Stepped
 from efficient_densenet.adopt.record import Record
@@ -119,16 +117,15 @@ def _last(record: Record, output: Any) -> tuple[Piece | None, tuple[Step, ...]]:
     steps: tuple[Step, ...] = ()
     if isinstance(output, Stepped):
         number, steps, _ = output
-    elif isinstance(output, Features) and len(output.pieces) == 1 and output.pieces != (0,):
-        (number,) = output.pieces
+    elif isinstance(output, Features) and output.single is not None:
+        number = output.single
     else:
         return None, ()
     piece = record.pieces[number]
     if piece.entry is not None:
         alone = piece.obstacle is None
         raise NotDenseError("it is a convolution alone" if alone else "no batch norm follows its first convolution")
-    drops = [Step(torch.feature_dropout if d.whole_channels else F.dropout, (d.rate, True)) for d in piece.dropouts]
-    return piece, (*drops, *steps)
+    return piece, (*(dropout.step() for dropout in piece.dropouts), *steps)
 
 
 def _stem(record: Record, last: Piece) -> list[Piece] | None:

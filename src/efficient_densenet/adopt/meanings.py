@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efficient_densenet.adopt.owners import Owners
 from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
@@ -45,6 +46,11 @@ class Features(NamedTuple):
     """Pieces, concatenated: 0 is the input, others are made by convolutions."""
 
     pieces: tuple[int, ...]
+
+    @property
+    def single(self) -> int | None:
+        """The piece that these are, if they are one, and not the input."""
+        return self.pieces[0] if len(self.pieces) == 1 and self.pieces != (0,) else None
 
 
 class Normed(NamedTuple):
@@ -120,31 +126,25 @@ class Piece:
     @property
     def normed(self) -> Normed | None:
         """What the rectifier or convolution read, if it was behind a norm."""
-        return (
-            self.source.normed
-            if isinstance(self.source, Active)
-            else self.source
-            if isinstance(self.source, Normed)
-            else None
-        )
+        return normed_of(self.source)
+
+
+def normed_of(meaning: Any) -> Normed | None:
+    """What is behind a norm, and perhaps an activation."""
+    meaning = meaning.normed if isinstance(meaning, Active) else meaning
+    return meaning if isinstance(meaning, Normed) else None
 
 
 class Meanings:
     """What each tensor is that depends on the input, while modules run.
 
     Attributes:
-        modules: all that may run, in the order of `plan.parts`.
+        owners: of the tensors of all modules that may run, in the order of `plan.parts`.
         looks_at_sizes: whether a forward asked for the size of such a tensor, or gave it another.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.numbers = {module: i for i, module in enumerate(modules)}
-        self.owners: dict[int, tuple[int, str]] = {}
-        for i, module in enumerate(modules):
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    self.owners.setdefault(id(tensor), (i, name))
+        self.owners = Owners(modules)
         # By the address of the memory (which the tensors keep from being used for others), and the view of it.
         self.known: dict[int, dict[tuple, tuple[Any, Tensor]]] = {}
         # Memory that was written to: what is not known to be something else has none of its former meanings.
@@ -155,20 +155,20 @@ class Meanings:
 
     def watch(self, module: nn.Module, x: Tensor) -> Any:
         """Run the module, and show every operation in it, and every module, to the methods below."""
-        for one in self.modules:
+        for one in self.owners.modules:
             one._forward_pre_hooks[0] = self._enter
             one._forward_hooks[0] = self._leave
         try:
             with _Attributes(self), _Operations(self):
                 return module(x)
         finally:
-            for one in self.modules:
+            for one in self.owners.modules:
                 one._forward_pre_hooks.clear()
                 one._forward_hooks.clear()
 
     def meaning(self, tensor: Any) -> Any:
         """What the tensor is; None where it does not depend on the input."""
-        if not isinstance(tensor, Tensor) or id(tensor) in self.owners:
+        if not isinstance(tensor, Tensor) or tensor in self.owners:
             return None
         address = storage(tensor)
         if address not in self.known:
@@ -236,7 +236,7 @@ class _Operations(TorchDispatchMode):
         with torch._C.DisableTorchFunction():  # or the record would see its own questions
             self.record.before(function.overloadpacket, args)
             for tensor in _written(function, args):
-                if id(tensor) not in self.record.owners and storage(tensor) not in self.record.made:
+                if tensor not in self.record.owners and storage(tensor) not in self.record.made:
                     raise NotDenseError("its forward writes to a tensor of something else")
             output = function(*args, **named)
             for tensor in output if isinstance(output, tuple | list) else (output,):

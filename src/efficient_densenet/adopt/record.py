@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, is_norm, is_plain_convolution
 from efficient_densenet.adopt.meanings import (
@@ -34,20 +32,19 @@ from efficient_densenet.adopt.meanings import (
     Scaled,
     Stepped,
     Zero,
+    normed_of,
     storage,
 )
-from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.plan import Dropout, Entry, Step
 
 _aten = torch.ops.aten
 _BATCH_NORMS = {_aten.native_batch_norm, _aten._native_batch_norm_legit}
-_OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
 # What may follow the convolution of a transition, or the rectifier of a stem.
 _STEPS = {
     *(_aten.avg_pool1d, _aten.avg_pool2d, _aten.avg_pool3d, _aten.max_pool2d_with_indices),
     *(_aten.max_pool3d_with_indices, _aten.unsqueeze, _aten.squeeze, _aten.reflection_pad2d, _aten.constant_pad_nd),
 }
 _SPLITS = {_aten.split, _aten.split_with_sizes, _aten.unsafe_split, _aten.unsafe_split_with_sizes}
-_PADS = {_aten.reflection_pad2d: "reflect", _aten.constant_pad_nd: "constant"}
 _EMPTY = {_aten.empty_like, _aten.new_empty}
 _VIEWS = {_aten.view, _aten._unsafe_view, _aten.expand}
 _COPIES = {_aten.clone, _aten.detach, _aten.alias}
@@ -147,8 +144,8 @@ class Record(Meanings):
     def _expect(self, x: Any, width: int, exact: bool = False) -> None:
         """`exact`: unless it is, one channel would do for any number."""
         given = self.meaning(x)
-        given = given.normed if isinstance(given, Active) else given
-        given = given.source if isinstance(given, Normed) else given
+        normed = normed_of(given)
+        given = given if normed is None else normed.source
         if given == Features((0,)) and width != self.pieces[0].channels and (exact or width != 1):
             raise OtherWidthError(width)
 
@@ -159,7 +156,7 @@ class Record(Meanings):
         meanings = [m for m in map(self.meaning, _flat(args)) if m is not None]
         if packet is _aten.zeros and made.dim() == 0:
             self.set(made, Zero())
-        if not meanings or not any(not isinstance(m, Zero) for m in meanings):
+        if all(isinstance(m, Zero) for m in meanings):  # or there are none
             return
         in_place = packet.__name__.endswith("_")
         if in_place:
@@ -192,7 +189,7 @@ class Record(Meanings):
             return self._dropout(x, self.meaning(args[1]), made)
         if isinstance(x, Features):
             if packet in _BATCH_NORMS and len(args) == 8:
-                return self._batch_norm(x, args)
+                return Normed(x, *self.owners.batch_norm(self.module, args))
             if packet is _aten.mul and _per_channel(args[1], made):
                 return Scaled(x, args[1])
             if packet is _aten.slice and args[1] % made.dim() == 1 and args[4:] in ((), [], (1,), [1]):
@@ -201,7 +198,7 @@ class Record(Meanings):
             if packet is _aten.convolution and len(self.pieces) == 1:
                 return self._first_convolution(x, packet, args, made)
         if isinstance(x, Scaled) and packet in (_aten.add, _aten.sub) and _per_channel(args[1], made):
-            return self._frozen_norm(x)
+            return Normed(x.source, *self.owners.frozen_norm(self.module))
         if isinstance(x, Normed | Active):
             if packet is _aten.convolution:
                 return self._convolution(x, args, made)
@@ -212,16 +209,17 @@ class Record(Meanings):
             if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
                 rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
                 return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
-        if isinstance(x, Stepped) and packet is _aten.convolution:
-            blurred = self._blurred(x, args, made)
-            if blurred is not None:
-                return blurred
+        if isinstance(x, Stepped) and packet is _aten.convolution and x.blur is None:
+            *before, pad = x.steps
+            blur = self.owners.blur(pad, args, made.shape[1])
+            if blur is not None:
+                return Stepped(x.piece, tuple(before), blur)
         if packet in _STEPS and not named and not (isinstance(x, Stepped) and x.blur):
             step = Step(function, tuple(args[1:]))
             if isinstance(x, Stepped):
                 return x._replace(steps=(*x.steps, step))
-            if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
-                return Stepped(x.pieces[0], (step,))
+            if isinstance(x, Features) and x.single is not None:
+                return Stepped(x.single, (step,))
         return self._other(packet, meanings)
 
     def _other(self, packet: Any, meanings: list[Any]) -> Other:
@@ -257,8 +255,8 @@ class Record(Meanings):
         for i, meaning in enumerate(meanings):
             if isinstance(meaning, Other):
                 raise NotDenseError(meaning.reason)
-            if isinstance(meaning, Normed | Active):
-                normed = meaning.normed if isinstance(meaning, Active) else meaning
+            normed = normed_of(meaning)
+            if normed is not None:
                 meaning = meanings[i] = self._made_otherwise(normed.source, args[0][i], "a norm")
             if not isinstance(meaning, Features):
                 raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
@@ -266,10 +264,10 @@ class Record(Meanings):
 
     def _made_otherwise(self, x: Any, made: Tensor, what: str) -> Features | None:
         """What a layer made of its last convolution's output `x`, as if the convolution were of another kind."""
-        if not isinstance(x, Features) or len(x.pieces) != 1 or x.pieces == (0,):
+        if not isinstance(x, Features) or x.single is None:
             return None
         reason = f"there is {what} behind the last convolution of a layer"
-        convolved = self.pieces[x.pieces[0]]
+        convolved = self.pieces[x.single]
         return self.new_piece(Piece(made.shape[1], convolved.source, None, reason, entry=convolved.entry))
 
     def _split(self, x: Tensor, made: Sequence[Tensor], dim: int, packet: Any) -> None:
@@ -293,47 +291,6 @@ class Record(Meanings):
             at = end
         return Features(tuple(kept))
 
-    # ---- norms -------------------------------------------------------------------------------------------------
-
-    def _batch_norm(self, x: Features, args: Sequence[Any]) -> Normed:
-        tensors, (training, momentum, eps) = args[1:5], args[5:]
-        found = [None if t is None else self.owners.get(id(t)) for t in tensors]
-        module: Any = self.module
-        names: Any = _OF_A_NORM
-        part = self.numbers.get(module, -1)
-        own = isinstance(module, _BatchNorm) and all(
-            t is None or f == (part, n) for t, f, n in zip(tensors, found, names, strict=True)
-        )
-        if not own:
-            parts = {f[0] for f in found if f is not None}
-            if len(parts) != 1 or any(t is not None and f is None for t, f in zip(tensors, found, strict=True)):
-                return Normed(x, None, "the tensors of a norm are computed, or belong to several modules")
-            (part,) = parts
-            names = tuple(None if f is None else f[1] for f in found)
-            module = self.modules[part]
-        uses_batch = module.training or tensors[2] is None
-        if training and not uses_batch:
-            return Normed(x, None, f"{type(module).__name__} uses the batch's statistics in evaluation")
-        norm = Norm(
-            part,
-            names,
-            (0, 0),
-            (),
-            None if own and module.eps == eps else eps,
-            None if own else momentum,
-            uses_batch and not training,
-        )
-        return Normed(x, norm, None)
-
-    def _frozen_norm(self, x: Scaled) -> Normed:
-        """A scale and a shift made of a norm's tensors; whether they are made so is tried."""
-        module: Any = self.module
-        if module in self.numbers and all(isinstance(getattr(module, n, None), Tensor) for n in _OF_A_NORM):
-            eps = None if isinstance(getattr(module, "eps", None), float) else 1e-5
-            return Normed(x.source, Norm(self.numbers[module], _OF_A_NORM, (0, 0), (), eps, 0.0, True), None)
-        name = "it" if module is None else type(module).__name__
-        return Normed(x.source, None, f"{name} scales and shifts, and is not a norm of known tensors")
-
     # ---- convolutions ------------------------------------------------------------------------------------------
 
     def _convolution(self, x: Active | Normed, args: Sequence[Any], made: Tensor) -> Features:
@@ -347,7 +304,7 @@ class Record(Meanings):
             known = module if isinstance(module, CONVOLUTIONS) else f"a window of {tuple(kernel)} with stride {stride}"
             obstacle = _no_plain_convolution(known)
         else:
-            convolution = self._tensors_of_convolution(weight, bias)
+            convolution = self.owners.convolution(module, weight, bias)
         if obstacle is None and convolution is None:
             obstacle = f"the weight of {'a convolution' if module is None else type(module).__name__} is computed"
         if convolution is not None and set(dilation) != {1}:
@@ -357,38 +314,12 @@ class Record(Meanings):
     def _first_convolution(self, x: Features, packet: Any, args: Sequence[Any], made: Tensor) -> Any:
         """One of the image, at the beginning of a stem: any that is not transposed."""
         _, weight, bias, stride, padding, dilation, transposed, _, groups = args
-        convolution = None if transposed else self._tensors_of_convolution(weight, bias)
+        convolution = None if transposed else self.owners.convolution(self.module, weight, bias)
         if convolution is None:
             return self._other(packet, [x])
         self.convolutions += 1
         entry = Entry(tuple(stride), tuple(padding), tuple(dilation), groups)
         return self.new_piece(Piece(made.shape[1], x, convolution, None, tuple(weight.shape[2:]), (), entry))
-
-    def _tensors_of_convolution(self, weight: Tensor, bias: Tensor | None) -> Convolution | None:
-        """Where these belong, if they belong to one module."""
-        module = self.module
-        if is_plain_convolution(module):
-            assert module is not None
-            return Convolution(self.numbers[module], ("weight", "bias"))
-        owner, of_bias = self.owners.get(id(weight)), None if bias is None else self.owners.get(id(bias))
-        if owner is None or (bias is not None and (of_bias is None or of_bias[0] != owner[0])):
-            return None
-        return Convolution(owner[0], (owner[1], None if of_bias is None else of_bias[1]))
-
-    def _blurred(self, x: Stepped, args: Sequence[Any], made: Tensor) -> Stepped | None:
-        """Behind a constant filter of each channel, with the padding before it."""
-        _, weight, bias, stride, padding, dilation, transposed, _, groups = args
-        part, name = self.owners.get(id(weight), (-1, ""))
-        constant = part >= 0 and name in self.modules[part]._buffers
-        plain = bias is None and not transposed and not any(padding) and set(dilation) == {1}
-        *before, pad = x.steps
-        function: Any = pad.function
-        mode = _PADS.get(function.overloadpacket)
-        if not constant or not plain or not (groups == weight.shape[0] == made.shape[1]) or mode is None:
-            return None
-        if x.blur is not None or any(pad.arguments[1:]) or len(stride) != 2 or len(pad.arguments[0]) != 4:
-            return None
-        return Stepped(x.piece, tuple(before), Blur(part, name, tuple(pad.arguments[0]), mode, tuple(stride)))
 
     # ---- dropout -----------------------------------------------------------------------------------------------
 
@@ -412,10 +343,9 @@ class Record(Meanings):
             # Of a single pixel, single values are whole channels.
             dropout = Dropout(noise.rate, whole and noise.shape != made.shape)
         if isinstance(x, Stepped):
-            function = torch.feature_dropout if dropout.whole_channels else F.dropout
-            return x._replace(steps=(*x.steps, Step(function, (dropout.rate, True))))
-        if isinstance(x, Features) and len(x.pieces) == 1 and x.pieces != (0,):
-            piece = self.pieces[x.pieces[0]]
+            return x._replace(steps=(*x.steps, dropout.step()))
+        if isinstance(x, Features) and x.single is not None:
+            piece = self.pieces[x.single]
             return self.new_piece(replace(piece, dropouts=(*piece.dropouts, dropout)))
         return Other("there is dropout in front of a norm")
 

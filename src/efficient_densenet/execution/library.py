@@ -13,8 +13,8 @@ from torch import Tensor
 from efficient_densenet.execution import stage as engine
 from efficient_densenet.execution.block import keeps_features
 from efficient_densenet.execution.buffers import copied_when_written, empty_activation, take_rows
-from efficient_densenet.execution.norms import Folded
-from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
+from efficient_densenet.execution.norms import Folded, folded_fake, norms_of
+from efficient_densenet.execution.operators import Given, Passes
 from efficient_densenet.execution.stage import Kept, Stage
 
 

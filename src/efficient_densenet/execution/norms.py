@@ -170,6 +170,21 @@ class NormSums:
         return self.norms.parameter_gradients(self.i, self.total[0].clone(), self.total[1].clone())
 
 
+def norms_of(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    uses_batch: Sequence[bool],
+    eps: Sequence[float],
+) -> list[Norm]:
+    """The norms that arguments describe, with the constants of those that use them in sequence."""
+    left = iter(constants)
+    return [
+        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
+        for weight, bias, batch, e in zip(weights, biases, uses_batch, eps, strict=True)
+    ]
+
+
 def empty_folded(x: Tensor, channels: int, read: int) -> Folded:
     """For the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
     dtype = statistics_dtype(x.dtype)
@@ -178,3 +193,8 @@ def empty_folded(x: Tensor, channels: int, read: int) -> Folded:
         x.new_full((), x.numel() // x.shape[-1], dtype=dtype),
         x.new_empty((3, read), dtype=dtype),
     )
+
+
+def folded_fake(x: Tensor, channels: int, read: int) -> Folded:
+    """Tensors like those of norms that read so many of the channels."""
+    return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))

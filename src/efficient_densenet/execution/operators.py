@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from math import prod
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
-from torch.autograd import forward_ad
 
-from efficient_densenet import ops
 from efficient_densenet.execution.casts import cast_one_by_one, cast_together, copies_in, types_of
-from efficient_densenet.execution.norms import Folded, Norm
 from efficient_densenet.execution.operands import UnsuitableError, unsuitable
 from efficient_densenet.execution.profiling import labelled_backward
-from efficient_densenet.ops.protocol import Statistics, statistics_dtype
-
-_MOST_LEVELS = 64  # of batches in one another, in PyTorch
+from efficient_densenet.execution.transforms import (
+    for_each,
+    is_watched,
+    one_by_one,
+    refuse_gradients,
+    refuse_tangents,
+)
 
 
 class Given(NamedTuple):
@@ -81,8 +81,8 @@ class Passes(ABC):
             schema=f"({given}, bool need_x, bool[] need_weights, {schema}) -> Tensor[]",
         )
         self.backward_operator.register_fake(self._backward_fake)
-        self.backward_operator.register_autograd(_refuse)
-        self.backward_operator.register_vmap(_one_by_one(self.backward_operator))
+        self.backward_operator.register_autograd(refuse_gradients)
+        self.backward_operator.register_vmap(one_by_one(self.backward_operator))
 
     @abstractmethod
     def read(self, x: Tensor, arguments: Any) -> torch.Size:
@@ -134,7 +134,7 @@ class Passes(ABC):
             checked: whether all tensors but `x` are known to be on its device and fit for kernels: see `operands`.
         """
         self.count()
-        if _watched():
+        if is_watched():
             return self.forward_operator(x, *cast_one_by_one(arguments, cast))
         _check(x, *(() if checked else arguments))
         self._check_values(x, arguments)
@@ -165,14 +165,13 @@ class Passes(ABC):
             ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         arguments = self.arguments(*groups, *ctx.plain)
         grad_output[0] = grad_output[0].resolve_neg()  # as the input of `shared.run`
-        given = Given(grad_output, x, packed)
-        del x, packed
         first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)
         wanted = [*need_weights, *[True] * len(arguments.biases)]
         types = [dtype for dtype, need in zip(ctx.types, wanted, strict=True) if need]
         weight_types = _wanted(ctx.types[: len(need_weights)], need_weights)
 
-        def run(given: Given) -> list[Tensor]:
+        def run(*lists: list[Tensor]) -> list[Tensor]:
+            given = Given(*lists)
             if as_operator:
                 weights = arguments.weights
                 if torch.is_grad_enabled():  # cast weights need no gradient, and the operator would refuse nothing
@@ -182,12 +181,12 @@ class Passes(ABC):
                     ]
                 made = self.backward_operator(*given, need_x, need_weights, *arguments._replace(weights=weights))
                 return [*made[:first], *(g.to(t) for g, t in zip(made[first:], types, strict=True))]
-            _check(given.grad_output, given.x, given.packed, *arguments)
+            _check(*given, *arguments)
             made = self.backward(given, need_x, weight_types, arguments)
             return [*made[:first], *copies_in(made[first:], types)]
 
         with labelled_backward(ctx):
-            found = iter(_for_each(given, run))
+            found = iter(for_each(run, grad_output, x, packed))
         of_x = next(found)
         of_norms: list[list[Tensor | None]] = [[next(found) for _ in group] for group in groups[:2]]
         of_weights = [next(found) if need else None for need in need_weights]
@@ -300,29 +299,9 @@ class _Node(torch.autograd.Function):
         need_x, *needs = ctx.needs_input_grad[4:]
         need_weights = _split(needs, lengths)[2]
         # Where gradients of gradients could be wanted, the operator refuses them; and it has a rule for `vmap`.
-        as_operator = torch.is_grad_enabled() or _watched()
+        as_operator = torch.is_grad_enabled() or is_watched()
         of_x, parameters = ctx.passes.gradients(ctx, grad_output, need_x, need_weights, as_operator)
         return None, None, None, None, of_x, *chain(*parameters), *[None] * sum(lengths[4:])
-
-
-def norms_of(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    uses_batch: Sequence[bool],
-    eps: Sequence[float],
-) -> list[Norm]:
-    """The norms that arguments describe, with the constants of those that use them in sequence."""
-    left = iter(constants)
-    return [
-        Norm(weight, bias, None if batch else Statistics(next(left), next(left)), e)
-        for weight, bias, batch, e in zip(weights, biases, uses_batch, eps, strict=True)
-    ]
-
-
-def folded_fake(x: Tensor, channels: int, read: int) -> Folded:
-    """Tensors like those of norms that read so many of the channels."""
-    return Folded(*(x.new_empty(shape, dtype=statistics_dtype(x.dtype)) for shape in ((2, channels), (), (3, read))))
 
 
 def _wanted(types: Sequence[torch.dtype], needs: Sequence[bool]) -> list[torch.dtype | None]:
@@ -339,65 +318,18 @@ def _split(row: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
     return found
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "the shared buffer has no gradients of gradients: call make_efficient(model, way='recompute') before forward, "
-        "which has them and keeps the same weights"
-    )
-
-
-def _watched() -> bool:
-    """Whether a mode sees single operations, a counter for example, or `torch.func` transforms them.
-
-    The modes that plan a step want what is inside the operators.
-    """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return bool(torch._C._len_torch_dispatch_stack()) and not ops.computes_nothing()
-
-
-def is_observed() -> bool:
-    """Whether somebody watches or transforms single operations, or wants derivatives in forward mode."""
-    return _watched() or forward_ad._current_level >= 0
-
-
-def _shares_memory(tensor: Tensor) -> bool:
-    """Whether it is a part of a larger tensor, as an operator's result must not be."""
-    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-
-
-def _for_each(given: Given, run: Callable[[Given], list[Tensor]]) -> list[Tensor]:
-    """What `run` makes of a gradient, or of each in a batch of ``is_grads_batched``: operators have no rules for it."""
-    if not torch._C._functorch.is_legacy_batchedtensor(given.grad_output[0]):
-        return run(given)
-    batch = given.grad_output[0]
-    level = next(level for level in range(_MOST_LEVELS, 0, -1) if _is_batched(batch, level))  # the innermost first
-    gradients = torch._remove_batch_dim(batch, level, 0, 0)
-    if not len(gradients):
-        raise IndexError("there is no gradient in the batch of gradients")
-    made = [_for_each(Given([gradient], [*given.x], [*given.packed]), run) for gradient in gradients]
-    return [torch._add_batch_dim(torch.stack(some), 0, level) for some in zip(*made, strict=True)]
-
-
-def _is_batched(tensor: Tensor, level: int) -> bool:
-    """Whether this level gives it its size; a tensor without the level takes the size that is asked for."""
-    return len(torch._remove_batch_dim(tensor, level, 0, 0)) == len(torch._remove_batch_dim(tensor, level, 1, 0))
-
-
 def _check(*arguments: Any) -> None:
     """Refuse what operators cannot take, and tangents."""
     tensors = [*_tensors(arguments)]
     reason = unsuitable(tensors, tensors[0].device)
     if reason is not None:
         raise UnsuitableError(f"the shared buffer cannot take {reason}: make_efficient(model, way='recompute') can")
-    if forward_ad._current_level < 0:
-        return
-    # Below `torch.func.jvp` an operator meets the primals alone.
-    if eager_transforms.JVP_NESTING or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            "the shared buffer has no forward-mode derivatives: call the network while the dual level is open, for "
-            "then it runs its ordinary operations, or call make_efficient(model, way='recompute') before"
-        )
+    refuse_tangents(tensors)
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    """Whether it is a part of a larger tensor, as an operator's result must not be."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -407,23 +339,3 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield argument
         elif isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor):
             yield from argument
-
-
-def _one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
-    """What an operator does for a batch of some of its arguments, as `torch.func.vmap` gives it."""
-
-    def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[list[Tensor], list[int]]:
-        pairs = list(zip(arguments, in_dims, strict=True))
-        each = [operator(*[_one_of(argument, dim, i) for argument, dim in pairs]) for i in range(info.batch_size)]
-        made = [torch.stack(some) for some in zip(*each, strict=True)]
-        return made, [0] * len(made)
-
-    return run
-
-
-def _one_of(argument: Any, dim: Any, i: int) -> Any:
-    if isinstance(argument, Tensor):
-        return argument if dim is None else argument.select(dim, i)
-    if isinstance(argument, list | tuple) and dim is not None:
-        return [_one_of(one, d, i) for one, d in zip(argument, dim, strict=True)]
-    return argument

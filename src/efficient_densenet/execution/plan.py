@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Ranges = tuple[tuple[int, int], ...]
 """First channel and number of channels of pieces, in some order."""
@@ -86,13 +88,6 @@ class Blur(NamedTuple):
     stride: tuple[int, ...]
 
 
-class Dropout(NamedTuple):
-    """Dropout of single values, or of whole channels."""
-
-    rate: float
-    whole_channels: bool
-
-
 class Step(NamedTuple):
     """An operation that follows a transition's convolution, as it was recorded: its first argument is what it gets."""
 
@@ -102,6 +97,17 @@ class Step(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         made = self.function(x, *self.arguments)
         return made if isinstance(made, Tensor) else made[0]
+
+
+class Dropout(NamedTuple):
+    """Dropout of single values, or of whole channels."""
+
+    rate: float
+    whole_channels: bool
+
+    def step(self) -> Step:
+        """It as an operation, in training."""
+        return Step(torch.feature_dropout if self.whole_channels else F.dropout, (self.rate, True))
 
 
 @dataclass(frozen=True)

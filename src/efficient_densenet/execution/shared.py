@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from efficient_densenet.execution.buffers import is_channels_last
 from efficient_densenet.execution.casts import cast_one_by_one
 from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import Passes, is_observed
+from efficient_densenet.execution.operators import Passes
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
@@ -32,6 +32,7 @@ from efficient_densenet.execution.reading import (
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import unrecorded
 from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
+from efficient_densenet.execution.transforms import is_observed
 
 
 def run(
@@ -179,8 +180,6 @@ def _mask(x: Tensor, weight: Tensor, dropout: Dropout, channels_last: bool) -> T
     """
     size = [1] * (x.dim() - 2) if dropout.whole_channels else x.shape[2:]
     ones = torch.ones((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device)
-    if dropout.whole_channels:
-        return torch.feature_dropout(ones, dropout.rate, True) != 0
-    if channels_last:
+    if channels_last and not dropout.whole_channels:
         ones = ones.movedim(1, -1).contiguous().movedim(-1, 1)
-    return F.dropout(ones, dropout.rate) != 0
+    return dropout.step()(ones) != 0

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from efficient_densenet.execution import stem as engine
 from efficient_densenet.execution.buffers import empty_activation
-from efficient_densenet.execution.norms import Folded
-from efficient_densenet.execution.operators import Given, Passes, folded_fake, norms_of
+from efficient_densenet.execution.norms import Folded, folded_fake, norms_of
+from efficient_densenet.execution.operators import Given, Passes
 from efficient_densenet.execution.plan import Entry
 from efficient_densenet.execution.stem import Kept, Stem
 from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool

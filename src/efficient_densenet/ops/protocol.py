@@ -76,6 +76,14 @@ class BackwardOperands(NamedTuple):
     pool: int = 1
     need_weight: bool = True
 
+    def clear_outside_windows(self) -> None:
+        """Set `grad_x` to zero, unless it is added to, where there are pixels behind the last whole window of the pool.
+
+        No gradient reaches them: kernels that go through the windows do not touch them.
+        """
+        if not self.accumulate and any(size % self.pool for size in self.x.shape[1:-1]):
+            self.grad_x.zero_()
+
 
 class Backend(Protocol):
     """The operations; a backend is a module with these functions. They return small tensors and write large ones."""

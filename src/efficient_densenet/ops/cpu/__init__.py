@@ -3,8 +3,8 @@
 Where the rule in `instructions` says so, a norm–relu–convolution is one kernel (`convolve.h`): the rectified prefix is
 made a few lines at a time in a scratch that stays in the cache, and consumed by the product from there. Elsewhere the
 convolution is PyTorch's, and the prefix lives in a scratch tensor of a few megabytes, as in `eager`; the passes before
-and after it (`loops.h`) read and write what they must, once. Sums are added up in double precision, in an order that
-depends on the shapes and the number of threads alone.
+and after it (`loops.h`, `average_pool.h`) read and write what they must, once. Sums are added up in double precision,
+in an order that depends on the shapes and the number of threads alone.
 
 Bytes moved per value of the prefix: forward reads x; backward reads x and D and writes D.
 """
@@ -119,8 +119,7 @@ def _backward_in_passes(operands: BackwardOperands, sums: Tensor) -> Tensor | No
     """The product between the passes, by PyTorch unless a pool comes before it; the sums go to `sums`."""
     grad_out, x, norm, weight, grad_x, accumulate, _, pool, need_weight = operands
     grad_weight, identity = None, _identity(norm)
-    if pool > 1 and not accumulate and any(n % pool for n in x.shape[1:-1]):
-        grad_x.zero_()  # pixels outside whole windows
+    operands.clear_outside_windows()
     for images, scratch in pieces(x):
         piece, grad = x[images], grad_out[images]
         s = _prologue(piece, norm, pool, scratch)

@@ -63,7 +63,7 @@ bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const floa
     Index first = range.begin * kW, stop = range.end * kW < weight.out ? range.end * kW : weight.out;
     Weight<E> part = weight;
     part.data += first * weight.out_stride, part.out = stop - first;
-    done[chunk] = convolve_in_rows(x, grid, part, scale, shift, Matrix<E>{out.data + first, out.ld}, nullptr, 1);
+    done[chunk] = convolve_in_rows(x, grid, part, scale, shift, from_channel(out, first), nullptr, 1);
   });
   for (int one : done)
     if (!one)

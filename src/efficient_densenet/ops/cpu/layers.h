@@ -3,9 +3,10 @@
 // is needed.
 #pragma once
 
+#include "average_pool.h"
 #include "convolve.h"
-#include "loops.h"
 #include "mean.h"
+#include "norms.h"
 
 BEGIN_LEVEL
 
@@ -15,14 +16,13 @@ template <class E> Weight<E> weight_of(const Convolution &c, const void *data) {
   return {values, c.outputs, c.inputs, c.window * c.window, c.output_stride, c.input_stride, c.tap_stride};
 }
 
-// What every reader of the layers has in common.
-template <class E> class Block {
+// The layers, reader by reader.
+template <class E> class Block : Passed<E> {
   using S = float; // there are kernels of whole convolutions for types that are computed in single precision
+  using Passed<E>::matrix, Passed<E>::vector;
   const Layers &layers;
   int threads;
 
-  static S *vector(void *data) { return static_cast<S *>(data); }
-  static const S *vector(const void *data) { return static_cast<const S *>(data); }
   const Reader &reader(Index i) const { return layers.readers[i]; }
   // The last reader of a layer makes its features.
   bool is_last(Index i) const { return i % layers.per_layer == layers.per_layer - 1; }
@@ -32,25 +32,25 @@ template <class E> class Block {
     S *inverse, *scale, *shift;
   };
   // `at`: the channels that the norms before it read.
-  Norm norm(Index i, Index at) const {
-    const Reader &r = reader(i);
+  Norm norm(const Reader &r, Index at) const {
     return {r.mean ? vector(r.mean) : vector(layers.means) + r.first, vector(layers.inverse) + at,
             vector(layers.scale) + at, vector(layers.shift) + at};
   }
-  // What a reader reads, and what it makes, where the features that its layer reads end at `width`.
-  Matrix<E> source(Index i) const {
-    if (i % layers.per_layer)
-      return {static_cast<E *>(reader(i - 1).bottleneck), reader(i).convolution.inputs};
-    return {static_cast<E *>(layers.features.data), layers.features.ld};
+  void fold(const Reader &r, Norm n) const {
+    fold_norm(n.mean, r.variance ? vector(r.variance) : vector(layers.variances) + r.first, vector(r.norm_weight),
+              vector(r.norm_bias), r.eps, r.convolution.inputs, n.inverse, n.scale, n.shift);
   }
+  // What a reader reads, and what it makes, where the features that its layer reads end at `width`.
+  Matrix<E> source(Index i) const { return i % layers.per_layer ? bottleneck(i - 1) : matrix(layers.features); }
   Matrix<E> made(Index i, Index width) const {
-    if (!is_last(i))
-      return {static_cast<E *>(reader(i).bottleneck), reader(i).convolution.outputs};
-    return {static_cast<E *>(layers.features.data) + width, layers.features.ld};
+    return is_last(i) ? from_channel(matrix(layers.features), width) : bottleneck(i);
+  }
+  Matrix<E> bottleneck(Index i) const {
+    return {static_cast<E *>(reader(i).bottleneck), reader(i).convolution.outputs};
   }
   bool run(Index i, Index at, Index width, double *moments) const {
     const Convolution &c = reader(i).convolution;
-    Norm n = norm(i, at);
+    Norm n = norm(reader(i), at);
     return convolve(source(i), grid_of(c), weight_of<E>(c, reader(i).weight), n.scale, n.shift, made(i, width), moments,
                     threads);
   }
@@ -74,16 +74,14 @@ template <class E> class Block {
 public:
   Block(const Layers &layers, int threads) : layers(layers), threads(threads) {}
 
-  int forward(bool fold, bool measure) const {
+  int forward(bool fold_norms, bool measure) const {
     Index width = layers.width, at = 0;
     std::vector<double> moments;
     for (Index i = 0; i < layers.count; ++i) {
       const Reader &r = reader(i);
       Index outputs = r.convolution.outputs;
-      Norm n = norm(i, at);
-      if (fold)
-        fold_norm(n.mean, r.variance ? vector(r.variance) : vector(layers.variances) + r.first, vector(r.norm_weight),
-                  vector(r.norm_bias), r.eps, r.convolution.inputs, n.inverse, n.scale, n.shift);
+      if (fold_norms)
+        fold(r, norm(r, at));
       moments.assign(2 * outputs, 0);
       if (!run(i, at, width, measure ? moments.data() : nullptr))
         return static_cast<int>(i / layers.per_layer);
@@ -104,11 +102,11 @@ public:
       at += reader(i).convolution.inputs;
       width += is_last(i) ? reader(i).convolution.outputs : 0;
     }
-    Matrix<E> grad{static_cast<E *>(b.grad.data), b.grad.ld}, features = source(0);
+    Matrix<E> grad = matrix(b.grad), features = matrix(layers.features);
     for (Index i = layers.count - 1; i >= b.start * layers.per_layer; --i, ++done) {
       const Reader *last = &reader(i);
       width -= last->convolution.outputs, at -= last->convolution.inputs;
-      Matrix<E> grad_made{grad.data + width, grad.ld};
+      Matrix<E> grad_made = from_channel(grad, width);
       Through through; // what is still to be subtracted from it
       if (layers.per_layer == 2) {
         const Reader &first = reader(i - 1);
@@ -127,22 +125,63 @@ public:
         return static_cast<int>(done);
       if (i && b.constant && width <= b.used) { // the features of the layer whose turn is next
         Index channels = reader(i - 1).convolution.outputs, from = width - channels;
-        Matrix<E> next{grad.data + from, grad.ld};
-        Through of_next(b, layers, {features.data + from, features.ld}, from, channels);
+        Matrix<E> next = from_channel(grad, from);
+        Through of_next(b, layers, from_channel(features, from), from, channels);
         finish(next, of_next.flow(), grid_of(reader(0).convolution).rows(), channels, next, threads);
       }
     }
     return static_cast<int>(done);
   }
 
+  // A block in evaluation, with the transition or the head behind it.
+  static bool evaluate(const Evaluation &e, int threads) {
+    std::vector<Reader> readers(e.layers.readers, e.layers.readers + e.layers.count);
+    Index inputs = e.end ? e.end->convolution.inputs : 0;
+    for (Reader &reader : readers) {
+      inputs += reader.convolution.inputs;
+      reader.bottleneck = e.scratch;
+    }
+    std::vector<S> inverse(inputs), scale(inputs), shift(inputs);
+    Layers layers = e.layers;
+    layers.readers = readers.data();
+    layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
+    if (e.x.data)
+      copy_moments(matrix(e.x), grid_of(readers[0].convolution).rows(), layers.width, matrix(layers.features), nullptr, 0,
+                   threads);
+    Block block(layers, threads);
+    if (block.forward(true, false) < layers.count / layers.per_layer)
+      return false;
+    return !e.end || block.evaluate_end(e);
+  }
+
 private:
+  // The transition or the head. Its folded norm overwrites those of the layers, which are done.
+  bool evaluate_end(const Evaluation &e) const {
+    const Reader &end = *e.end;
+    const Convolution &c = end.convolution;
+    Matrix<E> features = matrix(layers.features), out = matrix(e.out);
+    Norm n = norm(end, 0);
+    fold(end, n);
+    if (!c.outputs) {
+      mean(features, c.images, c.height * c.width, c.inputs, n.scale, n.shift, out, threads);
+      return true;
+    }
+    if (pixels_of_window(e.pool) > 1) { // what it makes is not negative: another rectifier changes nothing
+      prologue_pool(features, e.pool, c.inputs, n.scale, n.shift, static_cast<E *>(e.scratch), threads);
+      features = {static_cast<E *>(e.scratch), c.inputs};
+      for (Index i = 0; i < c.inputs; ++i)
+        n.scale[i] = 1, n.shift[i] = 0;
+    }
+    return convolve(features, grid_of(c), weight_of<E>(c, end.weight), n.scale, n.shift, out, nullptr, threads);
+  }
+
   // Backward through reader `i`, and the gradients of its norm.
   template <bool kAdd>
   bool differentiate(Index i, Index at, Matrix<E> grad_made, const Through &through, Matrix<E> grad_source,
                      const LayersBackward &b) const {
     const Reader &r = reader(i);
     const Convolution &c = r.convolution;
-    Norm n = norm(i, at);
+    Norm n = norm(r, at);
     std::vector<double> sums(2 * c.inputs);
     if (!convolve_backward<kAdd>(grad_made, through.flow(), source(i), grid_of(c), weight_of<E>(c, r.weight), n.scale,
                                  n.shift, n.mean, grad_source, static_cast<E *>(r.grad_weight), sums.data(), threads))
@@ -154,45 +193,5 @@ private:
     return true;
   }
 };
-
-// A block in evaluation, with the transition or the head behind it.
-template <class E> bool evaluate(const Evaluation &e, int threads) {
-  std::vector<Reader> readers(e.layers.readers, e.layers.readers + e.layers.count);
-  Index inputs = e.end ? e.end->convolution.inputs : 0;
-  for (Reader &reader : readers) {
-    inputs += reader.convolution.inputs;
-    reader.bottleneck = e.scratch;
-  }
-  std::vector<float> inverse(inputs), scale(inputs), shift(inputs);
-  Layers layers = e.layers;
-  layers.readers = readers.data();
-  layers.inverse = inverse.data(), layers.scale = scale.data(), layers.shift = shift.data();
-  auto matrix = [](Rows rows) { return Matrix<E>{static_cast<E *>(rows.data), rows.ld}; };
-  Matrix<E> features = matrix(layers.features), out = matrix(e.out);
-  const Convolution &c = readers[0].convolution;
-  Index rows = grid_of(c).rows();
-  if (e.x.data)
-    copy_moments(matrix(e.x), rows, layers.width, features, nullptr, 0, threads);
-  if (Block<E>(layers, threads).forward(true, false) < layers.count / layers.per_layer)
-    return false;
-  if (!e.end)
-    return true;
-  auto vector = [](const void *data) { return static_cast<const float *>(data); };
-  const Reader &end = *e.end;
-  Index channels = end.convolution.inputs;
-  fold_norm(vector(end.mean), vector(end.variance), vector(end.norm_weight), vector(end.norm_bias), end.eps, channels,
-            inverse.data(), scale.data(), shift.data());
-  if (!end.convolution.outputs) {
-    mean(features, c.images, rows / c.images, channels, scale.data(), shift.data(), out, threads);
-    return true;
-  }
-  if (pixels_of_window(e.pool) > 1) { // what it makes is not negative: another rectifier changes nothing
-    prologue_pool(features, e.pool, channels, scale.data(), shift.data(), static_cast<E *>(e.scratch), threads);
-    features = {static_cast<E *>(e.scratch), channels};
-    scale.assign(channels, 1), shift.assign(channels, 0);
-  }
-  return convolve(features, grid_of(end.convolution), weight_of<E>(end.convolution, end.weight), scale.data(), shift.data(),
-                  out, nullptr, threads);
-}
 
 END_LEVEL

@@ -60,6 +60,14 @@ template <class E> struct Matrix {
   Index ld;
 };
 template <class E> inline Matrix<E> from_row(Matrix<E> x, Index row) { return {x.data + row * x.ld, x.ld}; }
+template <class E> inline Matrix<E> from_channel(Matrix<E> x, Index channel) { return {x.data + channel, x.ld}; }
+
+// What Python passes, for activations of type E: these, and vectors of one value for each channel.
+template <class E> struct Passed {
+  static Matrix<E> matrix(Rows rows) { return {static_cast<E *>(rows.data), rows.ld}; }
+  static Compute<E> *vector(void *data) { return static_cast<Compute<E> *>(data); }
+  static const Compute<E> *vector(const void *data) { return static_cast<const Compute<E> *>(data); }
+};
 
 // Rows that are summed up in the type of computation before they go to double precision.
 constexpr Index kRowsPerSum = 32;

@@ -159,7 +159,7 @@ void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *argmax, Matrix<E>
   for_chunks(chunks, [&](int chunk) {
     Range range(lines, chunk, chunks);
     Sums<Compute<E>> &part = parts[chunk];
-    Index since_flush = 0, zs[2][2], ys[2][2], xs[2][2];
+    Index zs[2][2], ys[2][2], xs[2][2];
     for (Index line = range.begin; line < range.end; ++line) {
       Index y = line % v.lines, z = line / v.lines % v.planes, image = line / v.lines / v.planes;
       int nz = looking(d.z, z, zs), ny = looking(d.y, y, ys);
@@ -182,8 +182,7 @@ void max_pool_backward(Matrix<E> grad_out, const std::uint8_t *argmax, Matrix<E>
                                                          x.data + row * x.ld, x.ld, grad_x.data + row * grad_x.ld,
                                                          grad_x.ld, n, scale, shift, mean, part.first(),
                                                          part.second()});
-        if ((since_flush += n) >= kRowsPerSum)
-          part.flush(), since_flush = 0;
+        part.added(n);
       }
     }
     part.flush();

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "max_pool.h"
+#include "norms.h"
 #include "pointwise.h"
 
 BEGIN_LEVEL

@@ -1,9 +1,11 @@
 // The functions of one level in a table for each type of activations: from what Python passes to the loops.
 #pragma once
 
+#include "average_pool.h"
 #include "loops.h"
 #include "max_pool.h"
 #include "mean.h"
+#include "norms.h"
 #if CONVOLUTIONS
 #include "layers.h"
 #endif
@@ -13,15 +15,13 @@
 
 BEGIN_LEVEL
 
-template <class E> struct Functions {
-  using S = Compute<E>;
-  static Matrix<E> matrix(Rows rows) { return {static_cast<E *>(rows.data), rows.ld}; }
-  static const S *vector(const void *data) { return static_cast<const S *>(data); }
+template <class E> struct Functions : Passed<E> {
+  using Passed<E>::matrix, Passed<E>::vector;
 
   static void fold_norm(const void *mean, const void *variance, const void *weight, const void *bias, double eps,
                         Index channels, void *inverse, void *scale, void *shift) {
-    LEVEL::fold_norm(vector(mean), vector(variance), vector(weight), vector(bias), eps, channels,
-                     static_cast<S *>(inverse), static_cast<S *>(scale), static_cast<S *>(shift));
+    LEVEL::fold_norm(vector(mean), vector(variance), vector(weight), vector(bias), eps, channels, vector(inverse),
+                     vector(scale), vector(shift));
   }
   static void prologue(Rows x, Index rows, Index channels, Affine norm, void *out, int threads) {
     LEVEL::prologue(matrix(x), rows, channels, vector(norm.scale), vector(norm.shift), static_cast<E *>(out), threads);
@@ -35,13 +35,15 @@ template <class E> struct Functions {
   }
   static void accumulate(const void *g, Rows x, Index rows, Index channels, Affine norm, Rows grad_x, int add,
                          double *sums, int threads) {
-    LEVEL::accumulate(static_cast<const E *>(g), matrix(x), rows, channels, vector(norm.scale), vector(norm.shift),
-                      vector(norm.mean), matrix(grad_x), add != 0, sums, threads);
+    auto run = add ? LEVEL::accumulate<true, E> : LEVEL::accumulate<false, E>;
+    run(static_cast<const E *>(g), matrix(x), rows, channels, vector(norm.scale), vector(norm.shift), vector(norm.mean),
+        matrix(grad_x), sums, threads);
   }
   static void accumulate_pool(const void *g, Rows x, const Volume *volume, Index channels, Affine norm, Rows grad_x,
                               int add, double *sums, int threads) {
-    LEVEL::accumulate_pool(static_cast<const E *>(g), matrix(x), *volume, channels, vector(norm.scale),
-                           vector(norm.shift), vector(norm.mean), matrix(grad_x), add != 0, sums, threads);
+    auto run = add ? LEVEL::accumulate_pool<true, E> : LEVEL::accumulate_pool<false, E>;
+    run(static_cast<const E *>(g), matrix(x), *volume, channels, vector(norm.scale), vector(norm.shift),
+        vector(norm.mean), matrix(grad_x), sums, threads);
   }
   static void max_pool(Rows x, const Volume *volume, Index channels, Affine norm, Rows out, std::uint8_t *argmax,
                        int threads) {
@@ -82,16 +84,16 @@ template <class E> struct Functions {
   static int run_layers(const Layers *layers, int fold, int measure, int threads) {
     return Block<E>(*layers, threads).forward(fold != 0, measure != 0);
   }
-  static int evaluate(const Evaluation *evaluation, int threads) { return LEVEL::evaluate<E>(*evaluation, threads); }
   static int run_layers_backward(const Layers *layers, const LayersBackward *operands, int threads) {
     return Block<E>(*layers, threads).backward(*operands);
   }
+  static int evaluate(const Evaluation *evaluation, int threads) { return Block<E>::evaluate(*evaluation, threads); }
 #endif
 };
 
 #if CONVOLUTIONS && !PAIRS
 inline int evaluate_stem(const Stem *stem, Rows out, int threads) {
-  return evaluate_stem(*stem, Functions<float>::matrix(out), threads);
+  return evaluate_stem(*stem, Passed<float>::matrix(out), threads);
 }
 #endif
 

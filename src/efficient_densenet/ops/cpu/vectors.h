@@ -74,6 +74,7 @@ template <class S> struct Sums {
   Index channels;
   std::vector<S> parts;
   std::vector<double> totals;
+  Index rows = 0; // that are in the parts
   explicit Sums(Index channels) : channels(channels), parts(2 * channels), totals(2 * channels) {}
   S *first() { return parts.data(); }
   S *second() { return parts.data() + channels; }
@@ -82,7 +83,20 @@ template <class S> struct Sums {
       totals[i] += parts[i];
       parts[i] = 0;
     }
+    rows = 0;
+  }
+  // So many rows were added to the parts.
+  void added(Index n) {
+    if ((rows += n) >= kRowsPerSum)
+      flush();
   }
 };
+
+// Adds the sums of all chunks to `into`, in the order of the chunks.
+template <class S> void add_up(const std::vector<Sums<S>> &parts, double *into) {
+  for (const Sums<S> &part : parts)
+    for (std::size_t i = 0; i < part.totals.size(); ++i)
+      into[i] += part.totals[i];
+}
 
 END_LEVEL

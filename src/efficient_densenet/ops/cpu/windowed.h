@@ -64,7 +64,7 @@ inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
                                      weight.out_stride, threads);
   Index all = units.lines * units.wide, ld = whole_vectors(all) + kW;
-  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  int chunks = units.chunks(threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
     Pixels prefix(units, weight.in);
@@ -103,7 +103,7 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
                                      weight.out_stride, threads);
-  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  int chunks = units.chunks(threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
     Buffer<pair> prefix(units.scratch(depth) + kRowsBehind * depth);
@@ -208,7 +208,7 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
                                      weight.out_stride, weight.in, weight.in_stride, threads); // turned round
-  int chunks = static_cast<int>(units.count < threads ? units.count : threads);
+  int chunks = units.chunks(threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   Index ld = all * kW;
   std::vector<Buffer<float>> weight_parts(chunks);

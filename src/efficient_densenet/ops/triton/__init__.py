@@ -76,8 +76,8 @@ def norm_relu_conv(
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
     x, weight = operands.x, operands.weight
     covered = _covered(x, operands.grad_x, weight, operands.pool)
-    if covered and not operands.accumulate and any(n % operands.pool for n in x.shape[1:-1]):
-        operands.grad_x.zero_()  # pixels outside of whole windows, for which no kernel is started
+    if covered:
+        operands.clear_outside_windows()
 
     def empty() -> tuple[Tensor | None, Tensor, Tensor]:
         return _gradient_like(weight) if operands.need_weight else None, *_norm_gradients(operands.norm)
