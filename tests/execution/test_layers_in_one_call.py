@@ -8,7 +8,7 @@ from comparison import gradients, training_step
 from look_alikes import bottleneck_parts
 from operands import LEVELS
 from torch import nn
-from twins import BOTTLENECK, PLAIN
+from twins import BOTTLENECK, PLAIN, efficient_network
 
 from efficient_densenet import DenseNet, dense_block, ops
 from efficient_densenet.execution import KEEP
@@ -24,8 +24,7 @@ every_kind = pytest.mark.parametrize("arguments", [PLAIN, BOTTLENECK], ids=["pla
 
 
 def network(arguments, keep, dtype=torch.float32):
-    torch.manual_seed(0)
-    return DenseNet(**{**arguments, "efficient": True, "keep": keep}).to(dtype)
+    return efficient_network(arguments, keep).to(dtype)
 
 
 def images(dtype=torch.float32):
