@@ -104,6 +104,20 @@ def test_results_are_those_of_one_layer_after_the_other(monkeypatch, done, argum
     same(*results, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [nn.Module.train, nn.Module.eval])
+def test_what_backward_makes_again_has_the_bits_of_forward(arguments, dtype, change):
+    """So that it does not matter to the gradients what is kept."""
+    results = []
+    for keep in KEEP:
+        net = network(arguments | {"num_init_features": 70, "growth_rate": 20, "bn_size": 4}, keep, dtype)
+        change(net)
+        results.append(training_step(net, images(dtype)))
+    for other in results[1:]:
+        same(other, results[0], 0)
+
+
 def test_bottleneck_outputs_are_freed_before_others_are_made_again(done):
     """The first layer's, which has few channels to read, is not kept: a second call makes it again."""
     torch.manual_seed(0)
