@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import forked_workers
 import pytest
 
 # What shows at once that something is broken: each package's definitions, and recognition as a whole.
@@ -37,3 +38,9 @@ def little_to_collect() -> None:
     """Looking for garbage among all that the libraries brought would take most of the time that measures memory."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of commands are forks, where it does not matter how a process begins: that has tests of its own."""
+    monkeypatch.setattr("efficient_densenet.measure.processes.subprocess", forked_workers)

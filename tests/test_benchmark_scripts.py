@@ -36,6 +36,7 @@ def sections(folder, name):
     return json.loads((folder / f"{name}.json").read_text())[machine.processor()]
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_memory_of_the_engine(script, tmp_path, capsys):
     engine = script("engine")
     assert engine.main(["--quick", "--sections", "memory", "depth", "--output", str(tmp_path)]) == 0
@@ -74,6 +75,7 @@ def test_times_and_largest_batches_are_tables():
     assert "| n in 2 GB | inputs | 36 | 12.0 |" in fitting
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_cpu_backend(script, tmp_path, capsys):
     """Two contests, one of them held to a level, and the profile; figures of another processor stay."""
     cpu = script("cpu")
@@ -107,6 +109,7 @@ def test_the_memory_and_the_conversion_of_other_libraries_models(script, tmp_pat
     assert capsys.readouterr().out == text and "TINY NETWORKS" in text
 
 
+@pytest.mark.usefixtures("forked")
 def test_peers_side_by_side(script, tmp_path):
     """The command's contenders are tested with it; here a contest and the search, as tables."""
     peers = script("peers")

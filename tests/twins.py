@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,18 @@ PLAIN = {"num_init_features": 6, "growth_rate": 5, "block_config": (3, 2), "num_
 BOTTLENECK = PLAIN | {"bn_size": 2, "compression": 0.5}
 IMAGENET = BOTTLENECK | {"input_size": 64}
 NETWORKS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet stem": IMAGENET}
+
+
+def efficient_network(arguments: dict, keep: str = "bottleneck", efficient: Efficient = True) -> DenseNet:
+    """A copy of one that is made once and never runs: to look for dense blocks takes longer than a training step."""
+    return copy.deepcopy(_made(tuple(arguments.items()), keep, efficient))
+
+
+@functools.cache
+def _made(arguments: tuple[tuple[str, Hashable], ...], keep: str, efficient: Efficient) -> DenseNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DenseNet(**dict(arguments), efficient=efficient, keep=keep)  # type: ignore[arg-type]
 
 
 def pair(
@@ -32,7 +46,7 @@ def pair(
             nn.init.uniform_(tensor, 0.5, 1.5)
         for tensor in (norm.bias, norm.running_mean):
             nn.init.uniform_(tensor, -0.5, 0.5)
-    twin = DenseNet(**arguments, efficient=efficient, keep=keep)
+    twin = efficient_network(arguments, keep, efficient)
     twin.load_state_dict(ordinary.state_dict(), strict=True)
     for network in (ordinary, twin):
         torch.manual_seed(1)

@@ -38,7 +38,7 @@ def test_a_model_by_its_name(name, capsys):
 
 
 def test_what_was_asked_for_is_shown(capsys):
-    main(["inspect", "torchvision:densenet121", "--image", "3,64,64", "--keep", "inputs"])
+    main(["inspect", "torchvision:DenseNet", "--set", "block_config=(2,3)", "--image", "3,64,64", "--keep", "inputs"])
     output = capsys.readouterr().out
     assert "MB per image of 3×64×64" in output and "shared buffer, inputs" in output
 

@@ -8,7 +8,7 @@ from comparison import gradients, training_step
 from look_alikes import bottleneck_parts
 from operands import LEVELS
 from torch import nn
-from twins import BOTTLENECK, PLAIN
+from twins import BOTTLENECK, PLAIN, efficient_network
 
 from efficient_densenet import DenseNet, dense_block, ops
 from efficient_densenet.execution import KEEP
@@ -24,8 +24,7 @@ every_kind = pytest.mark.parametrize("arguments", [PLAIN, BOTTLENECK], ids=["pla
 
 
 def network(arguments, keep, dtype=torch.float32):
-    torch.manual_seed(0)
-    return DenseNet(**{**arguments, "efficient": True, "keep": keep}).to(dtype)
+    return efficient_network(arguments, keep).to(dtype)
 
 
 def images(dtype=torch.float32):
@@ -103,6 +102,20 @@ def test_results_are_those_of_one_layer_after_the_other(monkeypatch, done, argum
     assert calls == len(done) > 0 and all(some == all_ for some, all_ in done)
     # The sums of a norm's gradient are the same; what is made of them is rounded once more or less.
     same(*results, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [nn.Module.train, nn.Module.eval])
+def test_what_backward_makes_again_has_the_bits_of_forward(arguments, dtype, change):
+    """So that it does not matter to the gradients what is kept."""
+    results = []
+    for keep in KEEP:
+        net = network(arguments | {"num_init_features": 70, "growth_rate": 20, "bn_size": 4}, keep, dtype)
+        change(net)
+        results.append(training_step(net, images(dtype)))
+    for other in results[1:]:
+        same(other, results[0], 0)
 
 
 def test_bottleneck_outputs_are_freed_before_others_are_made_again(done):

@@ -39,6 +39,7 @@ def benchmark(tmp_path, *options):
     return json.loads(output.read_text())
 
 
+@pytest.mark.usefixtures("forked")
 def test_times_and_memory(tmp_path, capsys):
     names = ["ordinary-channels-last", "bottleneck"]
     record = benchmark(
@@ -61,6 +62,7 @@ def test_times_and_memory(tmp_path, capsys):
     assert all(name in table for name in names) and "R=B/F" in table
 
 
+@pytest.mark.usefixtures("forked")
 def test_several_devices(tmp_path):
     (result,) = benchmark(
         tmp_path, *SMALL, "--batch-size", "4", "--rounds", "1", "--iterations", "1", "--num-devices", "2",
@@ -281,6 +283,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
     assert (result["largest_batch"], result["peak_bytes"], result["smallest_that_did_not_fit"]) == (0, None, 1)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

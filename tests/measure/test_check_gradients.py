@@ -109,6 +109,7 @@ def test_equal(options, capsys):
         assert f"{2 * norms + convs + 2} parameter gradients, {3 * norms} buffers" in printed
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_on_two_devices(way, capsys):
     assert main([*SMALL, "--num-devices", "2", "--batch-size", "5", "--efficient", way]) == 0

@@ -120,7 +120,7 @@ def test_a_level_can_be_forced_by_the_environment(name, said, monkeypatch):
 @kernels
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("made", [1, 12, 40, 128])
+@pytest.mark.parametrize("made", [1, 12, 16, 40, 128])
 @pytest.mark.parametrize(("size", "channels"), [((21, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 from PIL import Image
 from tiny_run import CONFIG, begin_fit, run
 
@@ -182,7 +183,9 @@ def test_label_smoothing_has_a_column_of_its_own(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_processes_that_are_spawned_read_what_lightning_writes_for_them(tmp_path):
+def test_processes_that_are_spawned_read_what_lightning_writes_for_them(tmp_path, monkeypatch):
+    # They get as much as spawned ones, and are forks of a process that has imported what they need (see `tiny_run`).
+    monkeypatch.setitem(StrategyRegistry["ddp_spawn"]["init_params"], "start_method", "forkserver")
     options = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.max_epochs=1"]
     assert run("fit", tmp_path, *options) == 0
     assert (tmp_path / "tiny/version_0/checkpoints/last.ckpt").exists()

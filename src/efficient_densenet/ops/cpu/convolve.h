@@ -30,9 +30,9 @@ template <class E> bool is_finite(const Weight<E> &weight, const E *data, int th
 // False, and nothing of use is done, where a result may not be right.
 template <class E>
 bool convolve_in_rows(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
-                      Matrix<E> out, double *moments, int threads) {
+                      Matrix<E> out, double *moments, int threads, bool evaluates) {
   if (grid.window == 1) {
-    pointwise<Operand<E>>(x, grid.rows(), weight, scale, shift, out, moments, threads);
+    pointwise<Operand<E>>(x, grid.rows(), weight, scale, shift, out, moments, threads, evaluates);
     return true;
   }
 #if PAIRS
@@ -49,21 +49,22 @@ bool convolve_in_rows(Matrix<E> x, const Grid &grid, const Weight<E> &weight, co
 // and makes these. Threads wait less for each other, and less data moves between cores.
 constexpr Index kFewRows = 200;
 
-// False, and nothing of use is done, where a result may not be right.
+// False, and nothing of use is done, where a result may not be right. `evaluates`: neither batch statistics nor a backward
+// pass follow, which would make the same values again.
 template <class E>
 bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
-              Matrix<E> out, double *moments, int threads) {
+              Matrix<E> out, double *moments, int threads, bool evaluates = false) {
   Index vectors = vectors_of(weight.out);
   int chunks = static_cast<int>(vectors < threads ? vectors : threads);
   if (moments || chunks < 2 || grid.rows() > kFewRows)
-    return convolve_in_rows(x, grid, weight, scale, shift, out, moments, threads);
+    return convolve_in_rows(x, grid, weight, scale, shift, out, moments, threads, evaluates);
   std::vector<int> done(chunks);
   for_chunks(chunks, [&](int chunk) {
     Range range(vectors, chunk, chunks);
     Index first = range.begin * kW, stop = range.end * kW < weight.out ? range.end * kW : weight.out;
     Weight<E> part = weight;
     part.data += first * weight.out_stride, part.out = stop - first;
-    done[chunk] = convolve_in_rows(x, grid, part, scale, shift, from_channel(out, first), nullptr, 1);
+    done[chunk] = convolve_in_rows(x, grid, part, scale, shift, from_channel(out, first), nullptr, 1, evaluates);
   });
   for (int one : done)
     if (!one)

@@ -22,6 +22,7 @@ template <class E> class Block : Passed<E> {
   using Passed<E>::matrix, Passed<E>::vector;
   const Layers &layers;
   int threads;
+  bool evaluates;
 
   const Reader &reader(Index i) const { return layers.readers[i]; }
   // The last reader of a layer makes its features.
@@ -52,7 +53,7 @@ template <class E> class Block : Passed<E> {
     const Convolution &c = reader(i).convolution;
     Norm n = norm(reader(i), at);
     return convolve(source(i), grid_of(c), weight_of<E>(c, reader(i).weight), n.scale, n.shift, made(i, width), moments,
-                    threads);
+                    threads, evaluates);
   }
 
   // What flows through the statistics of some channels, as all of their readers have gathered it.
@@ -72,7 +73,8 @@ template <class E> class Block : Passed<E> {
   };
 
 public:
-  Block(const Layers &layers, int threads) : layers(layers), threads(threads) {}
+  Block(const Layers &layers, int threads, bool evaluates = false)
+      : layers(layers), threads(threads), evaluates(evaluates) {}
 
   int forward(bool fold_norms, bool measure) const {
     Index width = layers.width, at = 0;
@@ -148,7 +150,7 @@ public:
     if (e.x.data)
       copy_moments(matrix(e.x), grid_of(readers[0].convolution).rows(), layers.width, matrix(layers.features), nullptr, 0,
                    threads);
-    Block block(layers, threads);
+    Block block(layers, threads, true);
     if (block.forward(true, false) < layers.count / layers.per_layer)
       return false;
     return !e.end || block.evaluate_end(e);

@@ -35,7 +35,7 @@ inline auto tiles_of(Index rows) {
 // `convolve` for a window of 1, with operands of type T.
 template <class T, class E>
 void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *scale, const float *shift, Matrix<E> out,
-               double *moments, int threads) {
+               double *moments, int threads, bool evaluates) {
   Index depth = depth_of<T>(weight.in), stride = vectors_of(depth) * kW;
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
@@ -50,7 +50,7 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
       Matrix<E> to = from_row(out, first);
       fill_prefix(from_row(x, first), here, weight.in, scale, shift, stride, prefix.data());
       Product<T> product{prefix.data(), stride, depth, b.data(), weight.out};
-      product.evaluates = !moments;
+      product.longer_runs = evaluates;
       product.run(
           0, vectors_of(weight.out), tiles_of(here),
           [&](const Tile &tile) { // what the next rows read and write

@@ -43,7 +43,7 @@ template <class T> struct Product {
   Index columns; // channels of the result
   Index places = 1;
   const Index *offsets = &kHere;
-  bool evaluates = false; // batch statistics will not enlarge rounding errors: runs of a sum may be twice as long
+  bool longer_runs = false; // of its sums, see `kTermsPerSum`
 
   // For the groups of vectors from `begin` to `end`: tiles(most, work) calls work(row, row of `a`, rows) for each of its
   // tiles of at most `most` rows, before(tile) whatever is to be fetched, and use(tile) takes the result.
@@ -59,7 +59,7 @@ template <class T> struct Product {
         before(tile);
         ProductTile<T> product{a + at * lda, lda, depth, b + first * places * depth, values, width, places, offsets};
         if constexpr (!TILES)
-          if (evaluates)
+          if (longer_runs)
             product.terms_per_sum *= 2;
         with_tile(rows, vectors, product);
         use(tile);

@@ -57,7 +57,8 @@ template <int NV = kMostVectors, class Body> inline void with_tile(int rows, int
 }
 
 // Terms of a sum that are added up one by one, a run, before their sum goes to the sum of all terms: in single precision,
-// this takes away two thirds of the rounding error of a sum of 256 terms.
+// this takes away two thirds of the rounding error of a sum of 256 terms. Where no batch statistics enlarge that error,
+// runs may be twice as long.
 constexpr Index kTermsPerSum = 32;
 
 // out (+)= Σ over places of a[place] · b[place] for a tile: `a` has rows `lda` elements apart, and each place's begin at

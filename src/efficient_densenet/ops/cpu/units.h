@@ -37,19 +37,32 @@ struct Unit {
   Index tiles(const Units &units) const { return (lines + 1) / 2 * units.across; }
 };
 
+// For the lines of a unit and of the border around it: inside(line of the scratch, its first row in the matrix), or
+// outside(line of the scratch) where it lies outside of the image.
+template <class Inside, class Outside>
+void for_lines(const Units &units, const Unit &unit, const Inside &inside, const Outside &outside) {
+  for (Index line = 0; line < (unit.lines + 1) / 2 * 2 + 2; ++line) {
+    Index y = unit.first + line - 1;
+    if (y < 0 || y >= units.height)
+      outside(line);
+    else
+      inside(line, (unit.image * units.height + y) * units.width);
+  }
+}
+
 // A unit and the border around it, `stride` elements from pixel to pixel; fill(rows of x, pixels, to) makes a line of it.
 template <class E, class T, class Fill>
 void with_border(const Units &units, const Unit &unit, Matrix<E> x, Index stride, T *to, const Fill &fill) {
   Index line = units.wide * stride, behind = (units.width + 1) * stride;
-  for (Index y = unit.first - 1; y <= unit.first + (unit.lines + 1) / 2 * 2; ++y, to += line) {
-    if (y < 0 || y >= units.height) {
-      std::memset(to, 0, line * sizeof(T));
-      continue;
-    }
-    std::memset(to, 0, stride * sizeof(T));
-    fill(from_row(x, (unit.image * units.height + y) * units.width), units.width, to + stride);
-    std::memset(to + behind, 0, (line - behind) * sizeof(T));
-  }
+  for_lines(
+      units, unit,
+      [&](Index i, Index row) {
+        T *at = to + i * line;
+        std::memset(at, 0, stride * sizeof(T));
+        fill(from_row(x, row), units.width, at + stride);
+        std::memset(at + behind, 0, (line - behind) * sizeof(T));
+      },
+      [&](Index i) { std::memset(to + i * line, 0, line * sizeof(T)); });
 }
 
 // Of what the next unit reads and this one does not, fetch what lies behind its rows from `begin` to `end`.

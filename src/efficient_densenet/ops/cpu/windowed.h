@@ -30,44 +30,45 @@ inline auto tiles_of(const Units &units, const Unit &unit) {
   };
 }
 
-// A unit of the rectified prefix with its border, turned round: for each pair of channels all pixels, `ld` apart.
-struct Pixels {
-  Index stride, ld; // pairs from pixel to pixel before it is turned, from pair to pair behind that
-  Buffer<pair> line, turned;
-  Pixels(const Units &units, Index channels)
+#if !TILES
+// A unit of the rectified prefix with its border, transposed: for each pair of channels all pixels, `ld` apart.
+struct TransposedPrefix {
+  Index stride, ld; // pairs from pixel to pixel before it is transposed, from pair to pair afterwards
+  Buffer<pair> line, values;
+  TransposedPrefix(const Units &units, Index channels)
       : stride(whole_vectors(elements<pair>(channels))), ld((vectors_of(units.scratch(1) + kW) | 1) * kW),
-        line(units.width * stride), turned(stride * ld) {
-    std::memset(turned.data(), 0, stride * ld * sizeof(pair));
+        line(units.width * stride), values(stride * ld) {
+    std::memset(values.data(), 0, stride * ld * sizeof(pair));
   }
   void fill(const Units &units, const Unit &unit, Matrix<bf16> x, Index channels, const float *scale, const float *shift) {
-    for (Index y = 0; y < unit.lines + 2; ++y) {
-      Index at = unit.first + y - 1; // the line of the image
-      pair *to = turned.data() + y * units.wide + 1;
-      if (at < 0 || at >= units.height) {
-        for (Index k = 0; k < stride; ++k)
-          std::memset(to + k * ld, 0, units.width * sizeof(pair));
-        continue;
-      }
-      fill_prefix(from_row(x, (unit.image * units.height + at) * units.width), units.width, channels, scale, shift,
-                  stride, line.data());
-      // Zeros behind the line's pixels go to the border, and to pixels that the next line fills.
-      copy_transposed(line.data(), stride, stride, units.width, ld, to);
-    }
+    pair *first = values.data() + 1; // behind the border's pixel
+    for_lines(
+        units, unit,
+        [&](Index y, Index row) {
+          fill_prefix(from_row(x, row), units.width, channels, scale, shift, stride, line.data());
+          // Zeros behind the line's pixels go to the border, and to pixels that the next line fills.
+          copy_transposed(line.data(), stride, stride, units.width, ld, first + y * units.wide);
+        },
+        [&](Index y) {
+          for (Index k = 0; k < stride; ++k)
+            std::memset(first + k * ld + y * units.wide, 0, units.width * sizeof(pair));
+        });
   }
 };
 
-// `windowed` for outputs that leave most of a vector empty, or only just fill it: vectors are of pixels here.
+// `windowed` for outputs that leave a part of a vector empty, or only just fill it: vectors are of pixels here. A run of a
+// sum is a line of the window: rounding to bfloat16 is far coarser than what shorter runs would save.
 inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
                                  const float *shift, Matrix<bf16> out, double *moments, int threads) {
   Index depth = depth_of<pair>(weight.in);
   Units units(grid, lines_within(128 << 10, grid, whole_vectors(depth)));
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
-                                     weight.out_stride, threads);
+                                weight.out_stride, threads);
   Index all = units.lines * units.wide, ld = whole_vectors(all) + kW;
   int chunks = units.chunks(threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
-    Pixels prefix(units, weight.in);
+    TransposedPrefix prefix(units, weight.in);
     Buffer<float> sums(weight.out * ld), values(whole_vectors(units.width) * kW);
     Range range(units.count, chunk, chunks);
     for (Index i = range.begin; i < range.end; ++i) {
@@ -78,7 +79,7 @@ inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<
       for (Index y = 0; y < 3; ++y) { // lines of the window, whose taps lie side by side
         fetch_unit(units, unit, x, grid, weight.in, unit.rows * y / 3, unit.rows * (y + 1) / 3);
         add_outer(Lines<pair>{b.data() + 3 * y * depth * kW, kW, depth * kW}, weight.out,
-                  Lines<pair>{prefix.turned.data() + y * units.wide, prefix.ld, 1}, unit.lines * units.wide, 3, depth,
+                  Lines<pair>{prefix.values.data() + y * units.wide, prefix.ld, 1}, unit.lines * units.wide, 3, depth,
                   sums.data(), ld);
       }
       for (Index y = 0; y < unit.lines; ++y) {
@@ -92,17 +93,20 @@ inline void windowed_over_pixels(Matrix<bf16> x, const Grid &grid, const Weight<
   if (moments)
     merge_moments(parts, 0, moments);
 }
+#endif
 
 // `convolve` for a window of 3.
 inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weight, const float *scale,
                      const float *shift, Matrix<bf16> out, double *moments, int threads) {
-  if (!TILES && weight.out <= kW)
+#if !TILES
+  if (weight.out <= kW)
     return windowed_over_pixels(x, grid, weight, scale, shift, out, moments, threads);
+#endif
   Index depth = depth_of<pair>(weight.in);
   Units units(grid, lines_within(192 << 10, grid, depth));
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data, 9, weight.tap_stride, weight.in, weight.in_stride, weight.out,
-                                     weight.out_stride, threads);
+                                weight.out_stride, threads);
   int chunks = units.chunks(threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
@@ -134,11 +138,11 @@ inline void windowed(Matrix<bf16> x, const Grid &grid, const Weight<bf16> &weigh
 // gradient of the border's pixels is zero, and what lies there, or behind the last line, is finite.
 struct PixelPairs {
   Index ld, line, across; // pairs from pixel pair to pixel pair, from line to line; and of a line of the gradient
-  Buffer<pair> grad, turned, even, odd;
+  Buffer<pair> grad, transposed, even, odd;
   PixelPairs(const Units &units, Index outputs, Index channels)
       : ld(vectors_of(channels) * kW), line((units.across + 1) * ld), across(units.across + TILES),
         grad((units.lines * across + kRowsBehind) * outputs),
-        turned(TILES ? (outputs + kRowsBehind) * whole_vectors(units.lines * across + kRowsBehind) : 0), even(size(units)),
+        transposed(TILES ? (outputs + kRowsBehind) * whole_vectors(units.lines * across + kRowsBehind) : 0), even(size(units)),
         odd(size(units)) {
     if (TILES)
       for (Buffer<pair> *prefix : {&even, &odd})
@@ -152,20 +156,18 @@ struct PixelPairs {
       pair_rows<false>(from_row(all_grad, unit.row + y * units.width), units.width, outputs, nullptr, nullptr, outputs,
                        grad.data() + y * across * outputs);
     if (TILES)
-      turn_gradient(units, unit, outputs);
-    for (Index y = 0; y < unit.lines + 2; ++y) {
-      Index at = unit.first + y - 1; // the line of the image
-      pair *to_even = even.data() + y * line, *to_odd = odd.data() + y * line;
-      if (at < 0 || at >= units.height) {
-        for (pair *to : {to_even, to_odd})
-          std::memset(to, 0, line * sizeof(pair));
-        continue;
-      }
-      // The border is one pixel wide: the first of the image stands at an odd one.
-      pair_rows<true>(from_row(x, (unit.image * units.height + at) * units.width), units.width, channels, scale, shift,
-                      ld, to_odd);
-      for_channels<kW>(0, channels, ShiftedPairsBody{to_odd, ld, units.across, to_even});
-    }
+      transpose_gradient(units, unit, outputs);
+    for_lines(
+        units, unit,
+        [&](Index y, Index row) { // the border is one pixel wide: the first of the image stands at an odd one
+          pair *to = odd.data() + y * line;
+          pair_rows<true>(from_row(x, row), units.width, channels, scale, shift, ld, to);
+          for_channels<kW>(0, channels, ShiftedPairsBody{to, ld, units.across, even.data() + y * line});
+        },
+        [&](Index y) {
+          for (Buffer<pair> *prefix : {&even, &odd})
+            std::memset(prefix->data() + y * line, 0, line * sizeof(pair));
+        });
   }
 
   // into (taps, outputs, ld) += the gradient of the weight.
@@ -173,7 +175,7 @@ struct PixelPairs {
     Index pairs = depth(unit), lines = TILES ? 1 : unit.lines;
     Lines<pair> left{grad.data(), outputs, across * outputs};
     if (TILES)
-      left = {turned.data(), whole_vectors(pairs), 0};
+      left = {transposed.data(), whole_vectors(pairs), 0};
     for (Index tap = 0; tap < 9; ++tap) {
       const pair *from = (tap % 3 == 1 ? odd : even).data() + tap / 3 * line + (tap % 3 == 2 ? ld : 0);
       add_outer(left, outputs, Lines<pair>{from, ld, line}, channels, lines, TILES ? pairs : units.across,
@@ -186,7 +188,7 @@ private:
   // Pairs of all lines of a unit, as many as a sum of them is of.
   Index depth(const Unit &unit) const { return depth_of<pair>(2 * unit.lines * across); }
 
-  void turn_gradient(const Units &units, const Unit &unit, Index outputs) {
+  void transpose_gradient(const Units &units, const Unit &unit, Index outputs) {
     Index pairs = depth(unit);
     auto clear = [&](Index begin, Index end) {
       std::memset(grad.data() + begin * outputs, 0, (end - begin) * outputs * sizeof(pair));
@@ -194,7 +196,7 @@ private:
     for (Index y = 0; y < unit.lines; ++y)
       clear(y * across + units.across, (y + 1) * across);
     clear(unit.lines * across, pairs);
-    copy_transposed(grad.data(), outputs, outputs, pairs, whole_vectors(pairs), turned.data());
+    copy_transposed(grad.data(), outputs, outputs, pairs, whole_vectors(pairs), transposed.data());
   }
 };
 
@@ -207,7 +209,7 @@ void windowed_backward(Matrix<bf16> grad, Matrix<bf16> x, const Grid &grid, cons
   Units units(grid, lines_within(192 << 10, grid, elements<pair>(weight.in)));
   Taps taps(units, depth);
   Buffer<pair> b = packed<pair>(weight.data + 8 * weight.tap_stride, 9, -weight.tap_stride, weight.out,
-                                     weight.out_stride, weight.in, weight.in_stride, threads); // turned round
+                                     weight.out_stride, weight.in, weight.in_stride, threads); // rotated by 180°
   int chunks = units.chunks(threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   Index ld = all * kW;

@@ -21,10 +21,10 @@ def describe(compiled: Any) -> dict[str, Any]:
     loop that holds the product, unless that is known not to touch it.
     """
     if "cubin" in compiled.asm:
-        used = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+        used = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
         registers, stack, local = (int(_search(rf"\b{name}:(\d+)", used)) for name in ("REG", "STACK", "LOCAL"))
         products, code, spilled = r"\b(wgmma|mma|tcgen05\.mma)\.", compiled.asm["ptx"], stack + local
-        found = overtaken(_tool("nvdisasm", "--print-code", compiled.asm["cubin"])) if "wgmma." in code else []
+        found = overtaken(_listing(compiled)) if "wgmma." in code else []
         loop = product_loop(compiled)[1] if spilled else []
         in_loop = bool(spilled) and (not loop or any(i.name.startswith(("LDL", "STL")) for i in loop))
     else:
@@ -90,7 +90,7 @@ def overtaken(listing: str) -> list[str]:
 
 def product_loop(compiled: Any) -> tuple[list[Instruction], list[Instruction]]:
     """All instructions of a kernel for NVIDIA's, and those of the loop that holds its product, if there is one."""
-    code, labels = _parsed(_tool("nvdisasm", "--print-code", compiled.asm["cubin"]))
+    code, labels = _parsed(_listing(compiled))
     loops = []
     for end, instruction in enumerate(code):
         if instruction.name.startswith("BRA"):
@@ -137,12 +137,17 @@ def _registers(operand: str, number: int) -> frozenset[int]:
     return frozenset(range(int(found[1]), int(found[1]) + number)) if found else frozenset()
 
 
-def _tool(name: str, option: str, binary: bytes) -> str:
+def _listing(compiled: Any) -> str:
+    """The instructions. Analysing data flow would add targets to branches through a stack, which no kernel has."""
+    return _tool("nvdisasm", compiled.asm["cubin"], "--print-code", "--no-dataflow")
+
+
+def _tool(name: str, binary: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(tool), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _search(pattern: str, text: str) -> str:
