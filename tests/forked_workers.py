@@ -10,9 +10,9 @@ from multiprocessing.connection import Connection
 from subprocess import PIPE, STDOUT
 from typing import IO, Any
 
-from forks import forks_with
+from forks import FORKS, preload
 
-FORKS = forks_with("efficient_densenet.measure.worker", "torch._dynamo", "torch._inductor")
+preload("efficient_densenet.measure.worker", "torch._dynamo", "torch._inductor")
 
 
 class Popen:

@@ -82,7 +82,8 @@ class Owners:
         part, name = self._found.get(id(weight), (-1, ""))
         constant = part >= 0 and name in self.modules[part]._buffers
         plain = bias is None and not transposed and not any(padding) and set(dilation) == {1}
-        mode = _PADS.get(getattr(pad.function, "overloadpacket", None))  # dropout is a plain function
+        packet: Any = getattr(pad.function, "overloadpacket", None)  # dropout is a plain function
+        mode = _PADS.get(packet)
         if not constant or not plain or not (groups == weight.shape[0] == channels) or mode is None:
             return None
         if any(pad.arguments[1:]) or len(stride) != 2 or len(pad.arguments[0]) != 4:
