@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device, _python_dispatch
@@ -392,6 +394,8 @@ CHECKS = {
     "_get": lightning_gets,
     "_max_lr _min_lr": rates_that_were_tried,
     "_orig_mod": lambda: "_orig_mod.weight" in torch.compile(nn.Linear(1, 1)).state_dict(),
+    "_checkpoint_wrapped_module": lambda: "_checkpoint_wrapped_module" in checkpoint_wrapper(nn.ReLU())._modules,
+    "_fsdp_wrapped_module": lambda: FSDP_WRAPPED_MODULE == "_fsdp_wrapped_module",
 }
 ELSEWHERE = {"_is_hf_initialized"}  # a mark that is left out of a comparison
 

@@ -28,7 +28,8 @@ _BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<features>features[._])?denseblo
 _NUMBERED_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<number>\d{1,4})\.denselayer\d{1,4}\.")
 _PART_OF_FEATURES = re.compile(r"(?:conv0|norm0|denseblock\d+|transition\d+|norm\d+|norm_final)\.")
 # What wrappers put into names: torch.compile, activation checkpointing and FSDP. No part is called so by itself.
-_WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
 # That of DataParallel, which may also be a name of its own: left out behind the names of a DenseNet's parts alone.
 _MODULE_OF_PART = re.compile(
     r"(?<![^._])((?:features|classifier|(?:denseblock|denselayer|transition|conv|norm)\d*)\.)(?:module\.)+"
