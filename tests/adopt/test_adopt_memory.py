@@ -136,10 +136,8 @@ def test_the_table_can_be_read():
         [getattr(entry, name) / 1e6 for entry in found.entries] for name in ("bytes_before", "bytes_after")
     )
     assert rows[0].split("  ")[0] == "features.denseblock1"
-    assert rows[0].split()[-2:] == [
-        "0.80",
-        "0.18",
-    ]  # 6 + 6 + 8 + 8 + 10 + 10 + 8 + 8, and 14 channels of 56×56, float32
+    # Before, 6 + 6 + 8 + 8 channels of 56×56 for the first layer and 10 + 10 + 8 + 8 for the second; after, 14.
+    assert rows[0].split()[-2:] == ["0.80", "0.18"]
     assert rows[-2].split() == ["together", f"{sum(before):.2f}", f"{sum(after):.2f}"]
     assert rows[-1].split() == ["peak", "of", "a", "training", "step", *(f"{peak / 1e6:.2f}" for peak in found.peak)]
     assert len({len(row) for row in [head, *rows]}) == 1

@@ -124,11 +124,11 @@ def _without_wrappers(named: dict[str, Leaf]) -> dict[str, Leaf]:
     leaves: dict[str, Leaf] = {}
     for name, leaf in named.items():
         own = _MODULE_OF_PART.sub(r"\1", _WRAPPER.sub("", name))
-        if own in leaves:
+        if own in leaves and not isinstance(leaf, Stub):
             raise UserError(
                 f"it has {shortened(own)} twice, in a wrapper and without one: save the state dict of one of the two"
             )
-        leaves[own] = leaf
+        leaves.setdefault(own, leaf)
     return leaves
 
 

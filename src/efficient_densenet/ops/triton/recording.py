@@ -225,8 +225,8 @@ class Recording:
             graph = self._graph_of(addresses) if len(self._launches) > 1 else None
             if graph is not None:
                 graph.replay()
-        # A graph takes memory of its own, also when it is first replayed. Another thread may have ended the capture:
-        # then a kernel in it `CannotStart`, which starts outside. One that does not start there either raises it there.
+        # A graph takes memory of its own, also when it is first replayed. Another thread may have ended the capture,
+        # which is `CannotStart` of a kernel that may well start outside of it. If it does not, that is raised there.
         except RuntimeError as error:
             with _lock:
                 self._captures = _MOST_CAPTURES

@@ -137,10 +137,10 @@ def read_class_folders(folder: Path, preprocessing: Preprocessing) -> datasets.I
     def is_visible_image(path: str) -> bool:
         if is_hidden(path, folder):
             return False
-        taken = is_image(path)
-        if not taken:
+        known = is_image(path)
+        if not known:
             left_out.append(path)
-        return taken
+        return known
 
     try:
         images = _VisibleImages(str(folder), loader=preprocessing.read, is_valid_file=is_visible_image)
