@@ -63,7 +63,7 @@ def nothing_launched(keep: str) -> Iterator[list[Recording]]:
         # As on a GPU, a stem keeps what its convolution makes, and nothing is copied when somebody writes.
         mock.patch.object(shared, "StemArguments", lambda *a: StemArguments(*a[:-1], keep == "bottleneck")),
         mock.patch.object(buffers, "_can_share", lambda x: False),
-        mock.patch.object(operators, "_watched", lambda: False),  # the mode that counts changes nothing
+        mock.patch.object(operators, "is_watched", lambda: False),  # the mode that counts changes nothing
     ):
         yield started
 
