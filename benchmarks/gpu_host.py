@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet import densenet121, densenet_cifar
-from efficient_densenet.execution import KEEP, buffers, operators, shared
+from efficient_densenet.execution import KEEP, buffers, operators, shared, transforms
 from efficient_densenet.execution.stem_library import StemArguments
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.triton import launch
@@ -63,7 +63,9 @@ def nothing_launched(keep: str) -> Iterator[list[Recording]]:
         # As on a GPU, a stem keeps what its convolution makes, and nothing is copied when somebody writes.
         mock.patch.object(shared, "StemArguments", lambda *a: StemArguments(*a[:-1], keep == "bottleneck")),
         mock.patch.object(buffers, "_can_share", lambda x: False),
-        mock.patch.object(operators, "is_watched", lambda: False),  # the mode that counts changes nothing
+        # The mode that counts changes nothing.
+        mock.patch.object(operators, "is_watched", lambda: False),
+        mock.patch.object(transforms, "is_watched", lambda: False),
     ):
         yield started
 

@@ -187,10 +187,12 @@ def norms_of(
 
 def empty_folded(x: Tensor, channels: int, read: int) -> Folded:
     """For the statistics of `channels` channels and for norms that read `read`, on ``x: (N, *spatial, C)``."""
-    folded = folded_fake(x, channels, read)
-    folded.statistics.zero_()
-    folded.total.fill_(x.numel() // x.shape[-1])
-    return folded
+    dtype = statistics_dtype(x.dtype)
+    return Folded(
+        x.new_zeros((2, channels), dtype=dtype),
+        x.new_full((), x.numel() // x.shape[-1], dtype=dtype),
+        x.new_empty((3, read), dtype=dtype),
+    )
 
 
 def folded_fake(x: Tensor, channels: int, read: int) -> Folded:
