@@ -55,7 +55,7 @@ template <class E>
 bool convolve(Matrix<E> x, const Grid &grid, const Weight<E> &weight, const float *scale, const float *shift,
               Matrix<E> out, double *moments, int threads, bool evaluates = false) {
   Index vectors = vectors_of(weight.out);
-  int chunks = static_cast<int>(vectors < threads ? vectors : threads);
+  int chunks = chunks_of(vectors, threads);
   if (moments || chunks < 2 || grid.rows() > kFewRows)
     return convolve_in_rows(x, grid, weight, scale, shift, out, moments, threads, evaluates);
   std::vector<int> done(chunks);

@@ -40,7 +40,7 @@ void pointwise(Matrix<E> x, Index rows, const Weight<E> &weight, const float *sc
   Steps steps(rows, depth, threads);
   Index step = steps.rows, count = steps.count;
   Buffer<T> b = packed<T>(weight.data, 1, 0, weight.in, weight.in_stride, weight.out, weight.out_stride, threads);
-  int chunks = static_cast<int>(count < threads ? count : threads);
+  int chunks = chunks_of(count, threads);
   std::vector<Moments<float>> parts(chunks, Moments<float>(moments ? weight.out : 0));
   for_chunks(chunks, [&](int chunk) {
     Buffer<T> prefix((step + kRowsBehind) * stride);
@@ -83,7 +83,7 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
   // Where it consists of elements, the gradient of the output is used where it lies; tiles of AMX read beyond it.
   bool in_place = !TILES && std::is_same<E, Scalar<T>>::value && weight.out % kScalars<T> == 0 &&
                   (finished || grad.ld % kScalars<T> == 0);
-  int chunks = static_cast<int>(count < threads ? count : threads);
+  int chunks = chunks_of(count, threads);
   std::vector<Sums<float>> parts(chunks, Sums<float>(weight.in));
   std::vector<Buffer<float>> weight_parts(chunks);
   for_chunks(chunks, [&](int chunk) {
@@ -142,7 +142,7 @@ void pointwise_backward(Matrix<E> grad, const Flow<E> &flow, Matrix<E> x, Index 
                 Index next = first + tile.row + (last ? step : 0);
                 Index until = next + tile.rows < rows ? next + tile.rows : rows;
                 Index at = last ? 0 : end * kW, wide = weight.in - at < block * kW ? weight.in - at : block * kW;
-                fetch(Matrix<E>{x.data + at, x.ld}, next, until, wide);
+                fetch(from_channel(x, at), next, until, wide);
                 if (last)
                   fetch(grad, next, until, weight.out);
                 if (last && finished)

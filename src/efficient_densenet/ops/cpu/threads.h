@@ -38,10 +38,13 @@ struct Range {
   Index size() const { return end - begin; }
 };
 
+// A chunk for each thread, or for each thing where there are fewer.
+inline int chunks_of(Index things, int threads) { return static_cast<int>(things < threads ? things : threads); }
+
 // Too little work is not worth waking a thread for.
 inline int chunks_for(Index things, Index values, int threads) {
   Index most = values / 16384;
   if (most > things)
     most = things;
-  return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
+  return most < 1 ? 1 : chunks_of(most, threads);
 }

@@ -24,7 +24,7 @@ struct Units {
   }
   Index tiles() const { return lines / 2 * across; }
   Index scratch(Index stride) const { return (lines + 2) * wide * stride; }
-  int chunks(int threads) const { return static_cast<int>(count < threads ? count : threads); }
+  int chunks(int threads) const { return chunks_of(count, threads); }
 };
 
 struct Unit {

@@ -15,6 +15,7 @@ from efficient_densenet.training.data.base import NO_TEST_SET, Splits
 from efficient_densenet.training.data.images import TransformedImages, is_hidden, is_image, stratified_split
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
+from efficient_densenet.weights.formats import first_few
 
 _VAL_FRACTION = 0.2
 _SPLITS = {
@@ -147,9 +148,6 @@ def read_class_folders(folder: Path, preprocessing: Preprocessing) -> datasets.I
     except FileNotFoundError as error:
         raise UserError(f"{folder} should hold one folder of images for each class: {error}") from error
     if left_out:
-        names = ", ".join(path.removeprefix(f"{folder}{os.sep}") for path in sorted(left_out)[:3])
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        warnings.warn(
-            f"{folder} holds files that do not end as images do, and are left out: {names}{more}", stacklevel=2
-        )
+        names = first_few([os.path.relpath(path, folder) for path in sorted(left_out)])
+        warnings.warn(f"{folder} holds files that do not end as images do, and are left out: {names}", stacklevel=2)
     return images
