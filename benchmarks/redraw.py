@@ -29,10 +29,10 @@ from efficient_densenet.execution import KEEP
 from efficient_densenet.files import replacing
 from efficient_densenet.measure import plots, results, tables
 from efficient_densenet.measure.results import Record
-from efficient_densenet.units import format_bytes, megabytes
+from efficient_densenet.units import megabytes
 
 ROOT = Path(__file__).parents[1]
-PROCESSOR = "AMD EPYC, avx512_bf16"
+PROCESSOR, GPU = "AMD EPYC, avx512_bf16", "NVIDIA H200"
 """Whose figures stand in README."""
 
 
@@ -48,19 +48,36 @@ def bytes_per_image() -> dict[tuple[str, str], float]:
 
 
 def claim() -> str:
-    """What DenseNet-121 gains, in a sentence; all times are of one contest."""
-    name = "DenseNet-121"
-    taken = bytes_per_image()
+    """What DenseNet-121 takes on `PROCESSOR` and on `GPU`, beside the usual ways to run it."""
+    cpu_memory = {way: nbytes for (network, way), nbytes in bytes_per_image().items() if network == "DenseNet-121"}
+    flag = "torchvision densenet121, memory_efficient"
+    cpu_memory |= {"flag": r["bytes_per_image"] for r in records("adoption", "memory") if r["network"] == flag}
     (race,) = records("peers", "training")
-    rows = {row["contender"]: row for row in race["summary"]}
-    shares = {contender: f"{row['pairs']['median']:.2f} of the time" for contender, row in rows.items()}
-    flag = rows["torchvision-flag"]["step_bytes_per_image"]
-    ways = [f'{format_bytes(taken[name, keep])} an image and {shares[keep]} with `"{keep}"`' for keep in cpu.KEEPS]
-    return (
-        f"A training step of {name} (float32, 224×224, times with {race['batch_size']} images) takes "
-        f"**{format_bytes(taken[name, 'ordinary'])} an image** as an ordinary network, and "
-        f"**{'**, or **'.join(ways)}**. torchvision's `memory_efficient=True` takes {format_bytes(flag)} an image and "
-        f"{shares['torchvision-flag']}. Measured on two cores of an AMD EPYC processor (AVX-512 with bfloat16, no AMX)."
+    cpu_time = {row["contender"].removeprefix("torchvision-"): row["pairs"]["median"] for row in race["summary"]}
+    cpu_time["ordinary"] = 1.0  # the faster of its two forms
+    found = results.read(ROOT / "benchmarks" / "results" / "gpu.json")[GPU]["DenseNet-121"]["records"]
+    on_gpu = {record["contender"]: record for record in found}
+
+    def row(label: str, way: str, gpu_way: str) -> list[str]:
+        gpu = on_gpu[gpu_way]
+        return [
+            label,
+            *([f"{cpu_memory[way] / 1e6:.1f} MB", f"{cpu_time[way]:.2f}"] if way in cpu_memory else ["", ""]),
+            f"{gpu['peak_bytes'] / 1e9:.1f} GB",
+            f"{gpu['step_ms'] / on_gpu['torchvision-channels-last']['step_ms']:.2f}",
+        ]
+
+    return tables.markdown(
+        ["", "CPU, memory of an image", "CPU, time", "GPU, memory of 256 images", "GPU, time"],
+        [
+            row("ordinary network", "ordinary", "torchvision-channels-last"),
+            row("torchvision's `memory_efficient=True`", "flag", "torchvision-flag-channels-last"),
+            row("`torch.compile`", "", "torchvision-compiled-channels-last"),
+            row('**`keep="bottleneck"`**', "bottleneck", "bottleneck-channels-last"),
+            row('**`keep="features"`**', "features", "features-channels-last"),
+            row('`keep="bottleneck"`, the step as a CUDA graph', "", "bottleneck-graph"),
+        ],
+        names=1,
     )
 
 
