@@ -50,8 +50,8 @@ def bytes_per_image() -> dict[tuple[str, str], float]:
 def claim() -> str:
     """What DenseNet-121 takes on `PROCESSOR` and on `GPU`, beside the usual ways to run it."""
     cpu_memory = {way: nbytes for (network, way), nbytes in bytes_per_image().items() if network == "DenseNet-121"}
-    flag = "torchvision densenet121, memory_efficient"
-    cpu_memory |= {"flag": r["bytes_per_image"] for r in records("adoption", "memory") if r["network"] == flag}
+    others = {record["network"]: record["bytes_per_image"] for record in records("adoption", "memory")}
+    cpu_memory["flag"] = others["torchvision densenet121, memory_efficient"]
     (race,) = records("peers", "training")
     cpu_time = {row["contender"].removeprefix("torchvision-"): row["pairs"]["median"] for row in race["summary"]}
     cpu_time["ordinary"] = 1.0  # the faster of its two forms
@@ -68,7 +68,7 @@ def claim() -> str:
         ]
 
     return tables.markdown(
-        ["", "CPU, memory of an image", "CPU, time", "GPU, memory of 256 images", "GPU, time"],
+        ["", "CPU: memory per image", "time", "GPU: memory", "time"],
         [
             row("ordinary network", "ordinary", "torchvision-channels-last"),
             row("torchvision's `memory_efficient=True`", "flag", "torchvision-flag-channels-last"),
@@ -134,7 +134,6 @@ def nearest() -> str:
     found = [
         (ratio, name, network, batch_size, cpu.SCRIPT.sections[section].title)
         for section in cpu.SCRIPT.sections
-        if section != "profile"
         for (network, batch_size), row in ratios(section).items()
         for name, ratio in row.items()
         if name in cpu.KEEPS

@@ -110,7 +110,7 @@ class _CLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=_SaveConfiguration if command == "fit" else None,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
-            # Lightning's summary tells of 0 FLOPs, where it is given no image; the module says how large its network is.
+            # Without an image, Lightning's summary says 0 FLOPs. The module says how large its network is.
             trainer_defaults={"default_root_dir": "runs", "enable_model_summary": False},
             seed_everything_default=42,
             parser_kwargs=parsing | {name: dict(parsing) for name in self.subcommands()},
