@@ -95,6 +95,9 @@ def test_the_site_shows_every_page():
     named = {ROOT / "docs" / page.relative_to(ROOT) for page in shown if page.name != "index.md"}
     results = {ROOT / "docs" / page.relative_to(ROOT) for page in ROOT.glob("benchmarks/results/*.md")}
     assert named >= results | {page for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            assert link.endswith((".md", ".png")) and (page.parent / link).exists(), f"{page} links to {link}"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("sh", "console")], ids=str)
