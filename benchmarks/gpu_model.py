@@ -18,13 +18,18 @@ from unittest import mock
 import torch
 import triton
 
-from efficient_densenet import densenet121, densenet201, densenet264, densenet_cifar, plan
+from efficient_densenet import densenet121, densenet161, densenet201, densenet264, densenet_cifar, plan
 from efficient_densenet.measure import machine, results
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.triton import ahead_of_time, estimate, tiles
 
 NOTE = "a model, nothing was run: training steps at 224, batch 256, bfloat16, one H100"
-NETWORKS = {"DenseNet-121": densenet121, "DenseNet-201": densenet201, "DenseNet-264": densenet264}
+NETWORKS = {
+    "DenseNet-121": densenet121,
+    "DenseNet-161": densenet161,
+    "DenseNet-201": densenet201,
+    "DenseNet-264": densenet264,
+}
 MEMORY = "12GB"
 
 

@@ -143,7 +143,7 @@ def gpu_model() -> str:
         for parts in zip(*of.values(), strict=True)
     ]
     rows.append(["together", *[""] * len(bounds), *(f"{sum(r['takes'] for r in parts):.1f}" for parts in of.values())])
-    return tables.markdown(["kernels", *bounds, *(f"{network} takes" for network in of)], rows, names=1)
+    return tables.markdown(["kernels", *bounds, *(network.removeprefix("DenseNet-") for network in of)], rows, names=1)
 
 
 def gpu_times() -> str:
