@@ -42,10 +42,9 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_89": 99 << 10, "sm_120": 99 << 10}
 """What a program may have of it on each device of NVIDIA's; on AMD's it is `ROCM_SHARED_BYTES`."""
 ROCM_SHARED_BYTES = 64 << 10
-MOST_SPILLED = {"sm_90": 16, "sm_100": 8, "sm_120": 8, "gfx1100": 160}
+MOST_SPILLED = {"sm_90": 16, "sm_100": 8}
 """Bytes of a thread, where it is not 0; on Hopper, in the loop that holds the product. There the fastest of the tiles
-that were timed spill outside of it. Blackwell's assembler spills although it has registers left; in RDNA's widest
-forward tiles a few registers are missing."""
+that were timed spill outside of it. Blackwell's assembler spills although it has registers left."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 
@@ -256,7 +255,7 @@ def compile_everything_here() -> None:
 def device_of(target: str) -> tiles.Device:
     """The line of a device in the table."""
     if TARGETS[target].backend == "hip":
-        return tiles.ROCM
+        return tiles.RDNA if TARGETS[target].warp_size == 32 else tiles.ROCM
     return tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
 
 
