@@ -160,8 +160,8 @@ def grad_x(of: Product) -> Tile:
     columns, depth, stages, rows = 64, _cover(of.outputs, 16, 32), of.stages, 128
     if of.taps > 9 and not of.half:
         rows = 64
-    elif of.half and depth == 16 and not of.device.warp_groups:
-        rows = 64  # slices of so few channels begin anywhere, and what is loaded value by value needs more registers
+    elif of.half and depth == 16 and of.channels > 32 and of.device == OTHER:
+        rows = 64  # a slice of few channels may begin anywhere: programs of eight warps would have too few registers
     if of.device.warp_groups and of.taps > 1:
         stages = 4
         if not of.half:
