@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -111,6 +111,10 @@ KERNELS = (
 )
 
 
+Record = dict[str, Any]
+"""What is known about a compiled kernel: target, kernel, and all else by its name."""
+Tables = dict[str, dict[str, list[list[Any]]]]
+
 KINDS = ("bf16", "fp16", "fp32", "tf32")
 """How products are computed. TF32 and fp32 are both float32; on ROCm there is no TF32."""
 
@@ -180,25 +184,49 @@ def distinct(
                 yield kind, launched
 
 
-def record(target: str, kind: str, launched: Launched) -> dict[str, Any]:
-    """Compiled: tile, flags, registers, bytes of shared memory and of spills."""
-    compiled = launched.compile(target)
+def asked_for(target: str, kind: str, launched: Launched) -> Record:
+    """What the compiler is asked for."""
     return {
-        "kernel": launched.name,
-        "shape": launched.shape.name,
-        "type": kind,
         "target": target,
-        "tile": {name: size for name, size in asdict(launched.tile).items() if name != "minimum_steps"},
-        "flags": launched.flags,
-        "shared_bytes": compiled.metadata.shared,
-        **machine_code.describe(compiled),
+        "kernel": launched.name,
+        "type": kind,
+        "shape": launched.shape.name,
+        **launched.flags,
+        "warps": launched.tile.warps,
+        "stages": launched.tile.stages,
     }
 
 
-def faults(record: dict[str, Any]) -> list[str]:
+def record(target: str, kind: str, launched: Launched) -> Record:
+    """What the compiler is asked for, and what comes of it: shared memory, and what `machine_code.describe` finds."""
+    compiled = launched.compile(target)
+    found = {"shared_bytes": compiled.metadata.shared, **machine_code.describe(compiled)}
+    return asked_for(target, kind, launched) | found
+
+
+def tables(records: Iterable[Record]) -> Tables:
+    """The records of each kernel on each target: the names of the columns, then a line for each."""
+    found: Tables = {}
+    for one in records:
+        (target, kernel, *values), (_, _, *names) = one.values(), one
+        found.setdefault(target, {}).setdefault(kernel, [names]).append(values)
+    return found
+
+
+def records_of(tables: Tables) -> list[Record]:
+    """The records that are in such tables."""
+    return [
+        {"target": target, "kernel": kernel, **dict(zip(names, values, strict=True))}
+        for target, kernels in tables.items()
+        for kernel, (names, *lines) in kernels.items()
+        for values in lines
+    ]
+
+
+def faults(record: Record) -> list[str]:
     """What about a compiled kernel must not be."""
     target, shared, spilled = record["target"], record["shared_bytes"], record["spilled_bytes"]
-    found = [f"it is overtaken: {instruction}" for instruction in record["overtaken"]]
+    found = [f"it is overtaken: {record['overtaken']}"] if record["overtaken"] else []
     if shared > SHARED_BYTES.get(target, ROCM_SHARED_BYTES):
         found.append(f"it needs {shared} bytes of shared memory")
     if spilled > MOST_SPILLED.get(target, 0) and (target != "sm_90" or record["spills_in_loop"]):

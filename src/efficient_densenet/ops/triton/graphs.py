@@ -148,10 +148,11 @@ class _Kept(NamedTuple):
 
 
 @functools.cache
-def _stream(device: int) -> int | None:
+def _stream(device: int) -> int:
     """On which graphs are captured. One of PyTorch's may be somebody else's too, whose launches would get into it."""
     stream = ctypes.c_void_p()
     _ask("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+    assert stream.value
     return stream.value
 
 
