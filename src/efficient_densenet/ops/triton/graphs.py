@@ -16,7 +16,8 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -80,14 +81,14 @@ class Graphs:
             self._calls += 1
             known = self._kept.get(key)
             if known is not None:
-                graph = known.graph
-            elif self._is_new(key) or self._failures >= _MOST_FAILURES or not self._has_room(launches):
+                self._kept.move_to_end(key)
+                known.call = self._calls
+                return known.graph
+            if self._is_new(key) or self._failures >= _MOST_FAILURES or not self._has_room(launches):
                 return None
-            else:
-                graph = Graph(start)
-                self._launches += launches
+            graph = Graph(start)
             self._kept[key] = _Kept(graph, launches, self._calls)
-            self._kept.move_to_end(key)
+            self._launches += launches
             return graph
 
     def _is_new(self, key: Hashable) -> bool:
@@ -140,7 +141,8 @@ class Graph:
         _ask("cuGraphLaunch", self._executable, stream)
 
 
-class _Kept(NamedTuple):
+@dataclass
+class _Kept:
     graph: Graph
     launches: int
     call: int
