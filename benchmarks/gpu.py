@@ -79,17 +79,19 @@ def compile_only(output: Path, targets: Sequence[str] | None) -> int:
 
     targets = targets or tuple(ahead_of_time.TARGETS)
     file = output / "triton_kernels.json"
-    found = json.loads(file.read_text())["records"] if file.exists() else []
-    found = [record for record in found if record.get("target") not in (None, *targets)]
+    found = json.loads(file.read_text())["kernels"] if file.exists() else {}
     for target in targets:
+        records = []
         for kind, launched in ahead_of_time.distinct(target, (*ahead_of_time.SHAPES, *ahead_of_time.FEW_PIXELS)):
             progress(f"{target} {kind} {launched.shape.name}: {launched.name}")
-            found.append(ahead_of_time.record(target, kind, launched))
+            records.append(ahead_of_time.record(target, kind, launched))
+        found |= ahead_of_time.tables(records)
     about = machine.describe("cpu")
     about["versions"]["triton"] = triton.__version__
-    results.write_json(file, {"note": "compiled, not run", **about, "records": found})
-    faults = [fault for record in found for fault in ahead_of_time.faults(record)]
-    print(f"{len(found)} kernels, {len(faults)} faults", *faults, sep="\n")
+    results.write_json(file, {"note": "compiled, not run", **about, "kernels": found})
+    kernels = ahead_of_time.records_of(found)
+    faults = [fault for record in kernels for fault in ahead_of_time.faults(record)]
+    print(f"{len(kernels)} kernels, {len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
 
 

@@ -25,7 +25,7 @@ from efficient_densenet import densenet121, densenet_cifar
 from efficient_densenet.execution import KEEP, buffers, operators, shared, transforms
 from efficient_densenet.execution.stem_library import StemArguments
 from efficient_densenet.ops import triton as kernels
-from efficient_densenet.ops.triton import launch
+from efficient_densenet.ops.triton import launch, recording
 from efficient_densenet.ops.triton.recording import Recording
 
 _STEPS = 60
@@ -50,7 +50,7 @@ def nothing_launched(keep: str) -> Iterator[list[Recording]]:
     def start(self: Recording, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
         if self._scratch:
             torch.empty(self._scratch, dtype=torch.uint8)
-        self._graphs.get((*addresses,))
+        recording._graphs._kept.get((self, (*addresses,)))
         started.append(self)
 
     def compiled(kernel: Any, programs: int, tile: Any, arguments: tuple) -> Any:

@@ -19,7 +19,7 @@ from efficient_densenet.errors import UserError
 from efficient_densenet.measure import deadline, gpu_sections, gpu_worker
 
 pytest.importorskip("triton")
-from efficient_densenet.ops.triton import speeds
+from efficient_densenet.ops.triton import ahead_of_time, speeds
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,33 @@ def test_the_benchmark_needs_a_gpu_and_says_so(monkeypatch, capsys):
 
     assert benchmark.main(["--quick"]) == 2
     assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_compiled_kernels_take_a_line_each_and_those_of_other_devices_stay(monkeypatch, tmp_path, capsys):
+    import gpu as benchmark
+
+    spilled, file = 0, tmp_path / "triton_kernels.json"
+
+    def record(*one):
+        results = {"shared_bytes": 0, "registers": 9, "spilled_bytes": spilled, "spills_in_loop": False}
+        return ahead_of_time.asked_for(*one) | results | {"tensor_cores": True, "overtaken": ""}
+
+    monkeypatch.setattr(ahead_of_time, "record", record)
+    monkeypatch.setattr(ahead_of_time, "SHAPES", ahead_of_time.SHAPES[:1])
+    monkeypatch.setattr(ahead_of_time, "FEW_PIXELS", ())
+    options = ["--compile-only", "--output", str(tmp_path), "--targets"]
+    assert benchmark.main([*options, "sm_90"]) == 0
+    before = json.loads(file.read_text())["kernels"]
+    spilled = 8
+    assert benchmark.main([*options, "sm_80"]) == 1
+    assert "it spills 8 bytes" in capsys.readouterr().out
+    kernels = json.loads(file.read_text())["kernels"]
+    assert list(kernels) == ["sm_90", "sm_80"] and kernels["sm_90"] == before["sm_90"]
+    found = ahead_of_time.records_of(kernels)
+    assert found[0]["target"] == "sm_90" and ahead_of_time.tables(found) == kernels
+    assert all(
+        file.read_text().count(f'["{kind}", ') == sum(one["type"] == kind for one in found) for kind in ("bf16", "tf32")
+    )
 
 
 def test_the_product_beside_the_kernels_is_in_tf32_and_nothing_after_it(monkeypatch):

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ def compiled(kernel, shape, kind, target):
     return launched.compile(target)
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_kernels.json"
 WIDE, NARROW = "transition, DenseNet-121", "3×3, k=12, C=24"
 
 
@@ -60,6 +63,31 @@ def test_kernels_compile_for_devices_that_are_not_here(target, kinds, names):
     without_window = {"rectify_kernel"} if NARROW not in names else set()
     assert missing == without_window | ({"grad_x_pointwise_kernel"} if target != "sm_90" else set())
     assert not [fault for record in found for fault in ahead_of_time.faults(record)]
+
+
+def test_a_kernel_that_spills_is_disassembled_once(monkeypatch):
+    """For the loop that its spills may be in, and for what may overtake its products."""
+    asked, tool = [], machine_code._tool
+    monkeypatch.setattr(machine_code, "_tool", lambda name, *options: asked.append(name) or tool(name, *options))
+    found = machine_code.describe(compiled("grad_x_kernel", WIDE, "bf16", "sm_90"))
+    assert found["spilled_bytes"] and not found["spills_in_loop"]
+    assert sorted(asked) == ["cuobjdump", "nvdisasm"]
+
+
+def test_the_published_kernels_are_those_of_the_tiles_and_have_no_faults():
+    """Whatever changes a tile or a constant compiles all kernels again: ``benchmarks/gpu.py --compile-only``."""
+    content = json.loads(RESULTS.read_text())
+    published = ahead_of_time.records_of(content["kernels"])
+    assert ahead_of_time.tables(published) == content["kernels"]
+    assert not [fault for record in published for fault in ahead_of_time.faults(record)]
+    assert "dirty" not in content["commit"]
+    expected = [
+        ahead_of_time.asked_for(target, *one)
+        for target in ahead_of_time.TARGETS
+        for one in ahead_of_time.distinct(target, (*ahead_of_time.SHAPES, *ahead_of_time.FEW_PIXELS))
+    ]
+    for found, request in zip(published, ahead_of_time.records_of(ahead_of_time.tables(expected)), strict=True):
+        assert {name: found[name] for name in request} | {"WAIT": None} == request | {"WAIT": None}  # that of Triton
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])

@@ -18,7 +18,7 @@ from efficient_densenet.measure.devices import Place
 from efficient_densenet.measure.kinks import move_zeros_into_gaps
 from efficient_densenet.ops import eager
 from efficient_densenet.ops import triton as kernels
-from efficient_densenet.ops.triton import recording
+from efficient_densenet.ops.triton import graphs, recording
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -164,14 +164,11 @@ def test_gpu_streams_side_by_side():
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Those that the test makes."""
+    """Those that the test makes, and their graphs."""
     made = {}
     monkeypatch.setattr(recording, "_recordings", made)
+    monkeypatch.setattr(recording, "_graphs", graphs.Graphs())
     return made
-
-
-def graphs(recordings):
-    return [graph for made in recordings.values() if made is not None for graph in made._graphs.values()]
 
 
 def with_a_stem(**options):
@@ -204,11 +201,12 @@ def equal(some, others):
 def test_gpu_replayed_steps_are_those_started_one_by_one(keep, autocast, recordings, monkeypatch):
     """As graphs, kernel by kernel from the recordings, and from the launchers themselves."""
     replayed = trained(*with_a_stem(keep=keep), autocast=autocast)
-    assert graphs(recordings) and None not in recordings.values()
+    assert recording._graphs._kept and None not in recordings.values()
     recordings.clear()
-    monkeypatch.setattr(recording, "_MOST_CAPTURES", 0)
+    monkeypatch.setattr(graphs, "_MOST_LAUNCHES", 0)
+    monkeypatch.setattr(recording, "_graphs", graphs.Graphs())
     assert equal(trained(*with_a_stem(keep=keep), autocast=autocast), replayed)
-    assert recordings and not graphs(recordings)
+    assert recordings and not recording._graphs._kept
     if not autocast:  # there the layers one by one round the gradients of weights
         monkeypatch.setattr(recording, "repeated", lambda *_: False)
         monkeypatch.setattr(ops, "runs_layers", lambda *_: False)
@@ -233,7 +231,7 @@ def test_gpu_replays_follow_memory_and_streams(recordings):
             found = gradients((network, twin)[i % 2], images, labels)
         torch.cuda.synchronize()
         assert equal([found], [expected])
-    assert graphs(recordings) and all(values.isnan().all() for values in held)
+    assert recording._graphs._kept and all(values.isnan().all() for values in held)
 
 
 @gpu
@@ -264,27 +262,57 @@ def test_gpu_replays_draw_no_random_numbers(recordings):
     network, images, labels = with_a_stem()
     before = torch.cuda.get_rng_state()
     trained(network, images, labels)
-    assert graphs(recordings) and torch.equal(torch.cuda.get_rng_state(), before)
+    assert recording._graphs._kept and torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @gpu
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("failing", ["capture_end", "replay"])
+@pytest.mark.parametrize("failing", ["cuGraphInstantiateWithFlags", "cuGraphLaunch"])
 def test_gpu_without_memory_for_a_graph_kernels_start_one_by_one(failing, recordings, monkeypatch):
     expected = trained(*with_a_stem())
     recordings.clear()
-    monkeypatch.setattr(recording, "_warned", threading.Event())
-    right = getattr(torch.cuda.CUDAGraph, failing)
+    monkeypatch.setattr(recording, "_graphs", graphs.Graphs())
+    right = graphs._ask
 
-    def fails(self):
-        if failing == "capture_end":
-            right(self)
-        raise torch.OutOfMemoryError("there is none left")
+    def ask(name, *arguments):
+        if name == failing:
+            raise RuntimeError("out of memory")
+        right(name, *arguments)
 
-    monkeypatch.setattr(torch.cuda.CUDAGraph, failing, fails)
-    with pytest.warns(UserWarning, match="a CUDA graph of them cannot be made or replayed: there is none left"):
+    monkeypatch.setattr(graphs, "_ask", ask)
+    with pytest.warns(UserWarning, match="a CUDA graph of them cannot be made or replayed: out of memory"):
         assert equal(trained(*with_a_stem()), expected)
-    assert not graphs(recordings)
+    assert not recording._graphs._kept
+
+
+@gpu
+@pytest.mark.usefixtures("deterministic")
+def test_gpu_a_thread_that_waits_for_the_device_during_a_capture(recordings, monkeypatch):
+    """It gets an error of CUDA's, and the capture is lost. Then all goes on: random numbers, memory, and graphs."""
+    expected, errors = trained(*with_a_stem()), []
+    recordings.clear()
+    monkeypatch.setattr(recording, "_graphs", graphs.Graphs())
+    start_each = recording.Recording._start_each
+
+    def wait():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            errors.append(error)
+
+    def start(self, addresses, stream):
+        start_each(self, addresses, stream)
+        if not errors and stream == graphs._stream(0):  # a capture
+            thread = threading.Thread(target=wait)
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(recording.Recording, "_start_each", start)
+    with pytest.warns(UserWarning, match="a CUDA graph of them cannot be made or replayed"):
+        assert equal(trained(*with_a_stem()), expected)
+    assert errors and recording._graphs._kept
+    F.dropout(torch.ones(8, device="cuda"))
+    torch.cuda.empty_cache()
 
 
 @gpu

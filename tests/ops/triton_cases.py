@@ -64,16 +64,17 @@ def untouched(x):
     assert whole is not None and whole[..., :3].isnan().all() and whole[..., -3:].isnan().all()
 
 
-def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False):
+def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False, weight=None):
     operands = Operands.random(shape, dtype, 3)
     (x, norm), (x64, norm64) = operands, operands.double()
-    weight = weight_for(x, outputs, kernel)
+    weight = weight_for(x, outputs, kernel) if weight is None else weight
+    weight64 = weight.double().contiguous()
     size = (shape[0], *(n // pool for n in shape[1]), outputs)
     grad_out, out = slice_of_channels(torch.randn(size).to(dtype), 3), poisoned(size, dtype)
     out64 = torch.empty(size, dtype=torch.float64)
     found, expected = empty_statistics(out), empty_statistics(out64)
     ops.norm_relu_conv(x, norm, weight, out, pool, found)
-    reference.norm_relu_conv(x64, norm64, weight.double(), out64, pool, expected)
+    reference.norm_relu_conv(x64, norm64, weight64, out64, pool, expected)
     assert_close([out, *found], [out64, *expected], dtype)
     untouched(out)
     before = out.clone()
@@ -86,7 +87,7 @@ def check_conv(shape, dtype, outputs, kernel, pool=1, accumulate=False):
     through64 = through.double()
     found = ops.norm_relu_conv_backward(BackwardOperands(grad_out, x, norm, weight, grad_x, accumulate, through, pool))
     expected = reference.norm_relu_conv_backward(
-        BackwardOperands(grad_out.double(), x64, norm64, weight.double(), grad_x64, accumulate, through64, pool)
+        BackwardOperands(grad_out.double(), x64, norm64, weight64, grad_x64, accumulate, through64, pool)
     )
     assert_close([grad_x, *found, through], [grad_x64, *expected, through64], dtype)
     untouched(grad_x)
@@ -121,6 +122,16 @@ def test_pool_that_leaves_pixels_over():
 
 def test_kernels_of_other_odd_sizes():
     check_conv((2, (6, 7), 5), torch.float32, 3, 5)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_windows_of_a_single_pixel_in_a_direction(memory):
+    """Its stride there says nothing about where the taps lie: here, that of a window that was turned round."""
+    weight = torch.randn(3, 5, 1, 3).contiguous(memory_format=memory)
+    check_conv((2, (6, 7), 5), torch.float32, 3, (1, 3), weight=weight)
+    turned = weight.transpose(2, 3)
+    assert turned.stride(-1) != turned.stride(-2)
+    check_conv((2, (6, 7), 5), torch.float32, 3, (3, 1), weight=turned)
 
 
 @every_dtype

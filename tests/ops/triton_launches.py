@@ -115,11 +115,14 @@ def main():
     triton.runtime.driver.set_active(Driver())
     vectors = torch.randn(7, 37)
     norm = Affine(*vectors[:4].clone())
-    fold = lambda bias: lambda: norms.fold_norm(Statistics(*vectors[:2]), vectors[4], bias, 1e-5, norm)  # noqa: E731
+
+    def fold(bias, eps=1e-5):
+        return lambda: norms.fold_norm(Statistics(*vectors[:2]), vectors[4], bias, eps, norm)
+
     # Where vectors begin is nothing to the compiler, and does not make another kernel.
     far = torch.randn(38)[1:]
     assert len({*twice(fold(vectors[0])), *twice(fold(vectors[0].to(torch.bfloat16)))}) == 2
-    assert twice(fold(vectors[0])) == twice(fold(far))
+    assert twice(fold(vectors[0])) == twice(fold(far)) == twice(fold(far, eps=0))  # a whole number is no other type
 
     # The moments get another tensor each time; here they get the same one again.
     kept = {}

@@ -6,8 +6,6 @@ In a process of its own, as `triton_cases`.
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -248,68 +246,6 @@ def test_the_scratch_that_is_planned_is_that_of_the_recordings(keep, in_one_call
     assert not found
     network(torch.randn(2, 3, 20, 20)).square().sum().backward()
     assert planned == found and len({*found}) > 5
-
-
-def test_addresses_that_repeat_become_graphs_and_the_oldest_are_given_up(monkeypatch):
-    captured, capturing = [], False
-
-    def capture(self, addresses):
-        captured.append(addresses)
-        return f"graph of {addresses}"
-
-    monkeypatch.setattr(recording.Recording, "_captured", capture)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    made = recording.Recording([])
-    assert made._graph_of((1,)) is None
-    assert made._graph_of((1,)) == made._graph_of((1,)) == "graph of (1,)" and captured == [(1,)]
-    for i in range(2, 2 + recording._MOST_GRAPHS):
-        assert made._graph_of((i,)) is None and made._graph_of((i,)) == f"graph of {(i,)}"
-    assert len(made._graphs) == recording._MOST_GRAPHS and (1,) not in made._graphs
-    for i in range(100, 100 + 2 * recording._MOST_SEEN):
-        assert made._graph_of((i,)) is None
-    assert len(made._seen) == recording._MOST_SEEN and len(captured) == 1 + recording._MOST_GRAPHS
-    capturing = True  # somebody else's graph gets the launches themselves
-    assert made._graph_of((5,)) is None
-    capturing = False
-    assert made._graph_of((5,)) is not None
-    monkeypatch.setattr(torch.version, "hip", "7.0")  # where no graph has been tried
-    assert made._graph_of((5,)) is None
-
-
-@pytest.mark.parametrize("failing", ["capture", "a launch in it", "replay", None])
-def test_without_memory_for_a_graph_kernels_start_one_by_one(failing, monkeypatch):
-    """With one warning for all recordings, and no graph is tried again."""
-    captured, replayed = [], []
-
-    class Graph:
-        def replay(self):
-            if failing == "replay":
-                raise torch.OutOfMemoryError("there is none left")
-            replayed.append(self)
-
-    def capture(self, addresses):
-        captured.append(addresses)
-        if failing == "capture":
-            raise torch.OutOfMemoryError("there is none left")
-        if failing == "a launch in it":  # as where another thread has ended the capture
-            raise launch.CannotStart("there is none left")
-        return Graph()
-
-    monkeypatch.setattr(recording.Recording, "_captured", capture)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(recording, "_warned", threading.Event())
-    made, other = recording.Recording([]), recording.Recording([])
-    made._launches = other._launches = [None, None]
-    assert not made._replayed((1,)) and not captured
-    if failing is None:
-        assert made._replayed((1,)) and made._replayed((1,))
-        assert len(replayed) == 2 and captured == [(1,)]
-        return
-    with pytest.warns(UserWarning, match="a CUDA graph of them cannot be made or replayed: there is none left"):
-        assert not made._replayed((1,))
-    assert not any(made._replayed((i,)) for i in (1, 2, 2, 1)) and captured == [(1,)] and not replayed
-    with warnings.catch_warnings(action="error"):
-        assert not any(other._replayed((1,)) for _ in range(3)) and captured == [(1,), (1,)]
 
 
 def test_the_latest_recordings_are_kept(monkeypatch):

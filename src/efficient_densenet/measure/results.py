@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.files import replacing
 
+_BREAK = r"\n\s*"  # strings have none
 Record = dict[str, Any]
 Results = dict[str, dict[str, Record]]
 """The sections of each machine. A section is `machine.describe`, ``quick``, and its ``records``."""
@@ -29,9 +31,11 @@ def read(file: Path) -> Results:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `file`, all of it or nothing."""
+    """Write `content` to `file`, all of it or nothing; lists of plain values take one line."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\n\s*([^][{}]*?)\n\s*\]", lambda found: f"[{re.sub(_BREAK, ' ', found[1])}]", text)
     with replacing(file) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.write_text(text + "\n")
 
 
 def keep(file: Path, machine: str, section: str, content: Record) -> None:

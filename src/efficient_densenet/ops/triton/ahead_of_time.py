@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -42,10 +42,9 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_89": 99 << 10, "sm_120": 99 << 10}
 """What a program may have of it on each device of NVIDIA's; on AMD's it is `ROCM_SHARED_BYTES`."""
 ROCM_SHARED_BYTES = 64 << 10
-MOST_SPILLED = {"sm_90": 16, "sm_100": 8, "sm_120": 8, "gfx1100": 160}
+MOST_SPILLED = {"sm_90": 16, "sm_100": 8}
 """Bytes of a thread, where it is not 0; on Hopper, in the loop that holds the product. There the fastest of the tiles
-that were timed spill outside of it. Blackwell's assembler spills although it has registers left; in RDNA's widest
-forward tiles a few registers are missing."""
+that were timed spill outside of it. Blackwell's assembler spills although it has registers left."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 
@@ -111,6 +110,10 @@ KERNELS = (
     *("max_pool_kernel", "max_pool_backward_kernel", "mean_kernel", "rectify_kernel", "rectify_backward_kernel"),
 )
 
+
+Record = dict[str, Any]
+"""What is known about a compiled kernel: target, kernel, and all else by its name."""
+Tables = dict[str, dict[str, list[list[Any]]]]
 
 KINDS = ("bf16", "fp16", "fp32", "tf32")
 """How products are computed. TF32 and fp32 are both float32; on ROCm there is no TF32."""
@@ -181,25 +184,49 @@ def distinct(
                 yield kind, launched
 
 
-def record(target: str, kind: str, launched: Launched) -> dict[str, Any]:
-    """Compiled: tile, flags, registers, bytes of shared memory and of spills."""
-    compiled = launched.compile(target)
+def asked_for(target: str, kind: str, launched: Launched) -> Record:
+    """What the compiler is asked for."""
     return {
-        "kernel": launched.name,
-        "shape": launched.shape.name,
-        "type": kind,
         "target": target,
-        "tile": {name: size for name, size in asdict(launched.tile).items() if name != "minimum_steps"},
-        "flags": launched.flags,
-        "shared_bytes": compiled.metadata.shared,
-        **machine_code.describe(compiled),
+        "kernel": launched.name,
+        "type": kind,
+        "shape": launched.shape.name,
+        **launched.flags,
+        "warps": launched.tile.warps,
+        "stages": launched.tile.stages,
     }
 
 
-def faults(record: dict[str, Any]) -> list[str]:
+def record(target: str, kind: str, launched: Launched) -> Record:
+    """What the compiler is asked for, and what comes of it: shared memory, and what `machine_code.describe` finds."""
+    compiled = launched.compile(target)
+    found = {"shared_bytes": compiled.metadata.shared, **machine_code.describe(compiled)}
+    return asked_for(target, kind, launched) | found
+
+
+def tables(records: Iterable[Record]) -> Tables:
+    """The records of each kernel on each target: the names of the columns, then a line for each."""
+    found: Tables = {}
+    for one in records:
+        (target, kernel, *values), (_, _, *names) = one.values(), one
+        found.setdefault(target, {}).setdefault(kernel, [names]).append(values)
+    return found
+
+
+def records_of(tables: Tables) -> list[Record]:
+    """The records that are in such tables."""
+    return [
+        {"target": target, "kernel": kernel, **dict(zip(names, values, strict=True))}
+        for target, kernels in tables.items()
+        for kernel, (names, *lines) in kernels.items()
+        for values in lines
+    ]
+
+
+def faults(record: Record) -> list[str]:
     """What about a compiled kernel must not be."""
     target, shared, spilled = record["target"], record["shared_bytes"], record["spilled_bytes"]
-    found = [f"it is overtaken: {instruction}" for instruction in record["overtaken"]]
+    found = [f"it is overtaken: {record['overtaken']}"] if record["overtaken"] else []
     if shared > SHARED_BYTES.get(target, ROCM_SHARED_BYTES):
         found.append(f"it needs {shared} bytes of shared memory")
     if spilled > MOST_SPILLED.get(target, 0) and (target != "sm_90" or record["spills_in_loop"]):
@@ -256,7 +283,7 @@ def compile_everything_here() -> None:
 def device_of(target: str) -> tiles.Device:
     """The line of a device in the table."""
     if TARGETS[target].backend == "hip":
-        return tiles.ROCM
+        return tiles.RDNA if TARGETS[target].warp_size == 32 else tiles.ROCM
     return tiles.DEVICES.get(divmod(TARGETS[target].arch, 10), tiles.OTHER)
 
 

@@ -338,8 +338,9 @@ class Product:
             self.rows, rows_per_part, *self.volume, channels, outputs, *self.windows, self.of.precision,
             launch.aligned(self.norm.scale, self.norm.shift), vec,
         )  # fmt: skip
-        by_output, by_channel, *_, by_tap = grad_weight.stride()
+        by_output, by_channel, *_ = grad_weight.stride()
         launch.run(
             sum_parts_kernel, launch.ceil_div(lines * self.channels, tiles.SUM_PARTS.columns), tiles.SUM_PARTS,
-            parts, grad_weight, by_output, by_channel, by_tap, number, self.of.taps, self.outputs, self.channels,
+            parts, grad_weight, by_output, by_channel, launch.stride_of_taps(grad_weight), number, self.of.taps,
+            self.outputs, self.channels,
         )  # fmt: skip

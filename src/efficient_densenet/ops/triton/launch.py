@@ -182,6 +182,15 @@ def is_packed(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
 
 
+def stride_of_taps(weight: Tensor) -> int:
+    """How far the taps of a weight lie apart: the stride of the last direction that has several.
+
+    A direction of a single pixel may have any stride, by which nothing is ever multiplied.
+    """
+    strides = [stride for size, stride in zip(weight.shape[2:], weight.stride()[2:], strict=True) if size > 1]
+    return strides[-1] if strides else 0
+
+
 @functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
 def uncovered(x: torch.Size, out: torch.Size, strides: Sequence[int], kernel: torch.Size | None, pool: int) -> str:
     """Why the kernels do not cover an operation on such shapes, with such strides of its output; or nothing."""

@@ -24,8 +24,9 @@ def describe(compiled: Any) -> dict[str, Any]:
         used = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
         registers, stack, local = (int(_search(rf"\b{name}:(\d+)", used)) for name in ("REG", "STACK", "LOCAL"))
         products, code, spilled = r"\b(wgmma|mma|tcgen05\.mma)\.", compiled.asm["ptx"], stack + local
-        found = overtaken(_listing(compiled)) if "wgmma." in code else []
-        loop = product_loop(compiled)[1] if spilled else []
+        listing = _listing(compiled) if "wgmma." in code or spilled else ""
+        found = overtaken(listing) if "wgmma." in code else []
+        loop = _product_loop(*_parsed(listing))
         in_loop = bool(spilled) and (not loop or any(i.name.startswith(("LDL", "STL")) for i in loop))
     else:
         products, code, found = r"\bv_(mfma|wmma)_", compiled.asm["amdgcn"], []
@@ -38,7 +39,7 @@ def describe(compiled: Any) -> dict[str, Any]:
         "spilled_bytes": spilled,
         "spills_in_loop": in_loop,
         "tensor_cores": bool(re.search(products, code)),
-        "overtaken": found,
+        "overtaken": "; ".join(found),
     }
 
 
@@ -91,6 +92,11 @@ def overtaken(listing: str) -> list[str]:
 def product_loop(compiled: Any) -> tuple[list[Instruction], list[Instruction]]:
     """All instructions of a kernel for NVIDIA's, and those of the loop that holds its product, if there is one."""
     code, labels = _parsed(_listing(compiled))
+    return code, _product_loop(code, labels)
+
+
+def _product_loop(code: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
+    """The instructions of the loop that holds the product; none where there is no loop or no tensor core's product."""
     loops = []
     for end, instruction in enumerate(code):
         if instruction.name.startswith("BRA"):
@@ -98,7 +104,7 @@ def product_loop(compiled: Any) -> tuple[list[Instruction], list[Instruction]]:
             loop = code[begin : end + 1]
             if any(i.name.startswith(("HGMMA", "HMMA")) for i in loop):
                 loops.append(loop)
-    return code, min(loops, key=len, default=[])
+    return min(loops, key=len, default=[])
 
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")

@@ -119,7 +119,8 @@ def statistics(x: Tensor, into: Statistics) -> None:
     """Two kernels: moments of blocks, and their merging."""
     x, stride = launch.matrix(x)
     channels = x.shape[-1]
-    rows, tile = x.numel() // channels, tiles.elementwise(channels)
+    # An odd number of channels is loaded value by value, which takes more registers.
+    rows, tile = x.numel() // channels, tiles.elementwise(channels, 2048 if channels % 2 else 4096)
     moments = moments_of(x, launch.ceil_div(rows, tile.rows))
     vec = launch.common_divisor(x, stride, channels)
     launch.run(

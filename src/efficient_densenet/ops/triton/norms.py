@@ -72,7 +72,7 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
     ]
     launch.run(
         fold_kernel, launch.ceil_div(channels, tile.columns), tile,
-        *vectors, eps, into.inverse, into.scale, into.shift, channels,
+        *vectors, float(eps), into.inverse, into.scale, into.shift, channels,
     )  # fmt: skip
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.ops.triton import launch, tiles, tuning
+from efficient_densenet.ops.triton.graphs import Graphs
 
 _MOST = 1024  # recordings; each new size of the images makes some
-_MOST_GRAPHS = 4  # of a recording; a training step gets the same few places again and again
-_MOST_CAPTURES = 32  # of a recording: to capture takes longer than to launch
-_MOST_SEEN = 16  # places where the tensors of a recording lay
 _ALIGNMENT = 512  # of scratch, as of what PyTorch allocates
 
 Operation = Callable[[], Any]
@@ -149,9 +145,6 @@ class Recording:
         self._starts = {extent.start: number for number, extent in enumerate(self._given)}
         self._launches: list[tuple[functools.partial, list, list[Pointer]]] = []
         self._scratch = 0
-        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
-        self._captures = 0
         self.ambiguous = len(self._starts) < len(given)
 
     def add(self, operation: Iterable[functools.partial]) -> None:
@@ -204,10 +197,12 @@ class Recording:
             )
             return
         places = (*addresses, *[x.data_ptr() for x in scratch])
-        if not self._replayed(places):
-            self._start_each(places, torch.cuda.current_stream(device).cuda_stream)
+        start, stream = functools.partial(self._start_each, places), torch.cuda.current_stream(device).cuda_stream
+        if not _graphs.replayed((self, places), len(self._launches), start, stream):
+            start(stream)
 
     def _start_each(self, addresses: Sequence[int], stream: int) -> None:
+        """All launches one by one, on tensors and scratch at these addresses, in the stream with this handle."""
         launch.start_all(
             functools.partial(
                 start,
@@ -219,70 +214,9 @@ class Recording:
             for start, template, pointers in self._launches
         )
 
-    def _replayed(self, addresses: tuple[int, ...]) -> bool:
-        """Whether the launches on these addresses are started as a graph; if not, none of them is started."""
-        try:
-            graph = self._graph_of(addresses) if len(self._launches) > 1 else None
-            if graph is not None:
-                graph.replay()
-        # A graph takes memory of its own, also when it is first replayed. Another thread may have ended the capture,
-        # which is `CannotStart` of a kernel that may well start outside of it. If it does not, that is raised there.
-        except RuntimeError as error:
-            with _lock:
-                self._captures = _MOST_CAPTURES
-                self._graphs.clear()
-                warned = _warned.is_set()
-                _warned.set()
-            if not warned:
-                warnings.warn(
-                    f"kernels start one by one, for a CUDA graph of them cannot be made or replayed: {error}",
-                    stacklevel=2,
-                )
-            return False
-        return graph is not None
 
-    def _graph_of(self, addresses: tuple[int, ...]) -> torch.cuda.CUDAGraph | None:
-        """The launches on these addresses as a graph, from the second time on that they are asked for."""
-        # A graph of somebody else's gets the launches themselves. On ROCm no graph has been tried: a query of an event
-        # by another thread, as that of NCCL, ends a capture there.
-        if torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
-            return None
-        with _lock:
-            graph = self._graphs.get(addresses)
-            if graph is not None:
-                self._graphs.move_to_end(addresses)
-            elif addresses in self._seen and self._captures < _MOST_CAPTURES:
-                graph = self._graphs[addresses] = self._captured(addresses)
-                self._captures += 1
-                while len(self._graphs) > _MOST_GRAPHS:
-                    self._graphs.popitem(last=False)
-            else:
-                self._seen[addresses] = None
-                while len(self._seen) > _MOST_SEEN:
-                    self._seen.popitem(last=False)
-        return graph
-
-    def _captured(self, addresses: Sequence[int]) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._start_each(addresses, stream.cuda_stream)
-            finally:
-                graph.capture_end()
-        return graph
-
-
+_graphs = Graphs()
 _lock = threading.Lock()  # the backward pass has threads of its own
-_warned = threading.Event()  # that there are no graphs: once, and not for each recording of a step
-
-
-@functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """On which graphs are captured: nothing else runs there."""
-    return torch.cuda.Stream(device)
-
-
 _recordings: dict[Hashable, Recording | None] = {}  # None: it cannot be recorded, or not started
 _UNKNOWN: Any = object()
 

@@ -28,12 +28,14 @@ class Device(NamedTuple):
         programs: two for each multiprocessor. A weight's gradient is split into so many.
         widest: tile of a product, in columns.
         warp_groups: whether products are those of Hopper.
+        deepest: step of a product that computes its left operand, in values.
     """
 
     stages: int
     programs: int
     widest: int = 128
     warp_groups: bool = False
+    deepest: int = 32
 
 
 DEVICES = {(8, 0): Device(4, 216), (9, 0): Device(4, 264, warp_groups=True)}
@@ -44,6 +46,9 @@ OTHER = Device(3, 264)
 
 ROCM = Device(2, 264, widest=64)
 """64 kB of local memory for a program, and registers for half as wide a tile."""
+
+RDNA = ROCM._replace(deepest=16)
+"""AMD's devices with warps of 32. A thread has half as many registers as on the others."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def precision(x: Tensor) -> str:
 def device_of(device: torch.device) -> Device:
     """Its line in the table."""
     if device.type == "cuda" and torch.version.hip is not None:
-        return ROCM
+        return RDNA if torch.cuda.get_device_properties(device).warp_size == 32 else ROCM
     if device.type == "cuda":
         return DEVICES.get(torch.cuda.get_device_capability(device), OTHER)
     return OTHER
@@ -134,9 +139,11 @@ def forward(of: Product) -> Tile:
     window's x comes rectified, so that nothing is computed in the loop: fewer and larger steps.
     """
     if of.exact:
-        return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 8, 2)
+        return Tile(64, _cover(of.outputs, 16, 64 if of.pool == 1 else 32), 16, 4 if of.taps == 1 else 8, 2)
     columns, stages = _cover(of.outputs, 16, of.device.widest), of.stages
     depth = 32 if of.pool == 1 and of.channels % (2 if of.half else 4) == 0 else 16
+    if of.taps == 1:
+        depth = min(depth, of.device.deepest)
     if of.half and depth == 32 and (of.taps > 1 or (of.device.warp_groups and of.channels % 4 == 0)):
         depth, stages = 64, stages - 1
     rows = 128
@@ -150,7 +157,11 @@ def grad_x(of: Product) -> Tile:
     """Columns are channels, depth is outputs. Its epilogue needs the registers of a second accumulator."""
     if of.exact:
         return Tile(64, _cover(of.channels, 16, 64), 16, 8, 2)
-    columns, stages, rows = 64, of.stages, 64 if of.taps > 9 and not of.half else 128
+    columns, depth, stages, rows = 64, _cover(of.outputs, 16, 32), of.stages, 128
+    if of.taps > 9 and not of.half:
+        rows = 64
+    elif of.half and depth == 16 and of.channels > 32 and of.device == OTHER:
+        rows = 64  # a slice of few channels may begin anywhere: programs of eight warps would have too few registers
     if of.device.warp_groups and of.taps > 1:
         stages = 4
         if not of.half:
@@ -158,7 +169,7 @@ def grad_x(of: Product) -> Tile:
         elif of.rows >= 1024 * rows:
             columns, stages = 128, 3
     columns = _cover(of.channels, 16, columns)
-    return Tile(rows, columns, _cover(of.outputs, 16, 32), _warps(of, columns >= 64), stages)
+    return Tile(rows, columns, depth, _warps(of, rows * columns >= 128 * 64), stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,7 +195,9 @@ def grad_weight(of: Product) -> Tile:
     warps = _warps(of, rows * columns >= 64 * of.device.widest)
     if of.half and of.pool == 1 and of.device.warp_groups:
         return Tile(rows, columns, 64, warps, of.stages - (columns > 64))
-    return Tile(rows, columns, 32, warps, of.stages)
+    # Each stage of a pool holds all pixels of its windows.
+    stages = of.stages if of.pool == 1 or of.device.warp_groups else min(of.stages, 3)
+    return Tile(rows, columns, 32, warps, stages)
 
 
 def rows_per_part(rows: int, products: int, tile: Tile, device: Device) -> int:
