@@ -83,7 +83,7 @@ def find_checkpoint(runs: Path, wanted: str | Path | None) -> Path | None:
     if wanted in ("best", "last"):
         found = runs.glob(f"*/checkpoints/{wanted}.ckpt")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if wanted is not None and not Path(wanted).is_file():
+    if wanted is not None and not Path(wanted).exists():
         raise UserError(f"there is no checkpoint {wanted}; give a file, or best or last for those of the newest run")
     return None if wanted is None else Path(wanted)
 

@@ -13,8 +13,8 @@ from efficient_densenet.models import DenseNet
 from efficient_densenet.training.data.photos import IMAGENET_MEAN, IMAGENET_STD
 from efficient_densenet.training.data.preprocessing import Preprocessing
 from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, known_library_network, start_from
-from efficient_densenet.weights.formats import read_content
 from efficient_densenet.weights.published import get_published
+from efficient_densenet.weights.shards import read_content
 
 
 class TrainedNetwork(NamedTuple):

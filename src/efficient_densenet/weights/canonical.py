@@ -12,9 +12,10 @@ from torch import Tensor
 from efficient_densenet.errors import UserError
 from efficient_densenet.weights.dialects import number_of_blocks, recognise, to_canonical
 from efficient_densenet.weights.finding import Leaf, find_densenet
-from efficient_densenet.weights.formats import Content, first_few, read_content, shortened
+from efficient_densenet.weights.formats import Content, first_few, shortened
 from efficient_densenet.weights.heads import find_head
 from efficient_densenet.weights.pickles import Stub
+from efficient_densenet.weights.shards import read_content
 from efficient_densenet.weights.stored import StoredTensor
 
 _TENSORS_OF_LAYERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
