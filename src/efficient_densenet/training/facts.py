@@ -23,6 +23,7 @@ class DataFacts:
             0 to 1, and NaN where nothing is known.
         preprocessing: what evaluation does to an image, as plain data.
         tested: what the test set is, for people to read.
+        divided: how many images are for what, likewise; empty: nothing is said.
     """
 
     class_names: list[str] | None
@@ -31,6 +32,7 @@ class DataFacts:
     multi_label: bool
     preprocessing: dict[str, Any] | None
     tested: str
+    divided: str
 
     def __str__(self) -> str:
         said = []
@@ -47,7 +49,7 @@ class DataFacts:
 
 def facts_of(data: LightningDataModule) -> DataFacts:
     """Read the attributes ``class_names`` (or ``num_classes``), ``in_channels``, ``input_size``, ``multi_label``,
-    ``preprocessing`` and ``tested`` of `data`, as far as it has them.
+    ``preprocessing``, ``tested`` and ``divided`` of `data`, as far as it has them.
 
     Raises:
         UserError: there are fewer than two classes, or not even one label.
@@ -66,6 +68,7 @@ def facts_of(data: LightningDataModule) -> DataFacts:
         multi_label=multi_label,
         preprocessing=None if preprocessing is None else preprocessing.to_dict(),
         tested=getattr(data, "tested", "test images"),
+        divided=getattr(data, "divided", ""),
     )
 
 

@@ -130,6 +130,8 @@ class Classifier(LightningModule):
             start_from(network, self.weights, self.network_factory.name, new_head=not self.keeps_classes)
         if self.trainer.is_global_zero and str(self.facts):
             print(f"the data decide: {self.facts}", flush=True)
+        if self.trainer.is_global_zero and stage == "fit" and self.facts.divided:
+            print(f"the data are divided: {self.facts.divided}", flush=True)
         self.class_names = self.facts.class_names or _numbered(self.network_factory.number_of_classes)
         self.task = task_for(self.facts.multi_label, self.class_names, label_smoothing=self.label_smoothing)
         weights = self.class_weights if stage == "fit" else None

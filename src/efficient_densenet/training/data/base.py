@@ -21,16 +21,18 @@ from efficient_densenet.training.data.preprocessing import Preprocessing
 class Splits(NamedTuple):
     """Datasets of tensors ``(C, H, W)`` and class numbers, and the names of the classes in the order of numbers.
 
-    `tested` says what `test` is, for people to read.
+    `validated` and `tested` say what `val` and `test` are, for people to read.
     """
 
     class_names: tuple[str, ...]
     train: TransformedImages
     val: TransformedImages
     test: TransformedImages
+    validated: str = "validation images"
     tested: str = "test images"
 
 
+HELD_OUT = "validation images (held out from the training images)"
 NO_TEST_SET = "validation images (there is no test set)"
 
 
@@ -125,6 +127,13 @@ class ImageDataModule(LightningDataModule):
     @property
     def tested(self) -> str:
         return self.splits.tested
+
+    @property
+    def divided(self) -> str:
+        """How many images are for what, for people to read."""
+        train, val, test = self.splits.train, self.splits.val, self.splits.test
+        parts = [f"{len(train)} training images", f"{len(val)} {self.splits.validated}"]
+        return ", ".join([*parts, f"{len(test)} test images"] if test is not val else parts)
 
     def training_targets(self) -> Tensor:
         """Of all training images: classes ``(N,)`` or labels ``(N, labels)``."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, tensor
 
 from efficient_densenet.errors import UserError, require
-from efficient_densenet.training.data.base import NO_TEST_SET, Splits
+from efficient_densenet.training.data.base import HELD_OUT, NO_TEST_SET, Splits
 from efficient_densenet.training.data.images import TransformedImages, files_below
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
@@ -142,6 +142,7 @@ class ImageTable(PhotoDataModule):
             train=TransformedImages(self._files(rows, labels), self.own_training_transform()),
             val=val,
             test=val if tested is None else TransformedImages(self._files(tested, labels), evaluate),
+            validated=HELD_OUT if self.val_table is None else "validation images",
             tested=NO_TEST_SET if tested is None else "test images",
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.training.data.base import NO_TEST_SET
 from efficient_densenet.training.data.images import stratified_split
 
 _SUFFIXES = (".nii", ".nii.gz")
@@ -59,6 +60,7 @@ class Volumes(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.class_names: list[str] | None = None
+        self.tested = NO_TEST_SET
 
     def setup(self, stage: str = "fit") -> None:
         if self.class_names is not None:
