@@ -59,6 +59,10 @@ def _module_that_raised(error: BaseException) -> str:
 
 def fact_of(report: str) -> str:
     """The fact in a report of jsonargparse on all the types that it has tried for an entry, on one line."""
+    if report.startswith("Unexpected config"):
+        return "a configuration has no sections, such as model, data and trainer: it is empty, or something else"
+    if "cannot start any token" in report:
+        return f"{shortened(report, 300)}: YAML is indented with spaces, and a tab is none"
     entry = re.search(r'(?:Parser key|Key) "(?:\.?(?:fit|validate|test)\.)?([^"]+)":?', report)
     key = entry[1].replace(".init_args", "") if entry else ""
     report = report.replace(entry[0], "", 1) if entry else report

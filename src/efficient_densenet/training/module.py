@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.checkpointing import differences
-from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes
+from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes, refuse_other_division
 from efficient_densenet.training.freezing import Frozen
 from efficient_densenet.training.network_factory import factory_of
 from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, start_from
@@ -284,12 +284,16 @@ class Classifier(LightningModule):
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.facts.preprocessing
         checkpoint["multi_label"] = self.facts.multi_label
+        checkpoint["held_out"] = self.facts.held_out
         if self.network_factory.is_known_library_network:
             checkpoint[NAME_IN_CHECKPOINT] = self.network_factory.name
         checkpoint["found_learning_rate"] = self.found_learning_rate
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_classes(checkpoint.get("class_names"), self.class_names, self.trainer.ckpt_path)
+        said = refuse_other_division(checkpoint.get("held_out"), self.facts.held_out, self.trainer.ckpt_path)
+        if said and self.trainer.is_global_zero:
+            print(said)
         for name, value in (self.facts.preprocessing or {}).items():
             trained_with = (checkpoint.get("preprocessing") or {}).get(name, value)
             if trained_with != value and self.trainer.is_global_zero:

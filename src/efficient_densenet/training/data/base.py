@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,11 @@ class Splits(NamedTuple):
 
 HELD_OUT = "validation images (held out from the training images)"
 NO_TEST_SET = "validation images (there is no test set)"
+
+
+def division(seed: int, train: Sized, val: Sized) -> dict[str, int]:
+    """What says which images are held out, where they are drawn: another seed or share gives others."""
+    return {"seed": seed, "kept": len(train), "held_out": len(val)}
 
 
 class ImageDataModule(LightningDataModule):
@@ -127,6 +132,12 @@ class ImageDataModule(LightningDataModule):
     @property
     def tested(self) -> str:
         return self.splits.tested
+
+    @property
+    def held_out(self) -> dict[str, int] | None:
+        """What says which images are held out from the training images; None: no image is."""
+        held_out = self.splits.validated == HELD_OUT
+        return division(self.seed, self.splits.train, self.splits.val) if held_out else None
 
     @property
     def divided(self) -> str:

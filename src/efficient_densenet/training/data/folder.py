@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchvision import datasets
 from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.base import HELD_OUT, NO_TEST_SET, Splits
-from efficient_densenet.training.data.images import TransformedImages, is_hidden, is_image, stratified_split
+from efficient_densenet.training.data.images import (
+    IMAGE_SUFFIXES,
+    TransformedImages,
+    files_below,
+    is_image,
+    stratified_split,
+)
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
-from efficient_densenet.weights.formats import first_few
+from efficient_densenet.weights.formats import first_few, shortened
 
 _VAL_FRACTION = 0.2
 _SPLITS = {
@@ -132,7 +136,8 @@ def load_class_folders(
         evaluated[name] = TransformedImages(images, preprocessing.transform())
     kept: list[int] | None = None  # all
     if "val" not in others:
-        kept, held_out = stratified_split(train.targets, val_fraction or _VAL_FRACTION, seed)
+        fraction = val_fraction or _VAL_FRACTION
+        kept, held_out = stratified_split(train.targets, fraction, seed, train.classes)
         evaluated["val"] = TransformedImages(train, preprocessing.transform(), held_out)
     return Splits(
         class_names=tuple(train.classes),
@@ -144,39 +149,53 @@ def load_class_folders(
     )
 
 
-class _VisibleImages(datasets.ImageFolder):
-    """Hidden folders, such as ``.ipynb_checkpoints``, are no classes."""
+class _ClassFolders:
+    """A dataset of images and class numbers, those of ``folder/CLASS/*`` and of the folders below, in order."""
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not classes:
-            raise FileNotFoundError(f"there is no folder in {directory}")
-        return classes, {name: number for number, name in enumerate(classes)}
+    def __init__(self, folder: Path, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
+        self.classes = class_names
+        self.preprocessing = preprocessing
+        self.samples: list[tuple[str, int]] = []
+        self.left_out: list[str] = []
+        for number, name in enumerate(class_names):
+            for path in sorted(files_below(folder / name), key=lambda path: (str(path.parent), path.name)):
+                if is_image(path):
+                    self.samples.append((str(path), number))
+                else:
+                    self.left_out.append(str(path.relative_to(folder)))
+        self.targets = [number for _, number in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, number = self.samples[index]
+        return self.preprocessing.read(path), number
 
 
-def read_class_folders(folder: Path, preprocessing: Preprocessing) -> datasets.ImageFolder:
+def read_class_folders(folder: Path, preprocessing: Preprocessing) -> _ClassFolders:
     """The images of ``folder/CLASS/*`` as a dataset of images and class numbers; warns of files that are left out.
 
     Raises:
-        UserError: the folder is missing, has no classes, or a class has no images.
+        UserError: the folder is missing, has no classes, a class has no images, or its name is not text.
     """
+    wanted = "it should hold one folder of images for each class"
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; it should hold one folder of images for each class")
-    left_out: list[str] = []
-
-    def is_visible_image(path: str) -> bool:
-        if is_hidden(path, folder):
-            return False
-        known = is_image(path)
-        if not known:
-            left_out.append(path)
-        return known
-
-    try:
-        images = _VisibleImages(str(folder), loader=preprocessing.read, is_valid_file=is_visible_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} should hold one folder of images for each class: {error}") from error
-    if left_out:
-        names = first_few([os.path.relpath(path, folder) for path in sorted(left_out)])
-        warnings.warn(f"{folder} holds files that do not end as images do, and are left out: {names}", stacklevel=2)
+        raise UserError(f"there is no folder {folder}; {wanted}")
+    names = [path.name for path in _folders_in(folder)]
+    if not names:
+        raise UserError(f"there is no folder in {folder}; {wanted}")
+    if unreadable := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise UserError(f"the name of the folder {shortened(unreadable[0])} in {folder} is not UTF-8; rename it")
+    images = _ClassFolders(folder, names, preprocessing)
+    if empty := sorted({*range(len(names))} - {*images.targets}):
+        raise UserError(
+            f"{folder} has no image of {first_few([names[number] for number in empty])}; {wanted}, with "
+            f"{', '.join(IMAGE_SUFFIXES)}"
+        )
+    if images.left_out:
+        names_left_out = first_few(images.left_out)
+        warnings.warn(
+            f"{folder} holds files that do not end as images do, and are left out: {names_left_out}", stacklevel=2
+        )
     return images

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from efficient_densenet.errors import UserError
 
+_SEPARATORS = (",", ";", "\t")
 _MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
 
 
@@ -36,18 +37,31 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV file with a header.
+    """All rows of a CSV file with a header; commas separate the entries, or semicolons or tabs, as in the header.
 
     Raises:
-        UserError: there is no such file, or it is not text.
+        UserError: there is no such file, it is not text, has a column twice, or a line with more entries than columns.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [Row(entries, f"{path}, line {i}") for i, entries in enumerate(csv.DictReader(file), start=2)]
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(_SEPARATORS, key=header.count), skipinitialspace=True)
+            rows = [Row(entries, f"{path}, line {i}") for i, entries in enumerate(reader, start=2)]
+            columns = reader.fieldnames or []
     except FileNotFoundError as error:
         raise UserError(f"there is no table {path}; it should be a CSV file with a header") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as such") from error
+    if "\0" in header:
+        raise UserError(f"{path} is not a CSV file, but of Excel, for example; save it as CSV in UTF-8")
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]!r} twice: which one is meant cannot be told; rename one")
+    if longer := [row for row in rows if None in row.entries]:
+        raise UserError(
+            f"{longer[0].location} has more entries than there are columns: put quotes around one with commas"
+        )
+    return rows
 
 
 @dataclass(frozen=True)
