@@ -73,7 +73,16 @@ def test_a_wrong_value_is_named(tmp_path, capsys, setting):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff\xfe\x00", "not text in UTF-8"), (b"model: [1", "Problems parsing config"), (None, "does not exist")],
+    [
+        (b"\xff\xfe\x00", "not text in UTF-8"),
+        (b"model: [1", "Problems parsing config"),
+        (b"model:\n\tnetwork: 1", "YAML is indented with spaces, and a tab is none"),
+        (b"trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "has the entry trainer twice: make one of the two"),
+        (b"data: {a: [{b: 1, b: 2}]}", "has the entry b twice"),
+        (b"", "a configuration has no sections, such as model, data and trainer"),
+        (b"- model\n- data\n", "a configuration has no sections, such as model, data and trainer"),
+        (None, "does not exist"),
+    ],
 )
 def test_a_wrong_configuration_is_named(tmp_path, capsys, content, message):
     if content is not None:
@@ -94,6 +103,7 @@ def test_a_single_class_is_refused_and_no_folder_is_made(tmp_path, capsys):
     options = ["--data", "ImageFolder", "--data.root", str(tmp_path / "images"), "--data.size", "8"]
     assert run("fit", tmp_path, *options) == 2
     assert "a single class (only)" in one_sentence(capsys)
+    assert not list(tmp_path.rglob("version_*"))
 
 
 def test_an_optimiser_that_does_not_fit_the_checkpoint_is_refused(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,12 +72,15 @@ def confusion_matrix(counts: Tensor, class_names: Sequence[str], title: str, pat
     accuracy = 100 * counts.trace() / counts.sum().clamp(min=1)
     few = len(class_names) <= _MAX_COUNTED_CLASSES
     names = [shortened(name, _LONGEST_NAME) for name in class_names]
-    side = 3 + 0.5 * min(len(class_names), _MAX_COUNTED_CLASSES)
+    side = 3 + 0.5 * min(len(names), _MAX_COUNTED_CLASSES)
+    if few:
+        side += max(map(len, names)) / 15  # inches that names take beside the cells
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="share of the images of the true class (%)", shrink=0.8)
-    axes.set(title=f"{title}: {accuracy:.2f} % right", xlabel="predicted class", ylabel="true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    figure.suptitle(fill(f"{title}: {accuracy:.2f} % right", width=round(10 * side)), fontsize="large")
     if few:
         literally = {"parse_math": False}  # a name may have dollar signs
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **literally)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -198,6 +199,29 @@ def test_a_class_without_images(tmp_path: Path) -> None:
     make_classes(tmp_path)
     (tmp_path / "unicorn").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path.name}.* unicorn"):
+        loaded(tmp_path)
+
+
+def test_links_to_folders_above_and_to_nothing_are_not_followed(tmp_path: Path) -> None:
+    """Otherwise images of one class would be read as another's."""
+    make_classes(tmp_path)
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "cat" / "gone.png").symlink_to("nowhere.png")
+    splits = loaded(tmp_path).splits
+    assert len(splits.train) + len(splits.val) == 10
+    elsewhere = tmp_path / "linked"
+    elsewhere.mkdir()
+    for name in ("cat", "dog"):
+        (elsewhere / name).symlink_to(tmp_path / name)
+    assert files_of(loaded(elsewhere).splits.val) == {
+        path.replace(str(tmp_path), str(elsewhere)) for path in files_of(splits.val)
+    }
+
+
+def test_a_class_whose_name_is_not_text(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    os.rename(os.fsencode(tmp_path / "cat"), os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"the name of the folder caf.* is not UTF-8; rename it"):
         loaded(tmp_path)
 
 

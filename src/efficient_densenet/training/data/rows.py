@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
@@ -11,6 +12,7 @@ from pathlib import Path
 from efficient_densenet.errors import UserError
 
 _SEPARATORS = (",", ";", "\t")
+_BETWEEN_FINDINGS = "|"
 _MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
 
 
@@ -78,9 +80,17 @@ class LabelReader:
         """The labels: the columns, or all that are found in the rows, sorted."""
         if self.label_columns is not None:
             return list(self.label_columns)
+        column = str(self.findings_column)
         names = sorted({name for row in rows for name in self._findings(row)})
         if not names:
-            raise UserError(f"no image has a label in the column {self.findings_column!r}")
+            raise UserError(f"no image has a label in the column {column!r}")
+        joined = [name for name in names if "," in name or ";" in name]
+        if joined and not any(_BETWEEN_FINDINGS in row.entry(column) for row in rows):
+            warnings.warn(
+                f"{joined[0]!r} in the column {column!r} is taken as one label: several are separated by "
+                f"{_BETWEEN_FINDINGS}",
+                stacklevel=2,
+            )
         return names
 
     def targets(self, row: Row, names: Sequence[str]) -> list[float]:
@@ -93,7 +103,7 @@ class LabelReader:
         return [float(name in findings) for name in names]
 
     def _findings(self, row: Row) -> set[str]:
-        names = {name.strip() for name in row.entry(str(self.findings_column)).split("|")}
+        names = {name.strip() for name in row.entry(str(self.findings_column)).split(_BETWEEN_FINDINGS)}
         return names - {self.no_finding, ""}
 
     def _target(self, row: Row, column: str) -> float:

@@ -177,7 +177,7 @@ class ImageTable(PhotoDataModule):
         if unknown := names - listed:
             raise UserError(
                 f"{path} names {len(unknown)} images that {self.table} does not, {min(unknown)} for one: write them as "
-                "the table does, or images of the test would be trained on"
+                "the table does, so that they are not trained on, or leave them out"
             )
         return tested
 
