@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_a_table_and_json_hold_all_classes(tmp_path, network):
     assert predict(tmp_path, "--output", "a.json") == 0
     found = torch.tensor([list(row["values"].values()) for row in json.loads((tmp_path / "a.json").read_text())])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_images_need_not_be_text(tmp_path, network, capsys):
+    os.rename(tmp_path / "images/2.png", os.fsencode(tmp_path) + b"/images/caf\xe9.png")
+    assert predict(tmp_path, "--output", "a.csv") == 0
+    assert b"caf\xe9.png,0." in (tmp_path / "a.csv").read_bytes()
+    assert predict(tmp_path) == 0
+    assert "caf\\udce9.png\n" in capsys.readouterr().out
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path, network):

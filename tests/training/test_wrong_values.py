@@ -12,6 +12,7 @@ from tiny_run import run
 
 from efficient_densenet import DenseNet
 from efficient_densenet.cli import main
+from efficient_densenet.training.mistakes import fact_of
 from efficient_densenet.training.module import Classifier
 
 SETTINGS = {
@@ -78,7 +79,7 @@ def test_a_wrong_value_is_named(tmp_path, capsys, setting):
         (b"model: [1", "Problems parsing config"),
         (b"model:\n\tnetwork: 1", "YAML is indented with spaces, and a tab is none"),
         (b"trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "has the entry trainer twice: make one of the two"),
-        (b"data: {a: [{b: 1, b: 2}]}", "has the entry b twice"),
+        (b"trainer: {max_epochs: 1, max_epochs: 2}", "has the entry max_epochs twice"),
         (b"", "a configuration has no sections, such as model, data and trainer"),
         (b"- model\n- data\n", "a configuration has no sections, such as model, data and trainer"),
         (None, "does not exist"),
@@ -89,6 +90,12 @@ def test_a_wrong_configuration_is_named(tmp_path, capsys, content, message):
         (tmp_path / "a.yaml").write_bytes(content)
     assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
     assert message in one_sentence(capsys)
+
+
+def test_a_machine_without_gpu_says_what_trains_there():
+    assert fact_of("No supported gpu backend found!").endswith(
+        "found on this machine; --trainer.accelerator cpu trains without"
+    )
 
 
 def test_no_configuration_at_all_is_named(capsys):

@@ -138,7 +138,7 @@ class _CLI(LightningCLI):
         given = parser.parse_args(args, defaults=False, _skip_validation=True)
         options = given[given.subcommand]
         check_settings(options)
-        for configuration in options.config or []:
+        for configuration in options.get("config") or []:
             refuse_repeated_entries(Path(configuration))
         for name, length in length_of_schedule(options).items():
             options[name] = length

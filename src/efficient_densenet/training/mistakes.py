@@ -63,6 +63,8 @@ def fact_of(report: str) -> str:
     """The fact in a report of jsonargparse on all the types that it has tried for an entry, on one line."""
     if report.startswith("Unexpected config"):
         return "a configuration has no sections, such as model, data and trainer: it is empty, or something else"
+    if "backend found" in report:
+        return f"{report.rstrip('!')} on this machine; --trainer.accelerator cpu trains without"
     if "cannot start any token" in report:
         return f"{shortened(report, 300)}: YAML is indented with spaces, and a tab is none"
     entry = re.search(r'(?:Parser key|Key) "(?:\.?(?:fit|validate|test)\.)?([^"]+)":?', report)
