@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.checkpointing import differences
+from efficient_densenet.training.data.base import NO_TEST_SET
 from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes, refuse_other_division
 from efficient_densenet.training.freezing import Frozen
 from efficient_densenet.training.network_factory import factory_of
@@ -291,9 +292,10 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_classes(checkpoint.get("class_names"), self.class_names, self.trainer.ckpt_path)
-        said = refuse_other_division(checkpoint.get("held_out"), self.facts.held_out, self.trainer.ckpt_path)
-        if said and self.trainer.is_global_zero:
-            print(said)
+        if self.trainer.state.fn != TrainerFn.TESTING or self.facts.tested == NO_TEST_SET:
+            said = refuse_other_division(checkpoint.get("held_out"), self.facts.held_out, self.trainer.ckpt_path)
+            if said and self.trainer.is_global_zero:
+                print(said)
         for name, value in (self.facts.preprocessing or {}).items():
             trained_with = (checkpoint.get("preprocessing") or {}).get(name, value)
             if trained_with != value and self.trainer.is_global_zero:
