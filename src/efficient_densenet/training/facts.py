@@ -24,7 +24,7 @@ class DataFacts:
         preprocessing: what evaluation does to an image, as plain data.
         tested: what the test set is, for people to read.
         divided: how many images are for what, likewise; empty: nothing is said.
-        held_out: where validation images are drawn from the training images, what says which they are.
+        held_out_by: where validation images are drawn from the training images, what says which they are.
     """
 
     class_names: list[str] | None
@@ -34,7 +34,7 @@ class DataFacts:
     preprocessing: dict[str, Any] | None
     tested: str
     divided: str
-    held_out: dict[str, int] | None
+    held_out_by: dict[str, int] | None
 
     def __str__(self) -> str:
         said = []
@@ -51,7 +51,7 @@ class DataFacts:
 
 def facts_of(data: LightningDataModule) -> DataFacts:
     """Read the attributes ``class_names`` (or ``num_classes``), ``in_channels``, ``input_size``, ``multi_label``,
-    ``preprocessing``, ``tested``, ``divided`` and ``held_out`` of `data`, as far as it has them.
+    ``preprocessing``, ``tested``, ``divided`` and ``held_out_by`` of `data`, as far as it has them.
 
     Raises:
         UserError: there are fewer than two classes, or not even one label.
@@ -71,7 +71,7 @@ def facts_of(data: LightningDataModule) -> DataFacts:
         preprocessing=None if preprocessing is None else preprocessing.to_dict(),
         tested=getattr(data, "tested", "test images"),
         divided=getattr(data, "divided", ""),
-        held_out=getattr(data, "held_out", None),
+        held_out_by=getattr(data, "held_out_by", None),
     )
 
 
@@ -113,7 +113,7 @@ def refuse_other_division(
     Where there are more or fewer images than in training, they may be others: that is said, not refused.
 
     Args:
-        trained: the `DataFacts.held_out` of the checkpoint.
+        trained: the `DataFacts.held_out_by` of the checkpoint.
         given: that of the data.
         checkpoint: its name.
 

@@ -285,7 +285,7 @@ class Classifier(LightningModule):
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.facts.preprocessing
         checkpoint["multi_label"] = self.facts.multi_label
-        checkpoint["held_out"] = self.facts.held_out
+        checkpoint["held_out_by"] = self.facts.held_out_by
         if self.network_factory.is_known_library_network:
             checkpoint[NAME_IN_CHECKPOINT] = self.network_factory.name
         checkpoint["found_learning_rate"] = self.found_learning_rate
@@ -293,7 +293,8 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_classes(checkpoint.get("class_names"), self.class_names, self.trainer.ckpt_path)
         if self.trainer.state.fn != TrainerFn.TESTING or self.facts.tested == NO_TEST_SET:
-            said = refuse_other_division(checkpoint.get("held_out"), self.facts.held_out, self.trainer.ckpt_path)
+            trained_by = checkpoint.get("held_out_by")
+            said = refuse_other_division(trained_by, self.facts.held_out_by, self.trainer.ckpt_path)
             if said and self.trainer.is_global_zero:
                 print(said)
         for name, value in (self.facts.preprocessing or {}).items():

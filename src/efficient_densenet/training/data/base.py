@@ -134,7 +134,7 @@ class ImageDataModule(LightningDataModule):
         return self.splits.tested
 
     @property
-    def held_out(self) -> dict[str, int] | None:
+    def held_out_by(self) -> dict[str, int] | None:
         """What says which images are held out from the training images; None: no image is."""
         held_out = self.splits.validated == HELD_OUT
         return division(self.seed, self.splits.train, self.splits.val) if held_out else None

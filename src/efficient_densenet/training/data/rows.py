@@ -59,9 +59,9 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} is not a CSV file, but of Excel, for example; save it as CSV in UTF-8")
     if twice := [name for name in columns if name and columns.count(name) > 1]:
         raise UserError(f"{path} has the column {twice[0]!r} twice: which one is meant cannot be told; rename one")
-    if longer := [row for row in rows if None in row.entries]:
+    if longer := [row for row in rows if any(row.entries.get(None, ()))]:
         raise UserError(
-            f"{longer[0].location} has more entries than there are columns: put quotes around one with commas"
+            f"{longer[0].location} has more entries than there are columns: put quotes around one with commas in it"
         )
     return rows
 

@@ -93,7 +93,7 @@ class Volumes(LightningDataModule):
         self.train = self.monai_data.Dataset([volumes[i] for i in kept], training)
         self.val = self.monai_data.Dataset([volumes[i] for i in held_out], transforms.Compose(reading))
         self.class_names = names
-        self.held_out = division(self.seed, self.train, self.val)
+        self.held_out_by = division(self.seed, self.train, self.val)
 
     def train_dataloader(self) -> Any:
         return self._loader(self.train, shuffle=True)
