@@ -223,12 +223,14 @@ def test_lines_that_lack_something(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("separator", [", ", ";", "\t"])
+@pytest.mark.parametrize("end", ["\r\n", ",\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_tables_of_other_programs(tmp_path, separator, encoding):
+def test_tables_of_other_programs(tmp_path, separator, encoding, end):
     make_table(tmp_path, patients(4))
-    text = (tmp_path / "table.csv").read_text()
+    header, *lines = (tmp_path / "table.csv").read_text().splitlines()
     expected = loaded(tmp_path).splits.train.targets()
-    (tmp_path / "table.csv").write_text(text.replace(",", separator).replace("\n", "\r\n"), encoding=encoding)
+    text = header + "\n" + "".join(line + end for line in lines)
+    (tmp_path / "table.csv").write_bytes(text.replace(",", separator).encode(encoding))
     assert loaded(tmp_path).splits.train.targets() == expected
 
 

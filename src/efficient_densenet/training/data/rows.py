@@ -13,6 +13,7 @@ from efficient_densenet.errors import UserError
 
 _SEPARATORS = (",", ";", "\t")
 _BETWEEN_FINDINGS = "|"
+_BEYOND = "beyond the columns"
 _MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
 
 
@@ -48,7 +49,8 @@ def read_rows(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(_SEPARATORS, key=header.count), skipinitialspace=True)
+            separator = max(_SEPARATORS, key=header.count)
+            reader = csv.DictReader(file, restkey=_BEYOND, delimiter=separator, skipinitialspace=True)
             rows = [Row(entries, f"{path}, line {i}") for i, entries in enumerate(reader, start=2)]
             columns = reader.fieldnames or []
     except FileNotFoundError as error:
@@ -59,7 +61,7 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} is not a CSV file, but of Excel, for example; save it as CSV in UTF-8")
     if twice := [name for name in columns if name and columns.count(name) > 1]:
         raise UserError(f"{path} has the column {twice[0]!r} twice: which one is meant cannot be told; rename one")
-    if longer := [row for row in rows if any(row.entries.get(None, ()))]:
+    if longer := [row for row in rows if any(row.entries.get(_BEYOND, ()))]:
         raise UserError(
             f"{longer[0].location} has more entries than there are columns: put quotes around one with commas in it"
         )
