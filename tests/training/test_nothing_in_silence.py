@@ -175,6 +175,16 @@ def test_images_that_were_trained_on_are_not_validated(tmp_path, capsys, images)
     assert "37 images are divided, and 36 were when the checkpoint was trained" in capsys.readouterr().out
 
 
+def test_a_test_set_of_its_own_is_measured_whatever_is_held_out(tmp_path, capsys, images):
+    source = images[images.index("--data.root") + 1]
+    for part in ("train", "test"):
+        shutil.copytree(source, tmp_path / "images" / part)
+    options = [*images, "--data.root", str(tmp_path / "images")]
+    assert run("fit", tmp_path, *options, "--trainer.max_epochs=1") == 0
+    assert run("test", tmp_path, *options, "--data.seed=1") == 0
+    assert "measured on 36 test images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("trained", "given", "message"),
     [
