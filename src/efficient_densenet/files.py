@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and reading lines of text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from efficient_densenet.errors import UserError
 
 _HOST = re.sub(r"\W", "-", platform.node())
 _PARTIAL = re.compile(rf"\..*\.{re.escape(_HOST)}-(\d+)\.partial(\.[^.]*)?")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without what is blank around them.
+
+    Raises:
+        UserError: it is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before it
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8; save it as such") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tiny_run import CONFIG, begin_fit, run
 from efficient_densenet import DenseNet
 from efficient_densenet.errors import UserError
 from efficient_densenet.files import _HOST, remove_left_over, replacing
-from efficient_densenet.training import runs
+from efficient_densenet.training import plots, runs
 from efficient_densenet.training.data.images import read_image
 from efficient_densenet.training.facts import refuse_other_classes
 from efficient_densenet.training.predict import image_files
@@ -153,6 +153,13 @@ def test_weights_of_other_programs_are_measured(tmp_path, capsys):
     assert "weights of another network" in capsys.readouterr().err
 
 
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    names = ["$x_{$", "a" * 200, "two\nlines", "\N{CJK UNIFIED IDEOGRAPH-72AC}"]
+    with pytest.warns(UserWarning, match="missing from font"):
+        plots.confusion_matrix(torch.eye(4), names, "Confusion matrix", tmp_path / "a.png")
+    assert min(Image.open(tmp_path / "a.png").size) > 400
+
+
 def test_other_classes_are_refused_and_other_sizes_are_said(tmp_path, capsys, images):
     folder = tmp_path / "images"
     shutil.copytree(images[images.index("--data.root") + 1], folder)
@@ -164,6 +171,29 @@ def test_other_classes_are_refused_and_other_sizes_are_said(tmp_path, capsys, im
     for command in ("fit", "validate", "test"):
         assert run(command, tmp_path, *options[: None if command == "fit" else -1], "--ckpt_path=last") == 2
         assert "for other classes than the data have, 'cat' in the place of 'dog'" in capsys.readouterr().err
+
+
+def test_images_that_were_trained_on_are_not_validated(tmp_path, capsys, images):
+    folder = tmp_path / "images"
+    shutil.copytree(images[images.index("--data.root") + 1], folder)
+    options = [*images, "--data.root", str(folder)]
+    assert run("fit", tmp_path, *options, "--trainer.max_epochs=1") == 0
+    for command, other in (("fit", "seed=1"), ("validate", "seed=1"), ("test", "val_fraction=0.5")):
+        assert run(command, tmp_path, *options, f"--data.{other}", "--ckpt_path=last") == 2
+        assert "it would be validated on images that it was trained on; give the same" in capsys.readouterr().err
+    shutil.copy(folder / "cat/0.png", folder / "cat/new.png")
+    assert run("validate", tmp_path, *options) == 0
+    assert "37 images are divided, and 36 were when the checkpoint was trained" in capsys.readouterr().out
+
+
+def test_a_test_set_of_its_own_is_measured_whatever_is_held_out(tmp_path, capsys, images):
+    source = images[images.index("--data.root") + 1]
+    for part in ("train", "test"):
+        shutil.copytree(source, tmp_path / "images" / part)
+    options = [*images, "--data.root", str(tmp_path / "images")]
+    assert run("fit", tmp_path, *options, "--trainer.max_epochs=1") == 0
+    assert run("test", tmp_path, *options, "--data.seed=1") == 0
+    assert "measured on 36 test images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys, published):
     assert main([*fit, *SMALL, *BRIEF]) == 0
     said = capsys.readouterr().out
     assert "the data decide: images of 64 pixels with 3 channels, 2 classes (cat, dog)" in said
+    held_out = "3 validation images (held out from the training images)"
+    assert f"the data are divided: 9 training images, {held_out}\n" in said
     trained = torch.load("runs/finetune/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]
     name = "features.denseblock1.denselayer1.conv1.weight"
     before, after = published[name.replace("conv1", "conv.1")], trained[f"network.{name}"]

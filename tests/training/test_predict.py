@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def images():
 @torch.no_grad()
 def test_a_table_and_json_hold_all_classes(tmp_path, network):
     expected = network(images()).softmax(1)
-    (tmp_path / "names.txt").write_text("cat\ndog\nfox\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\nfox\n", encoding="utf-8-sig")
     assert predict(tmp_path, "--output", "a.csv", "--class-names", "names.txt", "--batch-size", "2") == 0
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert [row.pop("path") for row in rows] == [str(tmp_path / "images" / f"{i}.png") for i in range(3)]
@@ -51,6 +52,22 @@ def test_a_table_and_json_hold_all_classes(tmp_path, network):
     assert predict(tmp_path, "--output", "a.json") == 0
     found = torch.tensor([list(row["values"].values()) for row in json.loads((tmp_path / "a.json").read_text())])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_images_need_not_be_text(tmp_path, network, capsys):
+    os.rename(tmp_path / "images/2.png", os.fsencode(tmp_path) + b"/images/caf\xe9.png")
+    assert predict(tmp_path, "--output", "a.csv") == 0
+    assert b"caf\xe9.png,0." in (tmp_path / "a.csv").read_bytes()
+    assert predict(tmp_path) == 0
+    assert "caf\\udce9.png\n" in capsys.readouterr().out
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path, network):
+    (tmp_path / "names.txt").write_text("crane\ndog\ncrane\n")
+    assert predict(tmp_path, "--output", "a.json", "--class-names", "names.txt") == 0
+    values = json.loads((tmp_path / "a.json").read_text())[0]["values"]
+    assert list(values) == ["crane (0)", "dog", "crane (2)"]
+    assert sum(values.values()) == pytest.approx(1)
 
 
 @torch.no_grad()

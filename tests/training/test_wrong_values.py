@@ -12,6 +12,7 @@ from tiny_run import run
 
 from efficient_densenet import DenseNet
 from efficient_densenet.cli import main
+from efficient_densenet.training.mistakes import fact_of
 from efficient_densenet.training.module import Classifier
 
 SETTINGS = {
@@ -73,13 +74,28 @@ def test_a_wrong_value_is_named(tmp_path, capsys, setting):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff\xfe\x00", "not text in UTF-8"), (b"model: [1", "Problems parsing config"), (None, "does not exist")],
+    [
+        (b"\xff\xfe\x00", "not text in UTF-8"),
+        (b"model: [1", "Problems parsing config"),
+        (b"model:\n\tnetwork: 1", "YAML is indented with spaces, and a tab is none"),
+        (b"trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "has the entry trainer twice: make one of the two"),
+        (b"trainer: {max_epochs: 1, max_epochs: 2}", "has the entry max_epochs twice"),
+        (b"", "a configuration has no sections, such as model, data and trainer"),
+        (b"- model\n- data\n", "a configuration has no sections, such as model, data and trainer"),
+        (None, "does not exist"),
+    ],
 )
 def test_a_wrong_configuration_is_named(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "a.yaml").write_bytes(content)
     assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
     assert message in one_sentence(capsys)
+
+
+def test_a_machine_without_gpu_says_what_trains_there():
+    assert fact_of("No supported gpu backend found!").endswith(
+        "found on this machine; --trainer.accelerator cpu trains without"
+    )
 
 
 def test_no_configuration_at_all_is_named(capsys):
@@ -94,6 +110,7 @@ def test_a_single_class_is_refused_and_no_folder_is_made(tmp_path, capsys):
     options = ["--data", "ImageFolder", "--data.root", str(tmp_path / "images"), "--data.size", "8"]
     assert run("fit", tmp_path, *options) == 2
     assert "a single class (only)" in one_sentence(capsys)
+    assert not list(tmp_path.rglob("version_*"))
 
 
 def test_an_optimiser_that_does_not_fit_the_checkpoint_is_refused(tmp_path, capsys):

@@ -36,11 +36,16 @@ def prefixed(prefix, state=STATE):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def head_alone(names, state=STATE):
+    return {names + name: state[f"classifier.{name}"] for name in ("weight", "bias")}
+
+
 def head(names):
-    return FEATURES_ONLY | {names + name: STATE[f"classifier.{name}"] for name in ("weight", "bias")}
+    return FEATURES_ONLY | head_alone(names)
 
 
 FEATURES_ONLY = prefixed("features.", FEATURES)
+CHANNELS = len(FEATURES["norm5.bias"])
 OTHER = {name: t + 1 for name, t in STATE.items()}
 
 HOLDERS = {
@@ -97,6 +102,23 @@ HOLDERS = {
     "head in a sequence": head("classifier.0."),
     "head behind dropout": head("classifier.1."),
     "head of another name": head("fc."),
+    "head beside the features": prefixed("backbone.", FEATURES_ONLY) | head_alone("head."),
+    "head beside the features alone": prefixed("model.encoder.", FEATURES) | head_alone("model.fc."),
+    "head beside a wrapped encoder": {
+        "state_dict": prefixed("module.encoder.", FEATURES_ONLY)
+        | head_alone("module.classifier.1.")
+        | {"criterion.weight": torch.ones(5)}
+    },
+    "head outside of what is wrapped": prefixed("module.encoder.", FEATURES_ONLY) | head_alone("classifier."),
+    "head beside an average": {
+        "state_dict": prefixed("backbone.", FEATURES_ONLY) | head_alone("head.fc."),
+        "state_dict_ema": prefixed("backbone.", FEATURES_ONLY) | head_alone("head.fc.", OTHER),
+    },
+    "parts with state dicts of their own": {
+        "encoder": FEATURES_ONLY,
+        "classifier": head_alone(""),
+        "optimizer": torch.optim.Adam(network().parameters()).state_dict(),
+    },
 }
 
 
@@ -129,8 +151,14 @@ HEADLESS = {
     ).state_dict(),
     "fastai": {"model": prefixed("0.0.", FEATURES) | {"1.2.weight": torch.ones(9), "1.8.weight": torch.ones(2, 9)}},
     "a head of two layers": FEATURES_ONLY
-    | {"classifier.0.weight": torch.ones(9, len(FEATURES["norm5.bias"])), "classifier.2.weight": torch.ones(5, 9)},
+    | {"classifier.0.weight": torch.ones(9, CHANNELS), "classifier.2.weight": torch.ones(5, 9)},
     "a head that sees more than the features": FEATURES_ONLY | {"classifier.weight": torch.ones(5, 99)},
+    "two heads beside them": prefixed("backbone.", FEATURES_ONLY) | head_alone("fc.") | head_alone("head."),
+    # What is between them is known by its length alone, so that nothing is taken.
+    "a norm before the head": head("classifier.") | {"bottleneck.weight": torch.ones(CHANNELS)},
+    "a layer before the head": prefixed("net.", FEATURES_ONLY)
+    | head_alone("head.")
+    | {"neck.weight": torch.ones(CHANNELS, CHANNELS)},
 }
 
 

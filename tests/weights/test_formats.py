@@ -14,7 +14,7 @@ from torch import nn
 
 from efficient_densenet.errors import MissingExtraError, UserError
 from efficient_densenet.weights.canonical import read_state_dict, read_weights
-from efficient_densenet.weights.formats import read_content
+from efficient_densenet.weights.shards import read_content
 from efficient_densenet.weights.writing import write_state_dict
 
 LAYER = "features.denseblock1.denselayer1"

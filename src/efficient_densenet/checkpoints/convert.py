@@ -41,9 +41,9 @@ def convert_file(
     if to not in TARGETS:
         raise UserError(f"there is no target {to!r}; there are: {', '.join(TARGETS)}")
     check_output(output)
-    if output.exists() and os.path.exists(checkpoint) and output.samefile(checkpoint):
-        raise UserError(f"the output {output} is the checkpoint itself; choose another name")
     densenet = read_densenet(get_published(checkpoint).path, **reading)
+    if output.exists() and any(map(output.samefile, densenet.weights.content.files)):
+        raise UserError(f"the output {output} is the checkpoint itself; choose another name")
     renamed = from_canonical(densenet.state, TARGETS[to])
     write_state_dict(renamed, output)
     return densenet, len(renamed)

@@ -11,7 +11,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="IN",
-        help="the file to read: a checkpoint of fit or weights of a DenseNet",
+        help="what to read: a checkpoint of fit or weights of a DenseNet; of shards, their index or folder",
     )
     parser.add_argument(
         "--prefix",

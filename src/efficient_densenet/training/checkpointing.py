@@ -14,8 +14,9 @@ from torch import Tensor
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.files import replacing
-from efficient_densenet.weights.formats import Content, damage_named, read_content, shortened
+from efficient_densenet.weights.formats import Content, damage_named, shortened
 from efficient_densenet.weights.pickles import Name, Stub
+from efficient_densenet.weights.shards import read_content
 from efficient_densenet.weights.stored import StoredTensor
 
 

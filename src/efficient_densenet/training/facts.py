@@ -23,6 +23,8 @@ class DataFacts:
             0 to 1, and NaN where nothing is known.
         preprocessing: what evaluation does to an image, as plain data.
         tested: what the test set is, for people to read.
+        divided: how many images are for what, likewise; empty: nothing is said.
+        held_out_by: where validation images are drawn from the training images, what says which they are.
     """
 
     class_names: list[str] | None
@@ -31,6 +33,8 @@ class DataFacts:
     multi_label: bool
     preprocessing: dict[str, Any] | None
     tested: str
+    divided: str
+    held_out_by: dict[str, int] | None
 
     def __str__(self) -> str:
         said = []
@@ -47,7 +51,7 @@ class DataFacts:
 
 def facts_of(data: LightningDataModule) -> DataFacts:
     """Read the attributes ``class_names`` (or ``num_classes``), ``in_channels``, ``input_size``, ``multi_label``,
-    ``preprocessing`` and ``tested`` of `data`, as far as it has them.
+    ``preprocessing``, ``tested``, ``divided`` and ``held_out_by`` of `data`, as far as it has them.
 
     Raises:
         UserError: there are fewer than two classes, or not even one label.
@@ -66,6 +70,8 @@ def facts_of(data: LightningDataModule) -> DataFacts:
         multi_label=multi_label,
         preprocessing=None if preprocessing is None else preprocessing.to_dict(),
         tested=getattr(data, "tested", "test images"),
+        divided=getattr(data, "divided", ""),
+        held_out_by=getattr(data, "held_out_by", None),
     )
 
 
@@ -96,4 +102,37 @@ def refuse_other_classes(trained: list[str] | None, given: list[str], checkpoint
     raise UserError(
         f"the checkpoint {checkpoint} was trained {others}: give the data that it was trained on, or start a new run "
         "with --model.weights"
+    )
+
+
+def refuse_other_division(
+    trained: dict[str, int] | None, given: dict[str, int] | None, checkpoint: str | Path | None
+) -> str:
+    """Refuse a checkpoint that was trained on images of which others were held out for validation than now.
+
+    Where there are more or fewer images than in training, they may be others: that is said, not refused.
+
+    Args:
+        trained: the `DataFacts.held_out_by` of the checkpoint.
+        given: that of the data.
+        checkpoint: its name.
+
+    Returns:
+        What is to be said; empty: nothing.
+
+    Raises:
+        UserError: it would be validated on images that it was trained on.
+    """
+    if trained is None or given is None or trained == given:
+        return ""
+    then, now = (division["kept"] + division["held_out"] for division in (trained, given))
+    if then != now:
+        return (
+            f"{now} images are divided, and {then} were when the checkpoint was trained: those that it was trained on "
+            "may be among the validation images"
+        )
+    raise UserError(
+        f"the checkpoint {checkpoint} was trained on {trained['kept']} images, drawn with data.seed {trained['seed']}, "
+        f"and here {given['kept']} are drawn with {given['seed']}: it would be validated on images that it was trained "
+        "on; give the same data.seed and data.val_fraction"
     )

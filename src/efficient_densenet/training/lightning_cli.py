@@ -36,7 +36,7 @@ from efficient_densenet.training.callbacks import (
     WithinMemory,
 )
 from efficient_densenet.training.checkpointing import SafeCheckpointIO, is_of_classifier
-from efficient_densenet.training.mistakes import check_settings, mistakes_named
+from efficient_densenet.training.mistakes import check_settings, mistakes_named, refuse_repeated_entries
 from efficient_densenet.training.module import Classifier, mode_of
 from efficient_densenet.training.network_factory import (
     add_placeholders,
@@ -140,6 +140,8 @@ class _CLI(LightningCLI):
         given = parser.parse_args(args, defaults=False, _skip_validation=True)
         options = given[given.subcommand]
         check_settings(options)
+        for configuration in options.get("config") or []:
+            refuse_repeated_entries(Path(configuration))
         for name, length in length_of_schedule(options).items():
             options[name] = length
         network = options.get("model.network")

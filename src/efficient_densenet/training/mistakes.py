@@ -6,9 +6,11 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from efficient_densenet.errors import UserError
@@ -59,6 +61,12 @@ def _module_that_raised(error: BaseException) -> str:
 
 def fact_of(report: str) -> str:
     """The fact in a report of jsonargparse on all the types that it has tried for an entry, on one line."""
+    if report.startswith("Unexpected config"):
+        return "a configuration has no sections, such as model, data and trainer: it is empty, or something else"
+    if "backend found" in report:
+        return f"{report.rstrip('!')} on this machine; --trainer.accelerator cpu trains without"
+    if "cannot start any token" in report:
+        return f"{shortened(report, 300)}: YAML is indented with spaces, and a tab is none"
     entry = re.search(r'(?:Parser key|Key) "(?:\.?(?:fit|validate|test)\.)?([^"]+)":?', report)
     key = entry[1].replace(".init_args", "") if entry else ""
     report = report.replace(entry[0], "", 1) if entry else report
@@ -130,6 +138,27 @@ def check_settings(given: Any) -> None:
     seed = _number(given, "seed_everything")
     if seed is not None and seed > _LARGEST_SEED:
         raise UserError(f"seed_everything must be at most {_LARGEST_SEED}, not {seed}")
+
+
+def refuse_repeated_entries(configuration: Path) -> None:
+    """Refuse a configuration in which an entry is there twice: of two, parsers of YAML take the last without a word.
+
+    Raises:
+        UserError: the file has one.
+    """
+    try:
+        pending = [yaml.compose(configuration.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)]
+    except yaml.YAMLError:  # JSON with tabs, for example, which the parser takes
+        return
+    while pending:
+        node = pending.pop()
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = [name.value for name, _ in node.value if isinstance(name.value, str)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{configuration} has the entry {twice[0]} twice: make one of the two")
+            pending += [value for _, value in node.value]
 
 
 def _number(given: Any, name: str) -> int | float | None:

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.checkpointing import differences
-from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes
+from efficient_densenet.training.data.base import NO_TEST_SET
+from efficient_densenet.training.facts import facts_of, numbered, refuse_other_classes, refuse_other_division
 from efficient_densenet.training.freezing import Frozen
 from efficient_densenet.training.network_factory import factory_of
 from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, start_from
@@ -130,6 +131,8 @@ class Classifier(LightningModule):
             start_from(network, self.weights, self.network_factory.name, new_head=not self.keeps_classes)
         if self.trainer.is_global_zero and str(self.facts):
             print(f"the data decide: {self.facts}", flush=True)
+        if self.trainer.is_global_zero and stage == "fit" and self.facts.divided:
+            print(f"the data are divided: {self.facts.divided}", flush=True)
         self.class_names = self.facts.class_names or _numbered(self.network_factory.number_of_classes)
         self.task = task_for(self.facts.multi_label, self.class_names, label_smoothing=self.label_smoothing)
         weights = self.class_weights if stage == "fit" else None
@@ -290,12 +293,18 @@ class Classifier(LightningModule):
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.facts.preprocessing
         checkpoint["multi_label"] = self.facts.multi_label
+        checkpoint["held_out_by"] = self.facts.held_out_by
         if self.network_factory.is_known_library_network:
             checkpoint[NAME_IN_CHECKPOINT] = self.network_factory.name
         checkpoint["found_learning_rate"] = self.found_learning_rate
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_classes(checkpoint.get("class_names"), self.class_names, self.trainer.ckpt_path)
+        if self.trainer.state.fn != TrainerFn.TESTING or self.facts.tested == NO_TEST_SET:
+            trained_by = checkpoint.get("held_out_by")
+            said = refuse_other_division(trained_by, self.facts.held_out_by, self.trainer.ckpt_path)
+            if said and self.trainer.is_global_zero:
+                print(said)
         for name, value in (self.facts.preprocessing or {}).items():
             trained_with = (checkpoint.get("preprocessing") or {}).get(name, value)
             if trained_with != value and self.trainer.is_global_zero:

@@ -17,10 +17,10 @@ from efficient_densenet.execution import Keep
 from efficient_densenet.models import VARIANTS
 from efficient_densenet.training.checkpointing import differences
 from efficient_densenet.weights.finding import named_leaves
-from efficient_densenet.weights.formats import read_content
 from efficient_densenet.weights.loading import adapt_input_channels, load_weights
 from efficient_densenet.weights.pickles import Stub
 from efficient_densenet.weights.published import get_published
+from efficient_densenet.weights.shards import read_content
 
 NAME_IN_CHECKPOINT = "library_network"
 _LIBRARIES = {"torchvision": "torchvision.models", "timm": "timm", "monai": "monai.networks.nets"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,9 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from efficient_densenet.files import replacing
+from efficient_densenet.weights.formats import shortened
 
 _MAX_COUNTED_CLASSES = 20  # above, numbers in the cells and names on the axes would not be legible
 
+_LONGEST_NAME = 30
 _SCORES = {"top1": "top 1", "top5": "top 5", "auroc": "area under the ROC curve", "ap": "average precision"}
 
 
@@ -68,15 +71,20 @@ def confusion_matrix(counts: Tensor, class_names: Sequence[str], title: str, pat
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     accuracy = 100 * counts.trace() / counts.sum().clamp(min=1)
     few = len(class_names) <= _MAX_COUNTED_CLASSES
-    side = 3 + 0.5 * min(len(class_names), _MAX_COUNTED_CLASSES)
+    names = [shortened(name, _LONGEST_NAME) for name in class_names]
+    side = 3 + 0.5 * min(len(names), _MAX_COUNTED_CLASSES)
+    if few:
+        side += max(map(len, names)) / 15  # inches that names take beside the cells
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="share of the images of the true class (%)", shrink=0.8)
-    axes.set(title=f"{title}: {accuracy:.2f} % right", xlabel="predicted class", ylabel="true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    figure.suptitle(fill(f"{title}: {accuracy:.2f} % right", width=round(10 * side)), fontsize="large")
     if few:
-        axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(class_names)), class_names)
+        literally = {"parse_math": False}  # a name may have dollar signs
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **literally)
+        axes.set_yticks(range(len(names)), names, **literally)
         for row, column in counts.nonzero().tolist():
             color = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", color=color, fontsize=9)

@@ -58,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if output is None:
         _print(rows, names, arguments.top)
     else:
-        with replacing(output) as beside, beside.open("w", newline="") as file:
+        with (
+            replacing(output) as beside,
+            beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             _WRITERS[output.suffix](rows, names, file)
     if skipped:
         print(f"{len(skipped)} images could not be read and were skipped", file=sys.stderr)
@@ -112,7 +115,7 @@ def _features(trained: TrainedNetwork) -> tuple[Compute, list[str]]:
 
 def _print(rows: Rows, names: Sequence[str], top: int) -> None:
     for path, probabilities in rows:
-        print(path)
+        print(str(path).encode(errors="backslashreplace").decode())  # a file's name need not be text
         best = sorted(zip(probabilities, names, strict=True), key=lambda pair: -pair[0])
         for probability, name in best[:top]:
             print(f"  {probability:7.2%}  {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -36,8 +37,7 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         runs: the folder of all runs of a name.
-        version: the name of the folder in it; None: a new one, claimed when it is needed, which is after the data were
-            read: a run that cannot begin leaves nothing.
+        version: the name of the folder in it; None: a new one.
     """
 
     def __init__(self, runs: Path, version: str | None) -> None:
@@ -49,6 +49,15 @@ class RunLogger(TensorBoardLogger):
             # The first process claims it. The others ask the first one where it writes, not their own logger.
             self._version = claim_folder(Path(self.root_dir)).name if rank_zero_only.rank == 0 else "version_0"
         return str(self._version)
+
+    def finalize(self, status: str) -> None:
+        """Close the events. Where the run failed before it began, they are all that there is, and are removed."""
+        super().finalize(status)
+        if status != "failed" or self._version is None or rank_zero_only.rank != 0:
+            return
+        folder = Path(self.log_dir)
+        if folder.is_dir() and all(path.name.startswith("events.out.") for path in folder.iterdir()):
+            shutil.rmtree(folder)
 
 
 def claim_folder(runs: Path) -> Path:
@@ -83,7 +92,7 @@ def find_checkpoint(runs: Path, wanted: str | Path | None) -> Path | None:
     if wanted in ("best", "last"):
         found = runs.glob(f"*/checkpoints/{wanted}.ckpt")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if wanted is not None and not Path(wanted).is_file():
+    if wanted is not None and not Path(wanted).exists():
         raise UserError(f"there is no checkpoint {wanted}; give a file, or best or last for those of the newest run")
     return None if wanted is None else Path(wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 
 from efficient_densenet.checkpoints import network_of, read_densenet
 from efficient_densenet.errors import UserError
+from efficient_densenet.files import read_lines
 from efficient_densenet.models import DenseNet
 from efficient_densenet.training.data.photos import IMAGENET_MEAN, IMAGENET_STD
 from efficient_densenet.training.data.preprocessing import Preprocessing
 from efficient_densenet.training.networks import NAME_IN_CHECKPOINT, known_library_network, start_from
-from efficient_densenet.weights.formats import read_content
 from efficient_densenet.weights.published import get_published
+from efficient_densenet.weights.shards import read_content
 
 
 class TrainedNetwork(NamedTuple):
@@ -57,7 +59,7 @@ def load_trained(path: str, class_names: Path | None = None, **reading: Any) -> 
         description["class_names"] = published.class_names
     if class_names is not None:
         description["class_names"] = _names_in(class_names, classes)
-    description.setdefault("class_names", [str(i) for i in range(classes)])
+    description["class_names"] = _distinct(description.get("class_names") or [str(i) for i in range(classes)])
     if "preprocessing" not in description:
         description["preprocessing"] = _usual_preprocessing(network)
     return TrainedNetwork(network, **description)
@@ -93,11 +95,14 @@ def _description(content: dict[str, Any], num_classes: int) -> dict[str, Any]:
     return found
 
 
+def _distinct(names: list[str]) -> list[str]:
+    """The names, with a number behind those that are there twice, as ImageNet's cranes: ``crane (134)``."""
+    count = Counter(names)
+    return [f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(names)]
+
+
 def _names_in(file: Path, num_classes: int) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text in UTF-8") from error
+    names = read_lines(file)
     if len(names) != num_classes:
         raise UserError(f"{file} has {len(names)} names, one a line, and the network {num_classes} classes")
     return names

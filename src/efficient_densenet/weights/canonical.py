@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from efficient_densenet.errors import UserError
 from efficient_densenet.weights.dialects import number_of_blocks, recognise, to_canonical
 from efficient_densenet.weights.finding import Leaf, find_densenet
-from efficient_densenet.weights.formats import Content, first_few, read_content, shortened
+from efficient_densenet.weights.formats import Content, first_few, shortened
 from efficient_densenet.weights.heads import find_head
 from efficient_densenet.weights.pickles import Stub
+from efficient_densenet.weights.shards import read_content
 from efficient_densenet.weights.stored import StoredTensor
 
 _TENSORS_OF_LAYERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -78,16 +80,15 @@ def read_weights(path: str | os.PathLike[str], prefix: str | None = None, ema: b
         dialect = recognise(found.tensors)
         leaves = to_canonical(found.tensors, dialect)
         last_norm = leaves.get(f"features.norm{number_of_blocks(leaves) + 1}.weight")
-        head = find_head(leaves, _length(last_norm))
-        own = {
-            name: leaf for name, leaf in leaves.items() if name.startswith("features.") and not name.endswith(_COUNTS)
-        }
-        own |= {ours: leaves[theirs] for ours, theirs in head.items()}
+        outside = {name: leaf for name, leaf in leaves.items() if not name.startswith("features.")}
+        head = find_head(chain([outside], found.around()), _length(last_norm))
+        own = {name: leaf for name, leaf in leaves.items() if name not in outside and not name.endswith(_COUNTS)} | head
         tensors = _tensors(own)
     except UserError as error:
         raise UserError(f"{content.path}: {error}") from error
     content.check_size(tensors.values())
-    left_behind = [name for name in leaves if name not in own and name not in head.values()]
+    taken = {id(leaf) for leaf in own.values()}
+    left_behind = [name for name, leaf in leaves.items() if id(leaf) not in taken]
     return Weights(content, found.prefix, dialect, tensors, left_behind)
 
 

@@ -41,10 +41,26 @@ _ADOPTION_ATTRIBUTE = "adoption"
 
 
 class Found(NamedTuple):
-    """The tensors of one DenseNet, under their own names, and where they stood."""
+    """The tensors of one DenseNet, under their own names.
+
+    Attributes:
+        tensors: of the network.
+        prefix: what came before their names.
+        others: those that are of no DenseNet, under their whole names.
+    """
 
     tensors: dict[str, Leaf]
     prefix: str
+    others: dict[str, Leaf]
+
+    def around(self) -> Iterator[dict[str, Leaf]]:
+        """What the network is a part of, from inside to outside: for each beginning of its prefix, `others` whose names
+        begin so, without that beginning.
+        """
+        parts = self.prefix.split(".")[:-1]
+        for depth in reversed(range(len(parts))):
+            outer = "".join(f"{part}." for part in parts[:depth])
+            yield {name.removeprefix(outer): leaf for name, leaf in self.others.items() if name.startswith(outer)}
 
 
 def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) -> Found:
@@ -67,13 +83,18 @@ def find_densenet(content: Any, prefix: str | None = None, ema: bool = False) ->
         )
         raise UserError(f"it holds no dense blocks under names that are known here; {held}")
     chosen, features = _choose(list(found), prefix, ema)
-    tensors = {}
+    tensors, others = {}, {}
+    not_chosen = tuple(prefix for prefix, _ in found if not chosen.startswith(prefix))
     for name, leaf in leaves.items():
+        if name.startswith(not_chosen):
+            continue
         if name.startswith(chosen):
             own = name.removeprefix(chosen)
             inside = not features and _PART_OF_FEATURES.match(own)
             tensors[f"features.{own}" if inside else own] = leaf
-    return Found(tensors, chosen)
+        else:
+            others[name] = leaf
+    return Found(tensors, chosen, others)
 
 
 def named_leaves(value: Any) -> dict[str, Leaf]:

@@ -9,12 +9,11 @@ import codecs
 import errno
 import io
 import mmap
-import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,12 +63,14 @@ class Content:
     Attributes:
         path: of the file.
         value: nested dictionaries, lists and plain values, with `StoredTensor` (or tensors) and `Stub` among them.
+        files: all that was read: the file, or the index of shards and the shards.
     """
 
-    def __init__(self, path: Path, value: Any) -> None:
+    def __init__(self, path: Path, value: Any, shards: Sequence[Path] = ()) -> None:
         self.path = path
         self.value = value
-        self._left = 2 * path.stat().st_size + _SLACK
+        self.files = (path, *shards)
+        self._left = 2 * sum(file.stat().st_size for file in self.files) + _SLACK
 
     def check_size(self, tensors: Iterable[StoredTensor | Tensor]) -> None:
         """Refuse `tensors` that cannot all be in this file.
@@ -94,7 +95,7 @@ class Content:
             return tensor.load() if isinstance(tensor, StoredTensor) else tensor
 
 
-def read_content(path: str | os.PathLike[str]) -> Content:
+def read_file(path: Path) -> Content:
     """What is in a file of `torch.save` (of any version, with any suffix), of safetensors or of ``np.savez``.
 
     A dictionary that `pickle.dump` wrote is read too, but not the tensors of PyTorch in it.
@@ -103,14 +104,8 @@ def read_content(path: str | os.PathLike[str]) -> Content:
         UserError: there is no such file, it is damaged, or of another kind.
         MissingExtraError: it is a safetensors file and that package is not installed.
     """
-    path = Path(path)
     if not path.exists():
         raise UserError(f"there is no file {path}")
-    if (path / ".metadata").exists():
-        raise UserError(
-            f"{path} is a folder of torch.distributed.checkpoint; make one file of it with dcp_to_torch_save of "
-            "torch.distributed.checkpoint.format_utils"
-        )
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the checkpoint itself")
     with open(path, "rb") as file:

@@ -2,7 +2,7 @@
 
 | name | what it means |
 |---|---|
-| a path | that file |
+| a path | that file, or the checkpoint in that folder |
 | ``https://…`` | the file there, in the cache of `torch.hub` |
 | ``DEFAULT``, ``IMAGENET1K_V1`` | torchvision's, of the variant that is asked for |
 | ``torchvision:densenet121``, ``DenseNet121_Weights.IMAGENET1K_V1`` | torchvision's, of that network |
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
@@ -23,13 +23,13 @@ import torch
 
 from efficient_densenet.errors import UserError, require
 from efficient_densenet.weights.formats import shortened
+from efficient_densenet.weights.shards import USUAL_FILES, is_index, read_index
 
 _TORCHVISION = re.compile(
     r"(?:torchvision:(?P<any>\w+?)|(?P<variant>densenet\d+))(?:_weights)?(?:\.(?P<member>\w+))?", re.IGNORECASE
 )
 _MEMBER = re.compile(r"DEFAULT|IMAGENET1K_V\d+")
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
-_FILES_ON_HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
 
 
 class Published(NamedTuple):
@@ -66,7 +66,7 @@ def get_published(name: str | os.PathLike[str], variant: str = "") -> Published:
         return _of_timm(text.removeprefix("timm:"))
     if text.startswith("hf:"):
         repository, _, file = text.removeprefix("hf:").partition(":")
-        return Published(_download_from_hugging_face(repository, (file,) if file else _FILES_ON_HUGGING_FACE))
+        return Published(_download_from_hugging_face(repository, (file,) if file else USUAL_FILES))
     if _MEMBER.fullmatch(text) and variant:
         return _of_torchvision(variant, text)
     if match := _TORCHVISION.fullmatch(text):
@@ -104,7 +104,7 @@ def _of_timm(name: str) -> Published:
             f"timm publishes no weights {name!r}; timm.list_pretrained('*densenet*') lists those that it has"
         )
     if config.hf_hub_id:
-        files = (config.hf_hub_filename,) if config.hf_hub_filename else _FILES_ON_HUGGING_FACE
+        files = (config.hf_hub_filename,) if config.hf_hub_filename else USUAL_FILES
         path = _download_from_hugging_face(config.hf_hub_id, files)
     else:
         path = _download(config.url)
@@ -133,21 +133,33 @@ def _download(url: str) -> Path:
 
 
 def _download_from_hugging_face(repository: str, files: tuple[str, ...]) -> Path:
-    hub, errors = require("huggingface_hub", "weights"), require("huggingface_hub.errors", "weights")
+    """The first of `files` that is there; where it is an index of shards, they lie beside it."""
     for file in files:
-        try:
-            path = Path(hub.hf_hub_download(repository, file))
-        except errors.EntryNotFoundError as error:
-            if not isinstance(error, errors.LocalEntryNotFoundError):
-                continue  # the repository is there, the file is not
-            raise _not_downloaded(repository, file, error) from error
-        except (OSError, ValueError) as error:
-            raise _not_downloaded(repository, file, error) from error
-        # In that cache a large file has its hash for a name, and `path` is a link to it.
-        stored = path.resolve().name
-        _check_hash(path, stored if re.fullmatch("[0-9a-f]{64}", stored) else None)
+        path = _file_on_hugging_face(repository, file)
+        if path is None:
+            continue
+        for shard in read_index(path) if is_index(path) else ():
+            if _file_on_hugging_face(repository, str(PurePosixPath(file).parent / shard)) is None:
+                raise UserError(f"{repository} on Hugging Face lacks the file {shard}, which its {file} names")
         return path
     raise UserError(f"{repository} on Hugging Face has no file {' or '.join(files)}; name one: hf:{repository}:FILE")
+
+
+def _file_on_hugging_face(repository: str, file: str) -> Path | None:
+    """None where the repository is there, and the file is not."""
+    hub, errors = require("huggingface_hub", "weights"), require("huggingface_hub.errors", "weights")
+    try:
+        path = Path(hub.hf_hub_download(repository, file))
+    except errors.EntryNotFoundError as error:
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        raise _not_downloaded(repository, file, error) from error
+    except (OSError, ValueError) as error:
+        raise _not_downloaded(repository, file, error) from error
+    # In that cache a large file has its hash for a name, and `path` is a link to it.
+    stored = path.resolve().name
+    _check_hash(path, stored if re.fullmatch("[0-9a-f]{64}", stored) else None)
+    return path
 
 
 def _not_downloaded(repository: str, file: str, error: Exception) -> UserError:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data import ImageFolder
+from efficient_densenet.training.data.images import TransformedImages
 
 
 def make_classes(folder: Path, classes: Sequence[str] = ("cat", "dog"), count: int = 5, mode: str = "RGB") -> None:
@@ -136,18 +138,90 @@ def test_a_folder_without_classes(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("present", ["train", "val"])
-def test_half_of_a_split(tmp_path: Path, present: str) -> None:
-    make_classes(tmp_path / present)
-    absent = {"train": "val", "val": "train"}[present]
-    with pytest.raises(UserError, match=f"there is no folder .*{absent}"):
+@pytest.mark.parametrize("names", [("val",), ("val", "test")])
+def test_a_split_without_training_images(tmp_path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        make_classes(tmp_path / name)
+    with pytest.raises(UserError, match=r"there is no folder .*train"):
         loaded(tmp_path)
+
+
+def files_of(images: TransformedImages) -> set[str]:
+    return {images.images.samples[i][0] for i in images.indices}
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "Testing"), ("train",)])
+def test_without_a_validation_folder_training_images_are_held_out(tmp_path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        make_classes(tmp_path / name)
+    splits = loaded(tmp_path).splits
+    assert files_of(splits.train) | files_of(splits.val) == {str(path) for path in (tmp_path / names[0]).glob("*/*")}
+    assert (len(splits.train), len(splits.val)) == (8, 2)
+    assert sorted(label for _, label in splits.val) == [0, 1]
+    assert all(torch.equal(splits.val[0][0], splits.val[0][0]) for _ in range(5))  # nothing is drawn at random
+    if len(names) == 2:  # what is tested takes no part in the choice of an epoch
+        assert files_of(splits.test) == {str(path) for path in (tmp_path / names[1]).glob("*/*")}
+        assert splits.tested == "test images"
+    assert files_of(loaded(tmp_path).splits.val) == files_of(splits.val)
+    assert len({frozenset(files_of(loaded(tmp_path, seed=seed).splits.val)) for seed in range(4)}) > 1
+    assert len(loaded(tmp_path, val_fraction=0.4).splits.val) == 4
+
+
+def test_how_images_are_divided_is_said(tmp_path: Path) -> None:
+    for name, count in (("train", 5), ("test", 2)):
+        make_classes(tmp_path / name, count=count)
+    held_out = "8 training images, 2 validation images (held out from the training images)"
+    assert loaded(tmp_path).divided == f"{held_out}, 4 test images"
+    assert loaded(tmp_path / "train").divided == held_out
+    make_classes(tmp_path / "val", count=3)
+    assert loaded(tmp_path).divided == "10 training images, 6 validation images, 4 test images"
+    with pytest.raises(UserError, match=r"val has the validation images: leave val_fraction out"):
+        loaded(tmp_path, val_fraction=0.2)
+
+
+def test_folders_that_might_have_been_meant_for_validation_are_named(tmp_path: Path) -> None:
+    for name in ("train", "test", "dev"):
+        make_classes(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"has no folder val, and its dev is not used"):
+        loaded(tmp_path)
+
+
+def test_test_images_without_classes_are_left_out(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train")
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "test" / "1.png")
+    with pytest.warns(UserWarning, match=r"test has no folder for each class, .* look at them with predict"):
+        splits = loaded(tmp_path).splits
+    assert splits.test is splits.val
 
 
 def test_a_class_without_images(tmp_path: Path) -> None:
     make_classes(tmp_path)
     (tmp_path / "unicorn").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path.name}.* unicorn"):
+        loaded(tmp_path)
+
+
+def test_links_to_folders_above_and_to_nothing_are_not_followed(tmp_path: Path) -> None:
+    """Otherwise images of one class would be read as another's."""
+    make_classes(tmp_path)
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "cat" / "gone.png").symlink_to("nowhere.png")
+    splits = loaded(tmp_path).splits
+    assert len(splits.train) + len(splits.val) == 10
+    elsewhere = tmp_path / "linked"
+    elsewhere.mkdir()
+    for name in ("cat", "dog"):
+        (elsewhere / name).symlink_to(tmp_path / name)
+    assert files_of(loaded(elsewhere).splits.val) == {
+        path.replace(str(tmp_path), str(elsewhere)) for path in files_of(splits.val)
+    }
+
+
+def test_a_class_whose_name_is_not_text(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    os.rename(os.fsencode(tmp_path / "cat"), os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"the name of the folder caf.* is not UTF-8; rename it"):
         loaded(tmp_path)
 
 

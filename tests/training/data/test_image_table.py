@@ -69,6 +69,13 @@ def test_labels_by_name_in_one_column(tmp_path):
     assert target.tolist() == [1, 1]
 
 
+def test_labels_that_look_like_several_are_named(tmp_path):
+    rows = [{"path": f"{i}.png", "patient": str(i), "found": "mass; edema" if i % 2 else "mass"} for i in range(6)]
+    make_table(tmp_path, rows)
+    with pytest.warns(UserWarning, match=r"'mass; edema' in the column 'found' is taken as one label: several are"):
+        loaded(tmp_path, label_columns=None, findings_column="found")
+
+
 @pytest.mark.parametrize("by", [{"patient_column": "patient"}, {"patient_column": None, "patient_pattern": r"p\d+"}])
 def test_no_patient_is_on_both_sides(tmp_path, by):
     make_table(tmp_path, patients(10))
@@ -80,7 +87,7 @@ def test_no_patient_is_on_both_sides(tmp_path, by):
 
 def test_rows_are_chosen_and_test_images_listed(tmp_path):
     make_table(tmp_path, patients(10))
-    (tmp_path / "tested.txt").write_text("p00/0.png\np00/1.png\n")
+    (tmp_path / "tested.txt").write_text("p00/0.png\r\np00/1.png\r\n", encoding="utf-8-sig")
     data = loaded(tmp_path, where={"edema": "1"}, test_list="tested.txt")
     assert [path.parts[-2:] for path in data.splits.test.images.files] == [("p00", "1.png")]
     assert len(data.splits.train) + len(data.splits.val) == 9
@@ -180,10 +187,15 @@ def test_images_whose_patient_is_not_said_are_split_with_a_warning(tmp_path):
         ),
         ({"test_list": "no.txt"}, r"there is no file no.txt; test_list names one"),
         ({"sampling": "balanced"}, "with several labels use model.class_weights"),
+        ({"label_columns": ["mass", "mass"]}, "label_columns names a column twice: mass, mass"),
+        ({"test_list": "other.txt"}, "names 1 images that table.csv does not, 0.png for one: write them as the table"),
+        ({"test_list": "utf-16.txt"}, "utf-16.txt is not text in UTF-8; save it as such"),
     ],
 )
 def test_mistakes(tmp_path, arguments, message):
     make_table(tmp_path, patients(4))
+    (tmp_path / "other.txt").write_text("p00/0.png\n0.png\n")
+    (tmp_path / "utf-16.txt").write_text("p00/0.png", encoding="utf-16")
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         loaded(tmp_path, **arguments)
 
@@ -206,6 +218,32 @@ def test_lines_that_lack_something(tmp_path, line, message):
     make_table(tmp_path, patients(4))
     header, _, *others = (tmp_path / "table.csv").read_text().splitlines()
     (tmp_path / "table.csv").write_text("\n".join([header, line, *others]))
+    with pytest.raises(UserError, match=message):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [", ", ";", "\t"])
+@pytest.mark.parametrize("end", ["\r\n", ",\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tables_of_other_programs(tmp_path, separator, encoding, end):
+    make_table(tmp_path, patients(4))
+    header, *lines = (tmp_path / "table.csv").read_text().splitlines()
+    expected = loaded(tmp_path).splits.train.targets()
+    text = header + "\n" + "".join(line + end for line in lines)
+    (tmp_path / "table.csv").write_bytes(text.replace(",", separator).encode(encoding))
+    assert loaded(tmp_path).splits.train.targets() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,patient,mass,mass\n0.png,1,0,1\n", "has the column 'mass' twice"),
+        ("path,patient,mass,edema\n0.png,0,5,0,1\n", "line 2 has more entries than there are columns"),
+        ("PK\3\4\0\0\0", "is not a CSV file, but of Excel, for example"),
+    ],
+)
+def test_tables_that_cannot_be_understood(tmp_path, content, message):
+    (tmp_path / "table.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         loaded(tmp_path)
 

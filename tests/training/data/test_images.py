@@ -95,6 +95,7 @@ def test_files_below_a_folder(tmp_path: Path, link: str) -> None:
     (tmp_path / "photos/gone.png").symlink_to(tmp_path / "nothing")
     found = [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)]
     assert found == ["cached/1.png", f"{min(link, 'photos')}/2.png"]
+    assert [path.name for path in files_below(tmp_path / link)] == ["2.png"]
 
 
 def test_the_error_survives_pickling() -> None:
@@ -115,3 +116,8 @@ def test_a_split_is_stratified_seeded_and_complete() -> None:
 def test_too_few_images_to_split(labels: list[int]) -> None:
     with pytest.raises(UserError, match="cannot hold out"):
         stratified_split(labels, fraction=0.2, seed=0)
+
+
+def test_the_class_that_is_too_small_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot hold out 0.2 of 4 images .* \(the smallest, dog, has 1\): give more"):
+        stratified_split([0, 0, 0, 1], 0.2, 0, ["cat", "dog"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -21,17 +21,24 @@ from efficient_densenet.training.data.preprocessing import Preprocessing
 class Splits(NamedTuple):
     """Datasets of tensors ``(C, H, W)`` and class numbers, and the names of the classes in the order of numbers.
 
-    `tested` says what `test` is, for people to read.
+    `validated` and `tested` say what `val` and `test` are, for people to read.
     """
 
     class_names: tuple[str, ...]
     train: TransformedImages
     val: TransformedImages
     test: TransformedImages
+    validated: str = "validation images"
     tested: str = "test images"
 
 
+HELD_OUT = "validation images (held out from the training images)"
 NO_TEST_SET = "validation images (there is no test set)"
+
+
+def division(seed: int, train: Sized, val: Sized) -> dict[str, int]:
+    """What says which images are held out, where they are drawn: another seed or share gives others."""
+    return {"seed": seed, "kept": len(train), "held_out": len(val)}
 
 
 class ImageDataModule(LightningDataModule):
@@ -125,6 +132,19 @@ class ImageDataModule(LightningDataModule):
     @property
     def tested(self) -> str:
         return self.splits.tested
+
+    @property
+    def held_out_by(self) -> dict[str, int] | None:
+        """What says which images are held out from the training images; None: no image is."""
+        held_out = self.splits.validated == HELD_OUT
+        return division(self.seed, self.splits.train, self.splits.val) if held_out else None
+
+    @property
+    def divided(self) -> str:
+        """How many images are for what, for people to read."""
+        train, val, test = self.splits.train, self.splits.val, self.splits.test
+        parts = [f"{len(train)} training images", f"{len(val)} {self.splits.validated}"]
+        return ", ".join([*parts, f"{len(test)} test images"] if test is not val else parts)
 
     def training_targets(self) -> Tensor:
         """Of all training images: classes ``(N,)`` or labels ``(N, labels)``."""

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.augmentation import shifted_crop
-from efficient_densenet.training.data.base import ImageDataModule, Splits
+from efficient_densenet.training.data.base import HELD_OUT, ImageDataModule, Splits
 from efficient_densenet.training.data.images import TransformedImages, stratified_split
 from efficient_densenet.training.data.preprocessing import Preprocessing
 
@@ -72,14 +72,17 @@ class CIFAR10(ImageDataModule):
         evaluation_transform = self.preprocessing.transform()
         tested = validated = TransformedImages(test, evaluation_transform)
         kept: list[int] | None = None  # all
+        said = "validation images (the test images, as in the paper)"
         if self.val_fraction:
             kept, held_out = stratified_split(train.targets, self.val_fraction, self.seed)
             validated = TransformedImages(train, evaluation_transform, held_out)
+            said = HELD_OUT
         return Splits(
             class_names=tuple(train.classes),
             train=TransformedImages(train, training_transform, kept),
             val=validated,
             test=tested,
+            validated=said,
         )
 
     def _is_unpacked(self) -> bool:

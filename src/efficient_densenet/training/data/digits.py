@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from efficient_densenet.errors import require
-from efficient_densenet.training.data.base import NO_TEST_SET, ImageDataModule, Splits
+from efficient_densenet.training.data.base import HELD_OUT, NO_TEST_SET, ImageDataModule, Splits
 from efficient_densenet.training.data.images import TransformedImages, stratified_split
 from efficient_densenet.training.data.preprocessing import Preprocessing
 
@@ -38,5 +38,6 @@ class Digits(ImageDataModule):
             train=TransformedImages(images, training_transform, kept),
             val=evaluated,
             test=evaluated,
+            validated=HELD_OUT,
             tested=NO_TEST_SET,
         )

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.training.data.base import ImageDataModule, Splits
-from efficient_densenet.training.data.folder import load_split_folders
+from efficient_densenet.training.data.folder import load_class_folders
 from efficient_densenet.training.data.lighting import PCALighting
 from efficient_densenet.training.data.photos import IMAGENET_MEAN, IMAGENET_STD
 from efficient_densenet.training.data.preprocessing import Preprocessing
@@ -46,7 +46,9 @@ class ImageNet(ImageDataModule):
             v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
             intensities=[PCALighting()],
         )
-        splits = load_split_folders(self.root, training_transform, self.preprocessing)
+        splits = load_class_folders(
+            self.root / "train", {"val": self.root / "val"}, training_transform, self.preprocessing
+        )
         names = self._names_of_folders()
         return splits._replace(class_names=tuple(names.get(folder, folder) for folder in splits.class_names))
 

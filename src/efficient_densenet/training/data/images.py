@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,27 +72,25 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def is_hidden(path: str | os.PathLike[str], folder: Path) -> bool:
-    """Whether a file in `folder`, or a folder between them, is hidden, as ``._1.jpg`` of macOS is."""
-    return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-
-
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in `folder` and the folders below it, without hidden ones and links to nothing.
+    """All files in `folder` and the folders below it, without hidden ones (``._1.jpg`` of macOS) and links to nothing.
 
-    Folders may be links; each is read once, under the name that comes first in alphabetical order.
+    Folders may be links; each is read once, under the name that comes first in alphabetical order, and a link to a
+    folder that `folder` is in is not followed.
     """
-    seen = set()
-    for below, folders, names in os.walk(folder, followlinks=True):
+    seen = {os.path.realpath(above) for path in (folder.absolute(), folder.resolve()) for above in path.parents}
+    pending = [folder]
+    while pending:
+        below = pending.pop()
         real = os.path.realpath(below)
-        if real in seen:  # a link to a folder above, for example
-            folders.clear()
+        if real in seen:
             continue
         seen.add(real)
-        # Hidden folders are not entered, or a visible link to one of them would be left out as seen.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (Path(below, name) for name in names if not name.startswith("."))
-        yield from (path for path in visible if path.is_file())
+        with os.scandir(below) as found:  # which knows what is a folder without asking for each file
+            # Hidden folders are not entered, or a visible link to one of them would be left out as seen.
+            visible = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        yield from (Path(entry.path) for entry in visible if entry.is_file())
+        pending += [Path(entry.path) for entry in reversed(visible) if entry.is_dir()]
 
 
 class LabelledImages(Protocol):
@@ -134,7 +133,9 @@ class TransformedImages(Dataset):
         return [self.images[i][1] if found is None else found[i] for i in self.indices]
 
 
-def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(
+    labels: Sequence[int], fraction: float, seed: int, class_names: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
     """Indices of the images that are kept and of the `fraction` that is held out, in equal shares of every class.
 
     Raises:
@@ -144,5 +145,10 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
     try:
         kept, held_out = train_test_split(range(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
     except ValueError as error:
-        raise UserError(f"cannot hold out {fraction} of {len(labels)} images with every class: {error}") from error
+        rarest, number = min(Counter(labels).items(), key=lambda item: item[1])
+        raise UserError(
+            f"cannot hold out {fraction:g} of {len(labels)} images so that each of {len({*labels})} classes is on both "
+            f"sides (the smallest, {class_names[rarest] if class_names else rarest}, has {number}): give more images, "
+            "another share, or validation images of your own"
+        ) from error
     return kept, held_out

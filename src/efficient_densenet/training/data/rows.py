@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from efficient_densenet.errors import UserError
 
+_SEPARATORS = (",", ";", "\t")
+_BETWEEN_FINDINGS = "|"
+_BEYOND = "beyond the columns"
 _MEANINGS = {"unknown": nan, "positive": 1.0, "negative": 0.0}
 
 
@@ -36,18 +40,32 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV file with a header.
+    """All rows of a CSV file with a header; commas separate the entries, or semicolons or tabs, as in the header.
 
     Raises:
-        UserError: there is no such file, or it is not text.
+        UserError: there is no such file, it is not text, has a column twice, or a line with more entries than columns.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [Row(entries, f"{path}, line {i}") for i, entries in enumerate(csv.DictReader(file), start=2)]
+            header = file.readline()
+            file.seek(0)
+            separator = max(_SEPARATORS, key=header.count)
+            reader = csv.DictReader(file, restkey=_BEYOND, delimiter=separator, skipinitialspace=True)
+            rows = [Row(entries, f"{path}, line {i}") for i, entries in enumerate(reader, start=2)]
+            columns = reader.fieldnames or []
     except FileNotFoundError as error:
         raise UserError(f"there is no table {path}; it should be a CSV file with a header") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as such") from error
+    if "\0" in header:
+        raise UserError(f"{path} is not a CSV file, but of Excel, for example; save it as CSV in UTF-8")
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]!r} twice: which one is meant cannot be told; rename one")
+    if longer := [row for row in rows if any(row.entries.get(_BEYOND, ()))]:
+        raise UserError(
+            f"{longer[0].location} has more entries than there are columns: put quotes around one with commas in it"
+        )
+    return rows
 
 
 @dataclass(frozen=True)
@@ -64,9 +82,17 @@ class LabelReader:
         """The labels: the columns, or all that are found in the rows, sorted."""
         if self.label_columns is not None:
             return list(self.label_columns)
+        column = str(self.findings_column)
         names = sorted({name for row in rows for name in self._findings(row)})
         if not names:
-            raise UserError(f"no image has a label in the column {self.findings_column!r}")
+            raise UserError(f"no image has a label in the column {column!r}")
+        joined = [name for name in names if "," in name or ";" in name]
+        if joined and not any(_BETWEEN_FINDINGS in row.entry(column) for row in rows):
+            warnings.warn(
+                f"{joined[0]!r} in the column {column!r} is taken as one label: several are separated by "
+                f"{_BETWEEN_FINDINGS}",
+                stacklevel=2,
+            )
         return names
 
     def targets(self, row: Row, names: Sequence[str]) -> list[float]:
@@ -79,7 +105,7 @@ class LabelReader:
         return [float(name in findings) for name in names]
 
     def _findings(self, row: Row) -> set[str]:
-        names = {name.strip() for name in row.entry(str(self.findings_column)).split("|")}
+        names = {name.strip() for name in row.entry(str(self.findings_column)).split(_BETWEEN_FINDINGS)}
         return names - {self.no_finding, ""}
 
     def _target(self, row: Row, column: str) -> float:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import Tensor, tensor
 
 from efficient_densenet.errors import UserError, require
-from efficient_densenet.training.data.base import NO_TEST_SET, Splits
+from efficient_densenet.files import read_lines
+from efficient_densenet.training.data.base import HELD_OUT, NO_TEST_SET, Splits
 from efficient_densenet.training.data.images import TransformedImages, files_below
 from efficient_densenet.training.data.photos import PhotoDataModule
 from efficient_densenet.training.data.preprocessing import Preprocessing
@@ -98,6 +99,8 @@ class ImageTable(PhotoDataModule):
             raise UserError("give label_columns, one a label, or findings_column, with the names of all labels in one")
         if findings_column is not None and (missing or uncertain):
             raise UserError("a findings_column has no missing and uncertain entries: leave missing and uncertain out")
+        if label_columns is not None and len(label_columns) > len({*label_columns}):
+            raise UserError(f"label_columns names a column twice: {', '.join(label_columns)}")
         if label_columns is not None and no_finding is not None:
             raise UserError("no_finding is an entry of a findings_column: with label_columns leave it out")
         if val_fraction is not None and not 0 < val_fraction < 1:
@@ -142,11 +145,15 @@ class ImageTable(PhotoDataModule):
             train=TransformedImages(self._files(rows, labels), self.own_training_transform()),
             val=val,
             test=val if tested is None else TransformedImages(self._files(tested, labels), evaluate),
+            validated=HELD_OUT if self.val_table is None else "validation images",
             tested=NO_TEST_SET if tested is None else "test images",
         )
 
+    def _path_of(self, table: str) -> Path:
+        return self.root / table if (self.root / table).exists() else Path(table).expanduser()
+
     def _rows(self, table: str) -> list[Row]:
-        path = self.root / table if (self.root / table).exists() else Path(table).expanduser()
+        path = self._path_of(table)
         rows = [
             row for row in read_rows(path) if all(row.entry(column) == value for column, value in self.where.items())
         ]
@@ -162,10 +169,16 @@ class ImageTable(PhotoDataModule):
         path = self.root / self.test_list if (self.root / self.test_list).exists() else Path(self.test_list)
         if not path.is_file():
             raise UserError(f"there is no file {path}; test_list names one with a path or name of an image a line")
-        names = {line.strip() for line in path.read_text().splitlines()}
+        names = set(read_lines(path))
         tested = [row for row in rows if row.entry(self.path_column) in names]
         if not tested:
             raise UserError(f"no image of the table is in {path}")
+        listed = {row.entry(self.path_column) for row in read_rows(self._path_of(self.table))}
+        if unknown := names - listed:
+            raise UserError(
+                f"{path} names {len(unknown)} images that {self.table} does not, {min(unknown)} for one: write them as "
+                "the table does, so that they are not trained on, or leave them out"
+            )
         return tested
 
     def _files(self, rows: list[Row], labels: list[str]) -> LabelledFiles:

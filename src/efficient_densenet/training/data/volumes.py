@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from efficient_densenet.errors import UserError, require
+from efficient_densenet.training.data.base import NO_TEST_SET, division
 from efficient_densenet.training.data.images import stratified_split
 
 _SUFFIXES = (".nii", ".nii.gz")
@@ -59,6 +60,7 @@ class Volumes(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.class_names: list[str] | None = None
+        self.tested = NO_TEST_SET
 
     def setup(self, stage: str = "fit") -> None:
         if self.class_names is not None:
@@ -72,7 +74,7 @@ class Volumes(LightningDataModule):
         if empty := set(range(len(names))) - set(labels):
             raise UserError(f"{self.root / names[min(empty)]} holds no volume ({', '.join(_SUFFIXES)})")
         volumes = [{"image": str(path), "label": label} for path, label in zip(files, labels, strict=True)]
-        kept, held_out = stratified_split(labels, self.val_fraction, self.seed)
+        kept, held_out = stratified_split(labels, self.val_fraction, self.seed, names)
         transforms = require("monai.transforms", "monai")
         reading = [
             transforms.LoadImaged("image", image_only=True),
@@ -91,6 +93,7 @@ class Volumes(LightningDataModule):
         self.train = self.monai_data.Dataset([volumes[i] for i in kept], training)
         self.val = self.monai_data.Dataset([volumes[i] for i in held_out], transforms.Compose(reading))
         self.class_names = names
+        self.held_out_by = division(self.seed, self.train, self.val)
 
     def train_dataloader(self) -> Any:
         return self._loader(self.train, shuffle=True)
