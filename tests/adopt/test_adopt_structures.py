@@ -17,6 +17,7 @@ from efficient_densenet import EfficiencyWarning, make_efficient, report, restor
 from efficient_densenet.adopt import decide
 from efficient_densenet.adopt.look import look
 from efficient_densenet.adopt.survey import networks, survey
+from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
@@ -299,9 +300,9 @@ def test_what_is_joined_is_what_a_record_of_both_finds(build):
     model = build()
     findings = survey(model)
     joined = [f for f in findings if f.segment is not None and f.chain.made]
-    assert [list(f.looks) for f in joined] == [look(f.roots, None) for f in joined] != []
+    assert [list(f.looks) for f in joined] == [look(f.roots, Tensors("cpu"), tried=False) for f in joined] != []
     ((network, name, looks),) = networks(model, findings)
-    assert looks == look(list(network.get_submodule(name))[-2:], None, head=True)
+    assert looks == look(list(network.get_submodule(name))[-2:], Tensors("cpu"), head=True, tried=False)
 
 
 def test_parts_in_a_dictionary_inside_the_block():

@@ -53,17 +53,20 @@ class Look:
 
 def look(
     roots: Sequence[nn.Module],
-    tensors: Tensors | None,
+    tensors: Tensors,
     modes: Sequence[bool | None] = (True, False),
     head: bool = False,
+    tried: bool = True,
 ) -> list[Look]:
     """What these modules compute, one after the other, in each mode.
 
     Args:
         roots: the modules.
-        tensors: to try them with, on two sizes of input and batch; None: only record them, on one.
+        tensors: what they hold meanwhile.
         modes: training or evaluation for all of them; None: the modes in which they are.
         head: whether they end with a norm, which relu and the mean over all pixels follow.
+        tried: whether what would run instead is compared with them, on two sizes of input and batch; otherwise they
+            are only recorded, on one.
 
     Raises:
         NotDenseError: it is none of what `Chain` describes.
@@ -75,14 +78,15 @@ def look(
         )
     dims = _dims(modules)
     sizes: list[tuple[int, ...]] = [(n, *size[:dims]) for n, size in _SIZES]
+    sizes = sizes if tried else sizes[:1]
     try:
-        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head, tried)
     except NotTriedError:
         sides = _sides_that_run(roots, _some_width(modules), dims)
         if not sides:
             raise
-        sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)]
-        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+        sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)][: len(sizes)]
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head, tried)
 
 
 def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails: Sequence[Look]) -> list[Look] | None:
@@ -108,15 +112,13 @@ def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails
 def _look_at_sizes(
     roots: Sequence[nn.Module],
     modules: Sequence[nn.Module],
-    tensors: Tensors | None,
+    tensors: Tensors,
     modes: Sequence[bool | None],
     sizes: Sequence[tuple[int, ...]],
     head: bool,
+    tried: bool,
 ) -> list[Look]:
     width, found = _some_width(modules), []
-    tried = tensors is not None
-    if tensors is None:
-        tensors, sizes = Tensors("cpu"), sizes[:1]
     with on_trial(modules, tensors):
         for mode in modes:
             training = roots[0].training if mode is None else mode
@@ -227,8 +229,8 @@ def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
-    """What the first, the first two, ... of these modules compute, one after the other; without computing anything.
+def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
+    """What the first, the first two, ... of these modules compute, one after the other: recorded, not tried.
 
     Returns:
         None where that is nothing whole; up to the first module that cannot belong to what was before it.
@@ -236,7 +238,7 @@ def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
     modules = parts(roots)
     most: list[Chain | None] = []
     for side in _OTHER_SIZES:
-        found, failed = _find(roots, modules, (2, _some_width(modules), *[side] * _dims(modules)))
+        found, failed = _find(roots, modules, tensors, (2, _some_width(modules), *[side] * _dims(modules)))
         most = max(most, found, key=len)
         if not failed:
             break
@@ -244,11 +246,10 @@ def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
 
 
 def _find(
-    roots: Sequence[nn.Module], modules: Sequence[nn.Module], shape: Sequence[int]
+    roots: Sequence[nn.Module], modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]
 ) -> tuple[list[Chain | None], bool]:
     """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
     found: list[Chain | None] = []
-    tensors = Tensors("meta")
     try:
         with on_trial(modules, tensors):
             synchronises = _set_modes(modules, True)
@@ -260,7 +261,7 @@ def _find(
                 found.append(_conclusion(record, x))
     except OtherWidthError as error:
         if not found and error.width != shape[1]:
-            return _find(roots, modules, (shape[0], error.width, *shape[2:]))
+            return _find(roots, modules, tensors, (shape[0], error.width, *shape[2:]))
     except NotDenseError:
         pass
     except Exception:  # whatever it is: here it ends

@@ -68,10 +68,10 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
 
     Args:
         model: is left as it is, and what is adopted in it is left out.
-        tried: whether to try it, and not only to record it.
+        tried: as in `look`.
     """
     findings: list[Finding] = []
-    tensors = Tensors("cpu") if tried else None
+    tensors = Tensors("cpu")
     inside: set[nn.Module] = set()  # what was found, with all in it
     left: set[nn.Module] = set()  # what was left, for the reason given there, with all in it
     for name, module in model.named_modules():
@@ -79,7 +79,7 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
             inside.update(module.modules())
         if module in inside:
             continue
-        finding = _whole(name, module, tensors)
+        finding = _whole(name, module, tensors, tried)
         if finding is not None and module in left and (not finding.looks or len(finding.chain.made) < 2):
             continue  # a layer or a part of one, of a block that is none
         if finding is not None:
@@ -88,21 +88,21 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
     whole = {finding.module: finding for finding in findings if finding.looks}
     for name, module in model.named_modules():
         if module not in inside and runs_in_order(module) and not isinstance(module, Adopted):
-            findings += _segments(name, module, whole, tensors)
+            findings += _segments(name, module, whole, tensors, tried)
     # What was left says nothing where layers in it were found.
     found = {module for finding in findings if finding.looks and finding.chain.made for module in finding.roots}
     found |= {module for module in model.modules() if isinstance(module, AdoptedPart)}
     return [f for f in findings if f.looks or found.isdisjoint(f.module.modules())]
 
 
-def _whole(name: str, module: nn.Module, tensors: Tensors | None) -> Finding | None:
+def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
     if isinstance(module, _LEAVES) or not has_forward(module):
         return None
     if not _has_convolutions(module):
         return None
     try:
-        looks = look([module], tensors)
+        looks = look([module], tensors, tried=tried)
     except NotDenseError as error:
         nearly = (error.concatenates and not runs_in_order(module)) or _looks_dense(module)
         return Finding(name, module, (), None, str(error)) if nearly else None
@@ -131,19 +131,19 @@ def _finding(name: str, module: nn.Module, looks: Sequence[Look], segment: tuple
 
 
 def _segments(
-    name: str, sequence: nn.Module, whole: dict[nn.Module, Finding], tensors: Tensors | None
+    name: str, sequence: nn.Module, whole: dict[nn.Module, Finding], tensors: Tensors, tried: bool
 ) -> Iterator[Finding]:
     """The runs of modules in a sequence that are to be run as one."""
     modules, i = modules_of(sequence), 0
     while i < len(modules):
-        length, looks = _run(modules[i:], whole, tensors)
+        length, looks = _run(modules[i:], whole, tensors, tried)
         if looks:
             yield _finding(name, sequence, looks, (i, i + length))
         i += length
 
 
 def _run(
-    modules: Sequence[nn.Module], whole: dict[nn.Module, Finding], tensors: Tensors | None
+    modules: Sequence[nn.Module], whole: dict[nn.Module, Finding], tensors: Tensors, tried: bool
 ) -> tuple[int, list[Look]]:
     """How many of these modules, from the first, belong together, and what they compute; nothing if they run singly."""
     first, *others = modules
@@ -155,15 +155,15 @@ def _run(
         if tail is not None and not tail.chain.made and not tail.chain.is_stem:
             both = look_at_both(first, others[0], block.looks, tail.looks)
             return (2, both) if both else (1, [])
-    window, chains = _WINDOW, find(modules[:_WINDOW])
+    window, chains = _WINDOW, find(modules[:_WINDOW], tensors)
     while len(chains) == window < len(modules):
         window *= 2
-        chains = find(modules[:window])
+        chains = find(modules[:window], tensors)
     length = _longest(chains)
     if length == 0 or (length == 1 and block is not None):
         return 1, []
     try:
-        return length, look(modules[:length], tensors)
+        return length, look(modules[:length], tensors, tried=tried)
     except NotDenseError:  # the trial shows that it is something else
         return length, []
 
@@ -185,8 +185,9 @@ def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn
                 *_, block, norm = modules_of(features)
                 if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
                     with suppress(NotDenseError):
-                        looks = look_at_both(block, norm, blocks[block].looks, look([norm], None, head=True))
-                        yield network, name, looks or look([block, norm], None, head=True)
+                        of_norm = look([norm], Tensors("cpu"), head=True, tried=False)
+                        looks = look_at_both(block, norm, blocks[block].looks, of_norm)
+                        yield network, name, looks or look([block, norm], Tensors("cpu"), head=True, tried=False)
 
 
 def _longest(chains: Sequence[Chain | None]) -> int:
