@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def look(
         NotDenseError: it is none of what `Chain` describes.
     """
     modules = parts(roots)
-    if any(is_lazy(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None):
+    if _any_lazy(modules):
         raise NotDenseError(
             "some of its parameters have no shape yet: call the model once on an image, then make_efficient"
         )
@@ -192,7 +193,7 @@ def _look(
         return _look(roots, modules, synchronises, tensors, shape, tried, head)
     except NotDenseError as error:
         reason = _RANDOM if random_states(modules) != states else str(error)
-        raise NotDenseError(reason, record.concatenates) from error
+        raise NotDenseError(reason, record.joins_input) from error
     except Exception as error:  # whatever it is: the module stays as it is, and the report says why
         raise NotTriedError(f"it could not be tried: {type(error).__name__}: {error}") from error
     after = [b.clone() for b in buffers]
@@ -269,6 +270,42 @@ def _find(
     return found, False
 
 
+class Joins(NamedTuple):
+    """What modules concatenate after a convolution has run: their input, what they have concatenated before."""
+
+    input: bool = False
+    again: bool = False
+
+
+def joins(module: nn.Module, tensors: Tensors) -> Joins:
+    """What the module concatenates, whatever else it computes: recorded, not tried."""
+    modules = parts([module])
+    if not _any_lazy(modules):
+        for side in _OTHER_SIZES:
+            shape = (2, _some_width(modules), *[side] * _dims(modules))
+            found = _joins(module, modules, tensors, shape) if prod(shape[2:]) <= _MOST_PIXELS else None
+            if found is not None:
+                return found
+    return Joins()
+
+
+def _joins(module: nn.Module, modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]) -> Joins | None:
+    """As `joins`, for an input of this shape (perhaps of other channels); None where the forward raised an error."""
+    try:
+        with on_trial(modules, tensors):
+            synchronises = _set_modes(modules, True)
+            _leave_others_out(modules, synchronises)
+            record = Record(modules, synchronises, to_the_end=True)
+            with suppress(NotDenseError):
+                record.run(module, tensors.activation(*shape))
+    except OtherWidthError as error:
+        other = (shape[0], error.width, *shape[2:])
+        return None if error.width == shape[1] else _joins(module, modules, tensors, other)
+    except Exception:  # whatever it is: it takes something else than one tensor of this size
+        return None
+    return Joins(record.joins_input, record.joins_again)
+
+
 def _conclusion(record: Record, x: Tensor) -> Chain | None:
     try:
         return conclude(record, x)
@@ -289,6 +326,11 @@ def _leave_others_out(modules: Sequence[nn.Module], synchronises: dict[int, bool
     for i, is_sync in synchronises.items():
         if is_sync:
             modules[i].training = False
+
+
+def _any_lazy(modules: Sequence[nn.Module]) -> bool:
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    return any(is_lazy(tensor) for tensor in held if tensor is not None)
 
 
 def _dims(modules: Sequence[nn.Module]) -> int:
