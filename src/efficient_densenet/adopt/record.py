@@ -262,15 +262,15 @@ class Record(Meanings):
             return Other("it concatenates along another dimension than channels")
         self._join(args[0], made)
         for i, meaning in enumerate(meanings):
-            if isinstance(meaning, Other):
-                if self.to_the_end or all(isinstance(m, Other) for m in meanings):
-                    return meaning
-                raise NotDenseError(meaning.reason)
             normed = normed_of(meaning)
             if normed is not None:
                 meaning = meanings[i] = self._made_otherwise(normed.source, args[0][i], "a norm")
             if not isinstance(meaning, Features):
-                return Other("it concatenates something else than its input and what convolutions made of it")
+                reason = "it concatenates something else than its input and what convolutions made of it"
+                other = meaning if isinstance(meaning, Other) else Other(reason)
+                if self.to_the_end or all(isinstance(m, Other) for m in meanings):
+                    return other
+                raise NotDenseError(other.reason)
         return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
 
     def _join(self, tensors: Sequence[Tensor], made: Tensor) -> None:
