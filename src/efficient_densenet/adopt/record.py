@@ -67,13 +67,11 @@ class Record(Meanings):
         pieces: see `Piece`.
         size: of the input, in pixels.
         to_the_end: whether to go on where it is known to be none of what is looked for, to see what is concatenated.
-        joins_input, joins_again: whether the input, or what had been concatenated before, was concatenated with something
-            along the channels after a convolution had run.
+        joins_input, joins_again: whether the input, or what had been concatenated before, was concatenated along the
+            channels with something, after a convolution had run.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], synchronises: dict[int, bool], to_the_end: bool = False
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool], to_the_end: bool = False) -> None:
         super().__init__(modules)
         self.synchronises, self.to_the_end = synchronises, to_the_end
         self.pieces: list[Piece] = []

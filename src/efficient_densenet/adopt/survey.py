@@ -120,7 +120,7 @@ def _others(
     for other in others:
         replaced = "forward" in vars(other.module)  # which would be called instead of that of another class
         candidates.append((other, Joins() if replaced or _overlap(other, found) else joins(other.module, tensors)))
-    # A block joins its input. A network whose own forward has the blocks in it joins what it has made and joined before.
+    # A block joins its input. A network with the blocks in its own forward joins what it has made and joined before.
     for recomputes, wanted in (
         (True, lambda other, joined: joined.input),
         (True, lambda other, joined: joined.again),

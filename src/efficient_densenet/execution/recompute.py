@@ -224,11 +224,11 @@ class Recorder(TorchDispatchMode):
 
     def _cheap(self, function: Any) -> tuple[Any, bool]:
         """The operation to run again, out of place, if `function` is cheap; and whether it writes to its argument."""
-        if not function._schema.is_mutable or function.overloadpacket in self.cheap:
-            return function if function.overloadpacket in self.cheap else None, False
-        name = function.overloadpacket.__name__
+        packet, overload = function.overloadpacket, function._overloadname
+        if not function._schema.is_mutable or (packet in _BATCH_NORMS and overload != "out"):
+            return function if packet in self.cheap else None, False
+        name = packet.__name__
         packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        overload = function._overloadname
         if packet is None or packet not in self.cheap or overload not in packet.overloads():
             return None, True
         return getattr(packet, overload), True
