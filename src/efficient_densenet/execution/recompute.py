@@ -6,9 +6,10 @@ exist, and every result equals the ordinary one in its last bit.
 
 Which operation made a tensor is known from a dispatch mode, which sees every operation that any code runs. Nothing is
 asked of modules: their own forward runs, once, with their hooks, whatever it is. In backward only the operations
-listed here run again, never a convolution and nothing random, on tensors that are alive anyway. Running statistics
-are left out of that, so they move once per step, however often backward runs. (Checkpointing that runs a whole layer
-again moves them twice: https://github.com/pytorch/pytorch/issues/96136.)
+listed here run again, never a convolution and nothing random, on tensors that are alive anyway, or on a copy of what is
+overwritten later in the same forward. Running statistics are left out of that, so they move once per step, however often
+backward runs. (Checkpointing that runs a whole layer again moves them twice:
+https://github.com/pytorch/pytorch/issues/96136.)
 
 Saved for backward: references to the inputs of the forgotten operations, and small tensors (weights, batch
 statistics). Extra time: one concatenation, norm and activation per convolution, in backward.
@@ -314,9 +315,9 @@ def _copied(argument: Any, address: int) -> Any:
         return [_copied(a, address) for a in argument]
     if not isinstance(argument, _Kept) or not _has_storage(argument.tensor) or _address(argument.tensor) != address:
         return argument
-    copy = argument.tensor.clone()
-    same = copy.stride() == argument.tensor.stride() and _version(argument.tensor) == argument.version
-    return _Kept(copy, _version(copy)) if same else argument
+    tensor, version = argument
+    copy = tensor.clone()
+    return _Kept(copy, _version(copy)) if copy.stride() == tensor.stride() and _version(tensor) == version else argument
 
 
 def _value(argument: Any) -> Any:
