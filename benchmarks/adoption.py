@@ -177,9 +177,7 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure other libraries' DenseNets before and after make_efficient", FOLDER)
-    arguments = parser.parse_args(argv)
-    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
+    return SCRIPT.main(argv, FOLDER, FULL, QUICK)
 
 
 if __name__ == "__main__":

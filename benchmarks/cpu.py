@@ -1,4 +1,4 @@
-"""Measure the native CPU backend against the ordinary network, compiled and not, and where its time goes.
+"""Measure the native CPU backend against the ordinary network, compiled and not.
 
 What is held to AVX2 is held to it in all contenders: our kernels, PyTorch's and oneDNN's.
 
@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from efficient_densenet.measure import contest, profile, tables
+from efficient_densenet.measure import contest, tables
 from efficient_densenet.measure.contenders import COMPILED, ORDINARY, contender_list
 from efficient_densenet.measure.networks import Network, cifar, imagenet
-from efficient_densenet.measure.processes import progress
 from efficient_densenet.measure.results import Record
 from efficient_densenet.measure.script import Script, Section
 
@@ -79,17 +78,6 @@ def race(title: str, dtype: str = "float32", training: bool = True, instructions
     return Section(title, measure, tables.times, dtype)
 
 
-def profiles(plan: Plan) -> list[Record]:
-    """Where the time of a step goes, and page faults, also of the ordinary network."""
-    records = []
-    for row in plan.rows:
-        for name in (*KEEPS, "ordinary-channels-last"):
-            progress(f"profile: {row.name}, batch {row.batch_size}, {name}")
-            found = profile.step(name, row.network, row.batch_size)
-            records.append({"network": row.name, "batch_size": row.batch_size, "contender": name, **found})
-    return records
-
-
 SCRIPT = Script(
     "cpu",
     "The native CPU backend, measured",
@@ -101,13 +89,12 @@ SCRIPT = Script(
         "bfloat16-evaluation": race("Evaluation in bfloat16", "bfloat16", training=False),
         "avx2": race("Forward and backward in float32, held to AVX2", instructions="avx2"),
         "avx2-evaluation": race("Evaluation in float32, held to AVX2", training=False, instructions="avx2"),
-        "profile": Section("Where the time of a step goes, in float32", profiles, profile.table),
     },
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure the native CPU backend against the ordinary network", FOLDER, FULL.rounds)
+    parser = SCRIPT.parser(FOLDER, FULL)
     parser.add_argument("--contenders", type=contender_list, help="who takes part (None: all)")
     parser.add_argument("--rows", type=int, nargs="*", help=f"which of the {len(ROWS)} networks, from 1 (None: all)")
     arguments = parser.parse_args(argv)

@@ -106,8 +106,7 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = SCRIPT.parser("train the ordinary and the efficient network on scanned digits", FOLDER).parse_args(argv)
-    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
+    return SCRIPT.main(argv, FOLDER, FULL, QUICK)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = SCRIPT.parser("compare outputs and gradients with float64", FOLDER).parse_args(argv)
-    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
+    return SCRIPT.main(argv, FOLDER, FULL, QUICK)
 
 
 if __name__ == "__main__":

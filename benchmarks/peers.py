@@ -81,9 +81,7 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("measure this library beside others, on the CPU", FOLDER, FULL.rounds)
-    arguments = parser.parse_args(argv)
-    return SCRIPT.run(arguments, SCRIPT.plan(arguments, FULL, QUICK))
+    return SCRIPT.main(argv, FOLDER, FULL, QUICK)
 
 
 if __name__ == "__main__":

@@ -163,9 +163,7 @@ SCRIPT = Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = SCRIPT.parser("compare planned and measured peaks of training steps", FOLDER)
-    arguments = parser.parse_args(argv)
-    return SCRIPT.run(arguments, QUICK if arguments.quick else FULL)
+    return SCRIPT.main(argv, FOLDER, FULL, QUICK)
 
 
 if __name__ == "__main__":

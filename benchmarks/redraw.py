@@ -10,7 +10,6 @@ Tables stand between two comments that name them. Measurements without a picture
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from efficient_densenet.execution import KEEP
 from efficient_densenet.files import replacing
 from efficient_densenet.measure import plots, results, tables
 from efficient_densenet.measure.results import Record
-from efficient_densenet.units import format_bytes, megabytes
+from efficient_densenet.units import megabytes
 
 ROOT = Path(__file__).parents[1]
-PROCESSOR = "AMD EPYC, avx512_bf16"
+PROCESSOR, GPU = "AMD EPYC, avx512_bf16", "NVIDIA H200"
 """Whose figures stand in README."""
 
 
@@ -48,19 +47,36 @@ def bytes_per_image() -> dict[tuple[str, str], float]:
 
 
 def claim() -> str:
-    """What DenseNet-121 gains, in a sentence; all times are of one contest."""
-    name = "DenseNet-121"
-    taken = bytes_per_image()
+    """What DenseNet-121 takes on `PROCESSOR` and on `GPU`, beside the usual ways to run it."""
+    cpu_memory = {way: nbytes for (network, way), nbytes in bytes_per_image().items() if network == "DenseNet-121"}
+    others = {record["network"]: record["bytes_per_image"] for record in records("adoption", "memory")}
+    cpu_memory["flag"] = others["torchvision densenet121, memory_efficient"]
     (race,) = records("peers", "training")
-    rows = {row["contender"]: row for row in race["summary"]}
-    shares = {contender: f"{row['pairs']['median']:.2f} of the time" for contender, row in rows.items()}
-    flag = rows["torchvision-flag"]["step_bytes_per_image"]
-    ways = [f'{format_bytes(taken[name, keep])} an image and {shares[keep]} with `"{keep}"`' for keep in cpu.KEEPS]
-    return (
-        f"A training step of {name} (float32, 224×224, times with {race['batch_size']} images) takes "
-        f"**{format_bytes(taken[name, 'ordinary'])} an image** as an ordinary network, and "
-        f"**{'**, or **'.join(ways)}**. torchvision's `memory_efficient=True` takes {format_bytes(flag)} an image and "
-        f"{shares['torchvision-flag']}. Measured on two cores of an AMD EPYC processor (AVX-512 with bfloat16, no AMX)."
+    cpu_time = {row["contender"].removeprefix("torchvision-"): row["pairs"]["median"] for row in race["summary"]}
+    cpu_time["ordinary"] = 1.0  # the faster of its two forms
+    found = results.read(ROOT / "benchmarks" / "results" / "gpu.json")[GPU]["DenseNet-121"]["records"]
+    on_gpu = {record["contender"]: record for record in found}
+
+    def row(label: str, way: str, gpu_way: str) -> list[str]:
+        gpu = on_gpu[gpu_way]
+        return [
+            label,
+            *([f"{cpu_memory[way] / 1e6:.1f} MB", f"{cpu_time[way]:.2f}"] if way in cpu_memory else ["", ""]),
+            f"{gpu['peak_bytes'] / 1e9:.1f} GB",
+            f"{gpu['step_ms'] / on_gpu['torchvision-channels-last']['step_ms']:.2f}",
+        ]
+
+    return tables.markdown(
+        ["", "CPU: memory per image", "time", "GPU: memory", "time"],
+        [
+            row("ordinary network", "ordinary", "torchvision-channels-last"),
+            row("torchvision's `memory_efficient=True`", "flag", "torchvision-flag-channels-last"),
+            row("`torch.compile`", "", "torchvision-compiled-channels-last"),
+            row('**`keep="bottleneck"`**', "bottleneck", "bottleneck-channels-last"),
+            row('**`keep="features"`**', "features", "features-channels-last"),
+            row('`keep="bottleneck"`, the step as a CUDA graph', "", "bottleneck-graph"),
+        ],
+        names=1,
     )
 
 
@@ -117,7 +133,6 @@ def nearest() -> str:
     found = [
         (ratio, name, network, batch_size, cpu.SCRIPT.sections[section].title)
         for section in cpu.SCRIPT.sections
-        if section != "profile"
         for (network, batch_size), row in ratios(section).items()
         for name, ratio in row.items()
         if name in cpu.KEEPS
@@ -133,12 +148,18 @@ def planned() -> str:
 
 
 def gpu_model() -> str:
-    """Milliseconds of each part of a step on an H100, by a model."""
-    keys = ("memory", "cache", "instructions", "takes")
-    found = json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["records"]
-    rows = [[record["part"], *(f"{record[key]:.1f}" for key in keys)] for record in found]
-    rows.append(["together", "", "", "", f"{sum(record['takes'] for record in found):.1f}"])
-    return tables.markdown(["kernels", *keys], rows, names=1)
+    """Milliseconds of each part of a step on an H100, by a model: the bounds of DenseNet-121, and what each takes."""
+    found = results.read(ROOT / "benchmarks" / "results" / "gpu_model.json")["records"]
+    of: dict[str, list] = {}
+    for record in found:
+        of.setdefault(record["network"], []).append(record)
+    bounds = ("memory", "cache", "instructions")
+    rows = [
+        [parts[0]["part"], *(f"{parts[0][key]:.1f}" for key in bounds), *(f"{part['takes']:.1f}" for part in parts)]
+        for parts in zip(*of.values(), strict=True)
+    ]
+    rows.append(["together", *[""] * len(bounds), *(f"{sum(r['takes'] for r in parts):.1f}" for parts in of.values())])
+    return tables.markdown(["kernels", *bounds, *(network.removeprefix("DenseNet-") for network in of)], rows, names=1)
 
 
 def gpu_times() -> str:

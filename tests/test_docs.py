@@ -22,7 +22,7 @@ import yaml
 from documents import PAGES, ROOT
 
 import efficient_densenet
-from efficient_densenet import cli
+from efficient_densenet import checkpoints, cli
 
 LIGHTNING = ("fit", "validate", "test")
 FIT = ["efficient-densenet", "fit", "--config", str(ROOT / "configs" / "finetune.yaml"), "--data.root", "my_images"]
@@ -71,9 +71,33 @@ def test_no_block_escapes():
         assert not indented, f"{page} has commands outside of a block: {indented}"
 
 
+REFERENCE = re.findall(r"^::: .*\b(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+
+
 def test_the_reference_has_every_public_name():
-    page = (ROOT / "docs" / "api.md").read_text()
-    assert set(re.findall(r"^::: .*\b(\w+)$", page, re.MULTILINE)) >= set(efficient_densenet.__all__)
+    assert set(REFERENCE) >= set(efficient_densenet.__all__)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_describes_arguments_that_exist(name):
+    """By their names, one at a time: otherwise the site is not built."""
+    found = getattr(efficient_densenet, name, None) or getattr(checkpoints, name)
+    described = re.search(r"^Args:\n((?: {4}.*\n|\n)*)", f"{inspect.getdoc(found)}\n", re.MULTILINE)
+    if described:
+        names = re.findall(r"^ {4}\**(\S.*?):", described[1], re.MULTILINE)
+        assert names and set(names) <= set(inspect.signature(found).parameters)
+
+
+def test_the_site_shows_every_page():
+    """Otherwise it is not built either."""
+    site = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    shown = {ROOT / name for name in re.findall(r"(\S+\.md)$", site, re.MULTILINE)}
+    named = {ROOT / "docs" / page.relative_to(ROOT) for page in shown if page.name != "index.md"}
+    results = {ROOT / "docs" / page.relative_to(ROOT) for page in ROOT.glob("benchmarks/results/*.md")}
+    assert named >= results | {page for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            assert link.endswith((".md", ".png")) and (page.parent / link).exists(), f"{page} links to {link}"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("sh", "console")], ids=str)

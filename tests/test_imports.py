@@ -68,7 +68,7 @@ INSIDE = {
         "clock kinks machine peers processes tables",
         "contenders script",
         "contender plots",
-        "exactness profile",
+        "exactness",
         "worker",
         "contest max_batch",
         "gpu_worker",

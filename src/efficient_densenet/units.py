@@ -33,7 +33,9 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(nbytes: float) -> str:
-    """``12_000_000`` → ``"12.0 MB"``; less than a tenth of a megabyte, as ``"1.0 kB"`` or ``"40 B"``."""
+    """``12_000_000`` → ``"12.0 MB"``; from ten thousand megabytes ``"11.0 GB"``, below a tenth of one ``"1.0 kB"``."""
+    if abs(nbytes) >= 1e10:
+        return f"{nbytes / 1e9:,.1f} GB"
     if abs(nbytes) >= 1e5 or nbytes == 0:
         return f"{megabytes(nbytes)} MB"
     return f"{nbytes / 1e3:.1f} kB" if abs(nbytes) >= 100 else f"{nbytes:.0f} B"

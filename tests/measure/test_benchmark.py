@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,13 +169,14 @@ def test_autocast():
     assert seen == [torch.bfloat16] and step.images.dtype == torch.float32
 
 
-def test_instructions_are_held_to_a_level_in_every_worker(tmp_path):
+def test_instructions_are_held_to_a_level_in_every_worker(tmp_path, capsys):
     record = benchmark(
         tmp_path, *SMALL, "--batch-size", "2", "--rounds", "1", "--iterations", "1", "--evaluation",
         "--dtype", "bfloat16", "--instructions", "baseline", "--contenders", "bottleneck",
     )  # fmt: skip
     assert record["arguments"]["instructions"] == "baseline"
     assert all(t == 0 for times in record["results"][0]["backward_ms"] for t in times)
+    assert re.search(r"bottleneck +[\d.]+ ± [\d.]+ +[\d.]+ +– +– +– +1\.000", capsys.readouterr().out)
     code = "import torch, efficient_densenet as e; print(torch.backends.cpu.get_cpu_capability(), e.backends()['cpu'])"
     environment = os.environ | machine.HELD["baseline"]
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -98,7 +98,8 @@ def test_refuses_what_is_no_amount(text):
 
 
 @pytest.mark.parametrize(
-    ("amount", "text"), [(12e6, "12.0 MB"), (123_456, "0.1 MB"), (1000, "1.0 kB"), (40, "40 B"), (0, "0.0 MB")]
+    ("amount", "text"),
+    [(12e6, "12.0 MB"), (123_456, "0.1 MB"), (1000, "1.0 kB"), (40, "40 B"), (0, "0.0 MB"), (11e9, "11.0 GB")],
 )
 def test_small_amounts_of_memory_are_not_shown_as_nothing(amount, text):
     assert format_bytes(amount) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,13 @@ def test_a_memory_limit_decides_what_is_kept_and_the_pieces_of_a_batch(tmp_path,
     )
     told = capsys.readouterr().out
     assert "each batch of 64 in" in told and "pieces, whose gradients are added up" in told
+    needed = {}
+    for precision in ("32-true", "64-true", "bf16-true"):
+        options = [*efficient, "--trainer.precision", precision, "--trainer.fast_dev_run", "true"]
+        assert tiny_run.run("fit", tmp_path, "--memory", "1GB", *options) == 0
+        needed[precision] = float(re.search(r"images needs ([\d.]+) MB", capsys.readouterr().out)[1])
+    assert needed["64-true"] == pytest.approx(2 * needed["32-true"], rel=0.2)
+    assert needed["bf16-true"] < needed["32-true"]
     assert tiny_run.run("fit", tmp_path, "--memory", "1GB", "--model.network.efficient", "recompute") == 2
     assert "set model.network.efficient to true" in capsys.readouterr().err
     assert tiny_run.run("fit", tmp_path, "--memory", "10kB") == 2

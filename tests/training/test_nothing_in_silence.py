@@ -128,6 +128,17 @@ def test_test_says_what_it_measured(tmp_path, capsys):
     assert run("fit", tmp_path) == 0
     assert run("test", tmp_path) == 0
     assert "measured on 599 validation images (there is no test set)" in capsys.readouterr().out
+    assert run("test", tmp_path, "--trainer.limit_test_batches", "1") == 0
+    assert "measured on 64 validation images" in capsys.readouterr().out
+
+
+def test_fit_says_how_large_the_network_is_and_how_much_of_it_is_trained(tmp_path, capsys):
+    assert run("fit", tmp_path, "--trainer.fast_dev_run", "true", "--model.freeze", "backbone") == 0
+    network = DenseNet(1, 8, 4, (1, 1), num_classes=10)
+    total, head = (sum(p.numel() for p in part.parameters()) for part in (network, network.classifier))
+    printed = capsys.readouterr().out
+    assert f"the network: DenseNet, {total:,} parameters, of which {head:,} are trained\n" in printed
+    assert "FLOPs" not in printed
 
 
 def test_weights_of_other_programs_are_measured(tmp_path, capsys):

@@ -18,7 +18,7 @@ _SIZES = {1: 224, 2: 224, 3: 64}  # of images and volumes, by their dimensions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--keep", choices=KEEP, default="features", help="what would stay in memory for backward")
+    parser.add_argument("--keep", choices=KEEP, default="bottleneck", help="what would stay in memory for backward")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

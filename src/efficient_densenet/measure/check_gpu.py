@@ -21,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, or with --show look up, and print the verdicts; 1 if kernels are wrong or could not be checked, else 0."""
-    if not 0 <= arguments.gpu < torch.cuda.device_count():
-        raise UserError(f"there is no GPU number {arguments.gpu}: PyTorch sees {torch.cuda.device_count()} of them")
+    count = torch.cuda.device_count()
+    if not 0 <= arguments.gpu < count:
+        others = f"the numbers here are 0 to {count - 1}" if count else "PyTorch sees none on this machine"
+        raise UserError(f"there is no GPU number {arguments.gpu}: {others}")
     device = torch.device("cuda", arguments.gpu)
     obstacle = triton.obstacle(device, torch.float32)
     if obstacle:

@@ -20,11 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(device: str, num_devices: int, batch_size: int) -> None:
     """Raise `UserError` where there are not that many devices, or fewer images than devices."""
-    if device == "cuda" and torch.cuda.device_count() < num_devices:
-        raise UserError(
-            f"this machine has {torch.cuda.device_count()} usable CUDA devices, not {num_devices}: "
-            "use a smaller --num-devices, or --device cpu"
-        )
+    available = torch.cuda.device_count()
+    if device == "cuda" and available < num_devices:
+        way_out = "use --num-devices with that number, or --device cpu" if available else "use --device cpu"
+        raise UserError(f"PyTorch sees {available} CUDA devices here, not {num_devices}: {way_out}")
     if batch_size < num_devices:
         raise UserError(
             f"a batch of {batch_size} cannot be split over {num_devices} devices: use a larger --batch-size"

@@ -9,6 +9,7 @@ import torch
 
 import efficient_densenet
 from efficient_densenet.measure import machine
+from efficient_densenet.units import format_bytes
 
 # What this library works on or is compared with; versions decide many a bug.
 _PACKAGES = (
@@ -24,10 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print what there is."""
     found = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in {**found["hardware"], "commit": found["commit"]}.items():
-        print(f"{name}: {value}")
+    hardware = found["hardware"]
+    print(f"cpu: {hardware['cpu']}, {hardware['cores']} cores, {format_bytes(hardware['memory_bytes'])}")
+    for gpu in hardware.get("gpus", []):
+        print(f"gpu: {gpu['name']}, {format_bytes(gpu['memory_bytes'])}")
+    print(f"system: {hardware['system']}")
+    print(f"commit: {found['commit'] or 'unknown'}")
     for name, version in {**found["versions"], **_installed()}.items():
-        print(f"{name} {version or 'not there'}")
+        print(f"{name} {version or 'none'}")
     print(efficient_densenet.backends())
     return 0
 

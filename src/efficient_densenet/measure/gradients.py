@@ -160,7 +160,7 @@ def _networks(case: Case, place: Place) -> tuple[nn.Module, nn.Module, nn.Module
     ordinary = case.network.build(efficient=False)
     efficient = case.network.build(case.efficient, case.keep)
     for module in ordinary.modules():
-        if isinstance(module, _BatchNorm):  # a gain of 1 or a mean of 0 would hide a mistake
+        if isinstance(module, _BatchNorm):  # a weight of 1 or a mean of 0 would hide a mistake
             for name, low in (("weight", 0.5), ("running_var", 0.5), ("bias", -0.5), ("running_mean", -0.5)):
                 nn.init.uniform_(getattr(module, name), low, low + 1)
     dtype = getattr(torch, case.dtype)

@@ -23,11 +23,12 @@ def memory_against_depth(figure: Any, records: Records) -> None:
         name, colour = record["contender"], f"C{i}"
         depths = [int(depth) for depth in record["points"]]
         megabytes = [point["bytes_per_image"] / 1e6 for point in record["points"].values()]
-        left.plot(depths, megabytes, "o-", color=colour, label=name)
+        point = {"color": colour, "label": name, "markersize": 9 - 2 * i}  # those that lie on each other are seen
+        left.plot(depths, megabytes, "o-", **point)
         if name != "ordinary":
             ends = [0, max(depths)]
             line = [(record["bytes_at_depth_0"] + record["bytes_per_layer"] * x) / 1e6 for x in ends]
-            right.plot(depths, megabytes, "o", color=colour, label=name)
+            right.plot(depths, megabytes, "o", **point)
             right.plot(ends, line, "-", color=colour, linewidth=1)
     for axes, title in ((left, "Activation memory, plain DenseNet, k=12, 32×32"), (right, "The shared buffer alone")):
         axes.set(title=title, xlabel="depth L", ylabel="MB per image", xlim=(0, None), ylim=(0, None))
@@ -84,8 +85,8 @@ def memory_over_a_step(figure: Any, records: Records) -> None:
         axes.axvline(1, color="0.7", linewidth=0.8)
         axes.set(xticks=[0.5, 1.5], xticklabels=["forward", "backward"], ylabel="MB", xlim=(0, 2), ylim=(0, None))
         ways = "every way" if shown is records else "the efficient ways"
-        axes.set_title(f"{shown[0]['network']}, batch {shown[0]['batch_size']}: {ways} to run it")
-        axes.legend()
+        axes.set_title(f"{shown[0]['network']}, batch {shown[0]['batch_size']}: {ways}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
 
 
 def training_curves(figure: Any, records: Records) -> None:

@@ -6,7 +6,7 @@ A script lists what to measure; how, and how it is shown, is written here and in
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,14 @@ class Script:
     title: str
     sections: Mapping[str, Section]
 
-    def parser(self, description: str, folder: Path, rounds: int | None = None) -> argparse.ArgumentParser:
-        """With the options that every script has.
+    def main(self, argv: Sequence[str] | None, folder: Path, full: Any, quick: Any) -> int:
+        """Run the script with the options `argv`; the plan is `full`, or `quick` where that is asked for."""
+        arguments = self.parser(folder, full).parse_args(argv)
+        return self.run(arguments, self.plan(arguments, full, quick))
 
-        Args:
-            description: of the script.
-            folder: where results are kept.
-            rounds: turns of each contender, where they take turns: see `plan`.
-        """
-        parser = argparse.ArgumentParser(description=description)
+    def parser(self, folder: Path, full: Any) -> argparse.ArgumentParser:
+        """With the options that every script has; results are kept in `folder`."""
+        parser = argparse.ArgumentParser(description=self.title)
         parser.add_argument(
             "--sections",
             nargs="*",
@@ -60,12 +59,12 @@ class Script:
         )
         parser.add_argument("--quick", action="store_true", help="tiny networks, to try this program")
         parser.add_argument("--output", type=Path, default=folder, help="folder of the results")
-        if rounds is not None:
-            parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {rounds})")
+        if hasattr(full, "rounds"):
+            parser.add_argument("--rounds", type=positive_int, help=f"turns of each contender (None: {full.rounds})")
         return parser
 
     def plan(self, arguments: argparse.Namespace, full: Any, quick: Any) -> Any:
-        """The plan that these ask for: dataclasses of one kind, with `rounds` where `parser` has the option."""
+        """`full` or `quick`, with as many rounds as are asked for."""
         plan = quick if arguments.quick else full
         return replace(plan, rounds=arguments.rounds) if getattr(arguments, "rounds", None) else plan
 

@@ -43,16 +43,23 @@ def source(section: Mapping[str, Any], dtype: str = "float32") -> str:
 
 def contest(summary: Records) -> str:
     """The rows of `contest.summarize`, for a terminal."""
-    header = ["devices", "contender", "F ms", "± std", "median", "B ms", "± std", "median", "R=B/F", "F+B ratio",
+    header = ["devices", "contender", "F ms ± std", "median", "B ms ± std", "median", "R=B/F", "F+B ratio",
               "to ordinary", "step memory", "per image", "ratio", "process"]  # fmt: skip
+
+    def milliseconds(part: Mapping[str, float]) -> list[str]:
+        if not part["median"]:  # in evaluation there is no backward
+            return ["–", "–"]
+        return [f"{part['mean']:.2f} ± {part['std']:.2f}", f"{part['median']:.2f}"]
+
     return columns(
         header,
         [
             [
                 str(row["num_devices"]),
                 row["contender"],
-                *(f"{row[part][key]:.2f}" for part in ("F", "B") for key in ("mean", "std", "median")),
-                f"{row['B/F']:.2f}",
+                *milliseconds(row["F"]),
+                *milliseconds(row["B"]),
+                f"{row['B/F']:.2f}" if row["B/F"] else "–",
                 f"{row['F+B ratio']:.3f}",
                 "–" if row["F+B to ordinary"] is None else f"{row['F+B to ordinary']:.3f}",
                 format_bytes(row["step_bytes"]),

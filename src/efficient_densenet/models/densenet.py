@@ -124,8 +124,8 @@ class DenseNet(nn.Module):
             ``"inputs"`` only the inputs of the blocks, and the last block's features (smallest: runs
             the others forward again; the peak of a step is then in the backward of the first block, which needs its
             features anyway); ``"auto"``: the fastest of them that fits into `memory`, see `make_efficient`.
-        memory, batch: with ``keep="auto"``, what a training step may take, such as ``"11GB"``, and the shape
-            ``(N, in_channels, H, W)`` of its images.
+        memory: with ``keep="auto"``, what a training step may take, such as ``"11GB"``.
+        batch: with ``keep="auto"``, the shape ``(N, in_channels, H, W)`` of a step's images.
 
     Raises:
         UserError: an argument is out of range, or (at the first call) an input does not fit the network.

@@ -56,6 +56,7 @@ _WARNED_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's affair
     r"\s*(By default only one Jsonargparse|``?\w+``? (parameter )?was deprecated)",  # likewise
     r"The '\w+' does not have many workers",  # a folder of small images needs none
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # norms of parts that are frozen
 )
 
 
@@ -109,7 +110,8 @@ class _CLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=_SaveConfiguration if command == "fit" else None,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
-            trainer_defaults={"default_root_dir": "runs"},
+            # Without an image, Lightning's summary says 0 FLOPs. The module says how large its network is.
+            trainer_defaults={"default_root_dir": "runs", "enable_model_summary": False},
             seed_everything_default=42,
             parser_kwargs=parsing | {name: dict(parsing) for name in self.subcommands()},
             auto_configure_optimizers=False,

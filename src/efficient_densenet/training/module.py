@@ -137,6 +137,8 @@ class Classifier(LightningModule):
         self.task.set_weights(weights, targets)
         self.frozen = Frozen(network, self.names_of_frozen)
         self.frozen.freeze()
+        if stage == "fit" and self.trainer.is_global_zero:
+            print(f"the network: {self.network_factory.name}, {_parameters(network)}", flush=True)
         if self.memory_format == torch.channels_last and any(p.dim() == 5 for p in network.parameters()):
             raise UserError("model.channels_last is for images: leave it out for volumes")
         self.network = network.to(memory_format=self.memory_format)
@@ -200,18 +202,24 @@ class Classifier(LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self.images_tested += self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: Any) -> None:
+    def _evaluate(self, stage: str, batch: Any) -> int:
+        """Count a batch in; its number of images."""
         logits, targets = self._logits(batch)
         self._measure(stage, logits, targets, self.task.plain_loss(logits, targets))
+        return len(targets)
 
     def on_validation_epoch_end(self) -> None:
         self._finish_evaluation("val")
 
+    def on_test_epoch_start(self) -> None:
+        self.images_tested = 0
+
     def on_test_epoch_end(self) -> None:
+        count = int(self.trainer.strategy.reduce(torch.tensor(self.images_tested, device=self.device), reduce_op="sum"))
         if self.trainer.is_global_zero:
-            print(f"measured on {len(self.trainer.test_dataloaders.dataset)} {self.facts.tested}")
+            print(f"measured on {count} {self.facts.tested}")
         self._finish_evaluation("test")
 
     def _finish_evaluation(self, stage: str) -> None:
@@ -331,6 +339,13 @@ def images_and_targets(batch: Any) -> tuple[Tensor, Tensor]:
         )
     images, targets = (part.as_subclass(Tensor) for part in batch)  # without what MONAI's tensors carry along
     return images, targets
+
+
+def _parameters(network: nn.Module) -> str:
+    """How many there are, and how many are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    return f"{total:,} parameters{'' if trained == total else f', of which {trained:,} are trained'}"
 
 
 def _numbered(count: int | None) -> list[str]:

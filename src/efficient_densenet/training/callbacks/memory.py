@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from efficient_densenet.training.mistakes import is_out_of_memory
 from efficient_densenet.training.module import images_and_targets
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_TYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
 class WithinMemory(Callback):
@@ -40,12 +42,16 @@ class WithinMemory(Callback):
             raise UserError("--memory needs data that say their batch_size: give model.network.keep instead")
         if pl_module.network_factory.arguments.get("efficient") == "recompute":
             raise UserError("--memory chooses what the shared buffer keeps: set model.network.efficient to true")
+        precision = str(trainer.precision)
+        network = pl_module.network
+        if precision in _TYPES:  # Lightning will convert it, but not yet
+            network = copy.deepcopy(network).to(_TYPES[precision])
         step = partial(
             fastest_that_fits,
-            pl_module.network,
+            network,
             memory=self.memory,
             optimizer="sgd" if isinstance(pl_module.new_optimizer()[0], torch.optim.SGD) else "adam",
-            autocast=_AUTOCAST.get(str(trainer.precision)),
+            autocast=_AUTOCAST.get(precision),
         )
         images, image = data.batch_size // trainer.world_size, _image(data)
         try:
