@@ -6,9 +6,9 @@ exist, and every result equals the ordinary one in its last bit.
 
 Which operation made a tensor is known from a dispatch mode, which sees every operation that any code runs. Nothing is
 asked of modules: their own forward runs, once, with their hooks, whatever it is. In backward only the operations
-listed here run again, never a convolution and nothing random, on tensors that are alive anyway, or on a copy of what is
-overwritten later in the same forward. Running statistics are left out of that, so they move once per step, however often
-backward runs. (Checkpointing that runs a whole layer again moves them twice:
+listed here run again, never a convolution and nothing random, on tensors that are alive anyway, or on a copy of what
+is overwritten later in the same forward. Running statistics are left out of that, so they move once per step, however
+often backward runs. (Checkpointing that runs a whole layer again moves them twice:
 https://github.com/pytorch/pytorch/issues/96136.)
 
 Saved for backward: references to the inputs of the forgotten operations, and small tensors (weights, batch
