@@ -148,3 +148,16 @@ def test_importing_the_package_needs_torch_alone():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_network_is_made_efficient_and_trained_without_pytorchs_compiler():
+    """Importing it takes a second, and is left to whoever compiles."""
+    code = (
+        "import sys, torch; before = 'torch._dynamo' in sys.modules; from efficient_densenet import DenseNet; "
+        "from efficient_densenet import make_efficient; "
+        "network = make_efficient(DenseNet(num_init_features=4, block_config=(2, 2), input_size=64)); "
+        "network(torch.randn(2, 3, 64, 64)).sum().backward(); network.eval()(torch.randn(2, 3, 64, 64)); "
+        "print(before, 'torch._dynamo' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]

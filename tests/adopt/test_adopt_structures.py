@@ -17,6 +17,7 @@ from efficient_densenet import EfficiencyWarning, make_efficient, report, restor
 from efficient_densenet.adopt import decide
 from efficient_densenet.adopt.look import look
 from efficient_densenet.adopt.survey import networks, survey
+from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import KEEP
 
@@ -103,15 +104,25 @@ class Randomised(VarargsLayer):
         (Residual, "its forward takes a part of what a layer made"),
         (Scaled, "its forward uses mul where a dense block has nothing like it"),
         (ReluFirst, "its forward uses ReLU where a dense block has nothing like it"),
-        (Alpha, "its forward uses random numbers other than those of dropout"),
-        (Randomised, "its norm or activation is random"),
-        (Strided, "it could not be tried: RuntimeError: Sizes of tensors must match"),
+        (Alpha, "there is AlphaDropout behind the last convolution of a layer"),
+        (Randomised, "RReLU is not ReLU"),
     ],
 )
-def test_what_only_looks_like_a_dense_layer_is_left_alone_with_the_reason(layer, reason):
+@pytest.mark.filterwarnings("error")
+def test_what_only_looks_like_a_dense_layer_recomputes_with_the_reason(layer, reason):
     model = features_of(VarargsBlock(3, 6, 4), nn.Conv2d(18, 6, 1), VarargsBlock(2, 6, 4, layer))
+    planned = {e.name: (e.now, e.reason) for e in report(model).entries}
+    ordinary, efficient = pair(model)
+    assert {e.name: (e.now, e.reason) for e in report(efficient).entries} == planned
+    assert planned["1"] == ("shared buffer", "") and planned["3"] == ("recompute", reason)
+    assert_trains_alike(ordinary, efficient, images(9, 11))
+
+
+def test_what_cannot_be_tried_is_left_alone_with_the_reason():
+    model = features_of(VarargsBlock(3, 6, 4), nn.Conv2d(18, 6, 1), VarargsBlock(2, 6, 4, Strided))
     found = {e.name: e for e in report(make_efficient(model)).entries}
     assert type(model[3]) is VarargsBlock and type(model[1]) is not VarargsBlock
+    reason = "it could not be tried: RuntimeError: Sizes of tensors must match"
     assert found["3"].now == "" and found["3"].reason.startswith(reason)
     assert reason in str(report(model))
 
@@ -167,21 +178,22 @@ def test_norms_that_do_more_than_normalise_and_rectify_recompute():
     assert_trains_alike(ordinary, efficient, images())
 
 
-def test_norms_with_dropout_inside_are_left():
+def test_norms_with_dropout_inside_recompute():
     model = timm_small()
     for module in model.modules():
         if isinstance(module, timm.layers.BatchNormAct2d):
             module.drop = nn.Dropout(0.2)
-    with pytest.raises(UserError, match="its norm or activation is random"):
-        make_efficient(model)
+    ordinary, efficient = pair(model)
+    assert ways(efficient) == {"recompute"}
+    assert_trains_alike(ordinary, efficient, images())
 
 
 def test_nothing_matched_is_an_error_that_says_what_was_looked_for():
     with pytest.raises(UserError, match=r"no dense block .* layers of norm, activation and convolution") as caught:
         make_efficient(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     assert "close to that came" not in str(caught.value)
-    with pytest.raises(UserError, match=r"close to that came:\n  the model \(VarargsBlock\): its forward uses mul"):
-        make_efficient(VarargsBlock(2, 6, 4, Scaled))
+    with pytest.raises(UserError, match=r"close to that came:\n  the model \(VarargsBlock\): it could not be tried"):
+        make_efficient(VarargsBlock(2, 6, 4, Strided))
     with pytest.raises(UserError, match="keep must be one of"):
         make_efficient(torchvision_small(), keep="everything")
 
@@ -299,9 +311,9 @@ def test_what_is_joined_is_what_a_record_of_both_finds(build):
     model = build()
     findings = survey(model)
     joined = [f for f in findings if f.segment is not None and f.chain.made]
-    assert [list(f.looks) for f in joined] == [look(f.roots, None) for f in joined] != []
+    assert [list(f.looks) for f in joined] == [look(f.roots, Tensors("cpu"), tried=False) for f in joined] != []
     ((network, name, looks),) = networks(model, findings)
-    assert looks == look(list(network.get_submodule(name))[-2:], None, head=True)
+    assert looks == look(list(network.get_submodule(name))[-2:], Tensors("cpu"), head=True, tried=False)
 
 
 def test_parts_in_a_dictionary_inside_the_block():

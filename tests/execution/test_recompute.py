@@ -6,11 +6,13 @@ import copy
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 import twins
 from comparison import assert_close, assert_identical, buffers, training_step, weighted_sum
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from twins import (
     BOTTLENECK,
@@ -227,6 +229,60 @@ def test_a_dense_layer_keeps_its_inputs_alone(bn_size):
     statistics = 2 * 4 * (24 + bottleneck)  # mean and inverse deviation of every normalised channel
     assert alive == pixels * (8 + bottleneck) + statistics
     weighted_sum(output).backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_random_rectifier_keeps_what_it_has_drawn_alone(inplace):
+    """Not what it made, which the convolution needs."""
+    layer = nn.Sequential(nn.BatchNorm2d(8), nn.RReLU(inplace=inplace), nn.Conv2d(8, 4, 1, bias=False))
+
+    def step(context):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        x, activities = images_of(8), [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile, context:
+            output = layer(x)
+        weighted_sum(output).backward()
+        gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        alive = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        return alive, gradients | {"x": x.grad, "output": output.detach()}
+
+    _, expected = step(nullcontext())
+    alive, actual = step(recompute.recomputing())
+    pixels, statistics = 2 * 16 * 16 * 4, 2 * 4 * 8
+    assert alive == pixels * (8 + 4) + statistics
+    assert_identical(actual, expected)
+
+
+def images_of(channels):
+    return torch.randn(2, channels, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def part_of_it(offset):
+    offset[:, 1:] = 7
+
+
+OVERWRITTEN = {
+    "in place": lambda offset: offset.mul_(3),
+    "by a result": lambda offset: torch.mul(offset.clone(), 3, out=offset),
+    "a part of it": part_of_it,
+    "several": lambda offset: torch._foreach_mul_([offset, torch.ones(2)], 3),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_what_is_overwritten_before_backward(name):
+    """Autograd does not need these values: what was made of them is computed again from a copy."""
+    results = []
+    for context in (nullcontext(), recompute.recomputing()):
+        x, offset, weight = images_of(4), torch.full((1, 4, 1, 1), 0.5), torch.ones(3, 4, 1, 1)
+        with context:
+            output = torch.conv2d(torch.relu(x + offset), weight)
+            OVERWRITTEN[name](offset)
+            output = output + torch.conv2d(torch.relu(x + offset), weight)
+        weighted_sum(output).backward()
+        results.append({"output": output.detach(), "x": x.grad})
+    assert_identical(results[1], results[0])
 
 
 @every_network

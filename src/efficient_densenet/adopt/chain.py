@@ -80,6 +80,8 @@ def conclude(record: Record, made: Tensor, head: bool = False) -> Chain:
     plan = None
     if reason is None:
         plan = _plan(record, output, layers, last, steps) if stem is None else _plan_of_stem(width, stem, blur)
+        if _wastes(record, plan):
+            plan, reason = None, "it makes features that it does not hand out"
     tail = 0 if last is None else last.channels
     pools = bool(steps) or (tail > 0 and made.shape[2:] != record.size)
     return Chain(
@@ -240,6 +242,13 @@ def _norms_obstacle(record: Record) -> str | None:
     norms = [_norm(piece) for piece in record.pieces]
     kinds = {record.synchronises.get(norm.part) for norm in norms if norm is not None and not norm.frozen} - {None}
     return "some of its norms are synchronised and others are not" if len(kinds) > 1 else None
+
+
+def _wastes(record: Record, plan: Plan) -> bool:
+    """Whether a convolution ran whose gradient is zero in the ordinary network, and that the plan leaves out."""
+    used = {convolution.part for convolution in plan.convolutions}
+    made = [piece for piece in record.pieces if piece.convolution is not None or piece.obstacle is not None]
+    return any(piece.convolution is None or piece.convolution.part not in used for piece in made)
 
 
 def _norm(piece: Piece) -> Norm | None:

@@ -47,12 +47,12 @@ def convert(
         return
     if findings is None:
         findings = survey(model, tried)
-    if not any(finding.looks and finding.chain.made for finding in findings):
+    if not any(finding.has_layers for finding in findings):
         raise UserError(_nothing_found(model, findings))
     segments: dict[nn.Module, list[Segment]] = {}
     for finding in findings:
-        if finding.looks:
-            name = "the stem" if finding.segment is not None and not finding.chain.made else ""
+        if not finding.left:
+            name = "the stem" if finding.segment is not None and not finding.has_layers else ""
             looks, promised = list(finding.looks), finding.reason is None
             adoption = Adoption(way, keep, name, finding.where, looks=looks, promised=promised)
             if finding.segment is None:

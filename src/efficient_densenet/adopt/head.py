@@ -75,7 +75,8 @@ def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
 
 
 def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape: Sequence[int]) -> Head:
-    modules, tensors = parts([network]), Tensors("meta")
+    # Not without values: PyTorch would import its compiler, which takes a second.
+    modules, tensors = parts([network]), Tensors("cpu")
     names = {module: name for name, module in network.named_modules()}
     try:
         with on_trial(modules, tensors):
@@ -85,7 +86,7 @@ def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape
                 if any(p is not None and is_lazy(p) for p in module._parameters.values()):
                     # A classifier that learns from its first input what it reads.
                     module.__dict__["forward"] = _Empty(1)
-            record.set(x := tensors.activation(*shape), "input")
+            record.set(x := torch.zeros(()).expand(shape), "input")
             output = record.watch(network, x)
     except Exception:  # whatever it is: its parts run one by one
         return Head(found, False)
@@ -127,6 +128,10 @@ class _Record(Meanings):
             if (module is self.features) != (given == "input"):
                 raise NotDenseError("its features and its classifier are not called one after the other")
             self.inside = module
+
+    def before(self, packet: Any, args: Sequence[Any]) -> None:
+        if self.inside is None and any(self.meaning(a) == "input" for a in args):
+            raise NotDenseError("it does something with its images")  # and nothing as large as they are is made
 
     def leave(self, module: nn.Module, output: Any) -> None:
         if module is self.inside:

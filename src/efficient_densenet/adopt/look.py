@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,36 +54,40 @@ class Look:
 
 def look(
     roots: Sequence[nn.Module],
-    tensors: Tensors | None,
+    tensors: Tensors,
     modes: Sequence[bool | None] = (True, False),
     head: bool = False,
+    tried: bool = True,
 ) -> list[Look]:
     """What these modules compute, one after the other, in each mode.
 
     Args:
         roots: the modules.
-        tensors: to try them with, on two sizes of input and batch; None: only record them, on one.
+        tensors: what they hold meanwhile.
         modes: training or evaluation for all of them; None: the modes in which they are.
         head: whether they end with a norm, which relu and the mean over all pixels follow.
+        tried: whether what would run instead is compared with them, on two sizes of input and batch; otherwise they
+            are only recorded, on one.
 
     Raises:
         NotDenseError: it is none of what `Chain` describes.
     """
     modules = parts(roots)
-    if any(is_lazy(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None):
+    if _any_lazy(modules):
         raise NotDenseError(
             "some of its parameters have no shape yet: call the model once on an image, then make_efficient"
         )
     dims = _dims(modules)
     sizes: list[tuple[int, ...]] = [(n, *size[:dims]) for n, size in _SIZES]
+    sizes = sizes if tried else sizes[:1]
     try:
-        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head, tried)
     except NotTriedError:
         sides = _sides_that_run(roots, _some_width(modules), dims)
         if not sides:
             raise
-        sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)]
-        return _look_at_sizes(roots, modules, tensors, modes, sizes, head)
+        sizes = [(2, *[sides[0]] * dims), (3, *[sides[-1]] * dims)][: len(sizes)]
+        return _look_at_sizes(roots, modules, tensors, modes, sizes, head, tried)
 
 
 def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails: Sequence[Look]) -> list[Look] | None:
@@ -108,15 +113,13 @@ def look_at_both(block: nn.Module, tail: nn.Module, looks: Sequence[Look], tails
 def _look_at_sizes(
     roots: Sequence[nn.Module],
     modules: Sequence[nn.Module],
-    tensors: Tensors | None,
+    tensors: Tensors,
     modes: Sequence[bool | None],
     sizes: Sequence[tuple[int, ...]],
     head: bool,
+    tried: bool,
 ) -> list[Look]:
     width, found = _some_width(modules), []
-    tried = tensors is not None
-    if tensors is None:
-        tensors, sizes = Tensors("cpu"), sizes[:1]
     with on_trial(modules, tensors):
         for mode in modes:
             training = roots[0].training if mode is None else mode
@@ -190,7 +193,7 @@ def _look(
         return _look(roots, modules, synchronises, tensors, shape, tried, head)
     except NotDenseError as error:
         reason = _RANDOM if random_states(modules) != states else str(error)
-        raise NotDenseError(reason, record.concatenates) from error
+        raise NotDenseError(reason, record.joins_input) from error
     except Exception as error:  # whatever it is: the module stays as it is, and the report says why
         raise NotTriedError(f"it could not be tried: {type(error).__name__}: {error}") from error
     after = [b.clone() for b in buffers]
@@ -227,8 +230,8 @@ def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
-    """What the first, the first two, ... of these modules compute, one after the other; without computing anything.
+def find(roots: Sequence[nn.Module], tensors: Tensors) -> list[Chain | None]:
+    """What the first, the first two, ... of these modules compute, one after the other: recorded, not tried.
 
     Returns:
         None where that is nothing whole; up to the first module that cannot belong to what was before it.
@@ -236,7 +239,7 @@ def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
     modules = parts(roots)
     most: list[Chain | None] = []
     for side in _OTHER_SIZES:
-        found, failed = _find(roots, modules, (2, _some_width(modules), *[side] * _dims(modules)))
+        found, failed = _find(roots, modules, tensors, (2, _some_width(modules), *[side] * _dims(modules)))
         most = max(most, found, key=len)
         if not failed:
             break
@@ -244,11 +247,10 @@ def find(roots: Sequence[nn.Module]) -> list[Chain | None]:
 
 
 def _find(
-    roots: Sequence[nn.Module], modules: Sequence[nn.Module], shape: Sequence[int]
+    roots: Sequence[nn.Module], modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]
 ) -> tuple[list[Chain | None], bool]:
     """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
     found: list[Chain | None] = []
-    tensors = Tensors("meta")
     try:
         with on_trial(modules, tensors):
             synchronises = _set_modes(modules, True)
@@ -260,12 +262,48 @@ def _find(
                 found.append(_conclusion(record, x))
     except OtherWidthError as error:
         if not found and error.width != shape[1]:
-            return _find(roots, modules, (shape[0], error.width, *shape[2:]))
+            return _find(roots, modules, tensors, (shape[0], error.width, *shape[2:]))
     except NotDenseError:
         pass
     except Exception:  # whatever it is: here it ends
         return found, True
     return found, False
+
+
+class Joins(NamedTuple):
+    """What modules concatenate after a convolution has run: their input, what they have concatenated before."""
+
+    input: bool = False
+    again: bool = False
+
+
+def joins(module: nn.Module, tensors: Tensors) -> Joins:
+    """What the module concatenates, whatever else it computes: recorded, not tried."""
+    modules = parts([module])
+    if not _any_lazy(modules):
+        for side in _OTHER_SIZES:
+            shape = (2, _some_width(modules), *[side] * _dims(modules))
+            found = _joins(module, modules, tensors, shape) if prod(shape[2:]) <= _MOST_PIXELS else None
+            if found is not None:
+                return found
+    return Joins()
+
+
+def _joins(module: nn.Module, modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]) -> Joins | None:
+    """As `joins`, for an input of this shape (perhaps of other channels); None where the forward raised an error."""
+    try:
+        with on_trial(modules, tensors):
+            synchronises = _set_modes(modules, True)
+            _leave_others_out(modules, synchronises)
+            record = Record(modules, synchronises, to_the_end=True)
+            with suppress(NotDenseError):
+                record.run(module, tensors.activation(*shape))
+    except OtherWidthError as error:
+        other = (shape[0], error.width, *shape[2:])
+        return None if error.width == shape[1] else _joins(module, modules, tensors, other)
+    except Exception:  # whatever it is: it takes something else than one tensor of this size
+        return None
+    return Joins(record.joins_input, record.joins_again)
 
 
 def _conclusion(record: Record, x: Tensor) -> Chain | None:
@@ -288,6 +326,11 @@ def _leave_others_out(modules: Sequence[nn.Module], synchronises: dict[int, bool
     for i, is_sync in synchronises.items():
         if is_sync:
             modules[i].training = False
+
+
+def _any_lazy(modules: Sequence[nn.Module]) -> bool:
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    return any(is_lazy(tensor) for tensor in held if tensor is not None)
 
 
 def _dims(modules: Sequence[nn.Module]) -> int:

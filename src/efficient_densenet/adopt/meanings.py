@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet.adopt.owners import Owners
 from efficient_densenet.execution.plan import Blur, Convolution, Dropout, Entry, Norm, Step
+from efficient_densenet.execution.recompute import written
 
 _VALUES = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__bool__", "__float__", "__int__", "__index__"}
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm"}
@@ -26,7 +27,7 @@ class NotDenseError(Exception):
     """Why a module computes something else than what was looked for.
 
     Attributes:
-        concatenates: whether it concatenates its input with something, as dense layers do.
+        concatenates: whether it concatenates its input with what convolutions made, as dense layers do.
     """
 
     def __init__(self, reason: str, concatenates: bool = False) -> None:
@@ -96,10 +97,9 @@ class Zero(NamedTuple):
 
 
 class Other(NamedTuple):
-    """Computed from the input by an operation that means nothing by itself; and whether that is random."""
+    """Computed from the input by an operation that means nothing by itself."""
 
     reason: str
-    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class _Operations(TorchDispatchMode):
         named = kwargs or {}
         with torch._C.DisableTorchFunction():  # or the record would see its own questions
             self.record.before(function.overloadpacket, args)
-            for tensor in _written(function, args):
+            for tensor in _written(function, args, named):
                 if tensor not in self.record.owners and storage(tensor) not in self.record.made:
                     raise NotDenseError("its forward writes to a tensor of something else")
             output = function(*args, **named)
@@ -246,14 +246,11 @@ class _Operations(TorchDispatchMode):
         return output
 
 
-def _written(function: Any, args: Sequence[Any]) -> list[Tensor]:
+def _written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
     """The tensors that the operation writes to."""
     if function.overloadpacket.__name__ in ("native_batch_norm", "_native_batch_norm_legit") and len(args) == 8:
         return [t for t in args[3:5] if t is not None and args[5]]
-    written = [
-        a for a, s in zip(args, function._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
-    ]
-    return [t for t in written if isinstance(t, Tensor)]
+    return written(function, args, named)
 
 
 class _Attributes(TorchFunctionMode):

@@ -6,7 +6,8 @@ named, nested, ordered or shared does not matter; they are asked only where the 
 
 An operation with no meaning here is not yet a reason to give up: a module between an activation and new features may
 be a convolution of another kind, and one between features and a convolution may be a norm of another kind. Such a block
-is a dense block all the same, though not for the shared buffer. Where nothing explains an operation, it is none.
+is a dense block all the same, though not for the shared buffer. Where nothing explains an operation, what remains to be
+known is whether the input is concatenated with what convolutions made: that can be recomputed, whatever it is.
 """
 
 from __future__ import annotations
@@ -65,17 +66,21 @@ class Record(Meanings):
         synchronises: whether the norm is synchronised with other processes, for each module that is a norm in training.
         pieces: see `Piece`.
         size: of the input, in pixels.
-        concatenates: whether the input was concatenated with something along the channels.
+        to_the_end: whether to go on where it is known to be none of what is looked for, to see what is concatenated.
+        joins_input, joins_again: whether the input, or what had been concatenated before, was concatenated along the
+            channels with something, after a convolution had run.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], synchronises: dict[int, bool], to_the_end: bool = False) -> None:
         super().__init__(modules)
-        self.synchronises = synchronises
+        self.synchronises, self.to_the_end = synchronises, to_the_end
         self.pieces: list[Piece] = []
         self.size = torch.Size()
         self.calls: list[_Call] = []
         self.convolutions = 0
-        self.concatenates = False
+        self.joins_input = self.joins_again = False
+        self.input = 0  # its memory
+        self.joined: set[int] = set()  # the memory of tensors that were concatenated, and of what that made
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run the module, which must return a tensor; the first one gets the input.
@@ -88,6 +93,7 @@ class Record(Meanings):
             self.pieces.append(Piece(x.shape[1]))
             self.size = x.shape[2:]
             self.set(x, Features((0,)))
+            self.input = storage(x)
         output = self.watch(module, x)
         if not isinstance(output, Tensor):
             raise NotDenseError(f"it returns {type(output).__name__}, not a tensor of features")
@@ -106,7 +112,7 @@ class Record(Meanings):
         """Give what a module made a meaning, where its operations have none by themselves."""
         call = self.calls.pop()
         meaning = self.meaning(output)
-        if not isinstance(meaning, Other) or meaning.random:
+        if not isinstance(meaning, Other):
             return
         name = type(module).__name__
         otherwise = self._made_otherwise(call.given, output, name)
@@ -134,8 +140,9 @@ class Record(Meanings):
         """Notice channels that the input should have had, before the operation fails for it."""
         if packet is _aten.convolution and not args[6]:
             self._expect(args[0], args[1].shape[1] * args[8], exact=True)
-        elif packet is _aten.mul and isinstance(args[1], Tensor) and args[1].dim() == args[0].dim():
+        elif packet is _aten.mul and isinstance(args[1], Tensor) and args[1].dim() == args[0].dim() > 1:
             self._expect(args[0], args[1].shape[1])
+            self._expect(args[1], args[0].shape[1])
 
     def before_norm(self, x: Any, vectors: Sequence[Tensor]) -> None:
         if vectors:
@@ -146,7 +153,9 @@ class Record(Meanings):
         given = self.meaning(x)
         normed = normed_of(given)
         given = given if normed is None else normed.source
-        if given == Features((0,)) and width != self.pieces[0].channels and (exact or width != 1):
+        channels = self.pieces[0].channels
+        changed = isinstance(given, Other) and not self.convolutions and x.shape[1] == channels
+        if (given == Features((0,)) or changed) and width != channels and (exact or width != 1):
             raise OtherWidthError(width)
 
     def after(self, function: Any, args: Sequence[Any], named: dict[str, Any], output: Any) -> None:
@@ -204,9 +213,7 @@ class Record(Meanings):
                 return self._convolution(x, args, made)
             if packet in _STEPS:
                 return Stepped(self.new_piece(Piece(made.shape[1], x)).pieces[0], (Step(function, tuple(args[1:])),))
-            if torch.Tag.nondeterministic_seeded in function.tags or any(isinstance(m, Noise) for m in meanings):
-                raise NotDenseError("its norm or activation is random")
-            if made.shape == args[0].shape and all(isinstance(m, Normed | Active) for m in meanings):
+            if made.shape == args[0].shape and all(isinstance(m, Normed | Active | Noise) for m in meanings):
                 rectifies = packet is _aten.relu or (packet is _aten.threshold and args[1:] == (0, 0))
                 return _active(x, None if rectifies else f"{self._name(packet)} is not ReLU")
         if isinstance(x, Stepped) and packet is _aten.convolution and x.blur is None:
@@ -229,7 +236,7 @@ class Record(Meanings):
             reason = f"its forward uses {self._name(packet)} where a dense block has nothing like it"
             if packet is _aten.convolution:
                 reason = "a convolution reads features without a norm and an activation in front of it"
-            reads_input = any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+            reads_input = any(isinstance(m, Features) and 0 in m.pieces for m in meanings) and not self.to_the_end
             if reads_input and not self._inside_a_norm() and (packet not in _VIEWS or self.inside_torch):
                 raise NotDenseError(reason)
             other = Other(reason)
@@ -246,21 +253,31 @@ class Record(Meanings):
         alone = not module._parameters or is_norm(module) or isinstance(module, nn.PReLU)
         return type(module).__name__ if alone else packet.__name__
 
-    def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features:
+    def _cat(self, args: Sequence[Any], named: dict[str, Any], made: Tensor) -> Features | Other:
         dim = args[1] if len(args) > 1 else named.get("dim", 0)
         meanings = [self.meaning(t) for t in args[0]]
         if dim % made.dim() != 1:
-            raise NotDenseError("it concatenates along another dimension than channels")
-        self.concatenates |= len(meanings) > 1 and any(isinstance(m, Features) and 0 in m.pieces for m in meanings)
+            return Other("it concatenates along another dimension than channels")
+        self._join(args[0], made)
         for i, meaning in enumerate(meanings):
-            if isinstance(meaning, Other):
-                raise NotDenseError(meaning.reason)
             normed = normed_of(meaning)
             if normed is not None:
                 meaning = meanings[i] = self._made_otherwise(normed.source, args[0][i], "a norm")
             if not isinstance(meaning, Features):
-                raise NotDenseError("it concatenates something else than its input and what convolutions made of it")
+                reason = "it concatenates something else than its input and what convolutions made of it"
+                other = meaning if isinstance(meaning, Other) else Other(reason)
+                if self.to_the_end or all(isinstance(m, Other) for m in meanings):
+                    return other
+                raise NotDenseError(other.reason)
         return Features(tuple(piece for meaning in meanings for piece in meaning.pieces))
+
+    def _join(self, tensors: Sequence[Tensor], made: Tensor) -> None:
+        """Notice what is concatenated, whatever it means."""
+        memory = {storage(tensor) for tensor in tensors}
+        if self.convolutions and len(memory) > 1:
+            self.joins_input |= self.input in memory
+            self.joins_again |= not self.joined.isdisjoint(memory)
+        self.joined |= {*memory, storage(made)}
 
     def _made_otherwise(self, x: Any, made: Tensor, what: str) -> Features | None:
         """What a layer made of its last convolution's output `x`, as if the convolution were of another kind."""
@@ -331,13 +348,11 @@ class Record(Meanings):
             return noise._replace(rate=1 - (args[1] if len(args) > 1 else 0.5))
         if packet is _aten.div and noise.rate is not None and not noise.scaled and args[1] == 1 - noise.rate:
             return noise._replace(scaled=True)
-        return Other("its forward uses random numbers other than those of dropout", True)
+        return Other("its forward uses random numbers other than those of dropout")
 
     def _dropout(self, x: Any, noise: Noise | Zero, made: Tensor) -> Any:
-        if isinstance(x, Normed):
-            raise NotDenseError("its norm or activation is random")
-        if isinstance(x, Active):
-            return _active(x, "there is dropout between an activation and its convolution")
+        if isinstance(x, Normed | Active):
+            return _active(x, "there is dropout in front of a convolution")
         dropout = Dropout(1.0, False)
         if isinstance(noise, Noise):
             whole = noise.shape[:2] == made.shape[:2] and set(noise.shape[2:]) == {1}

@@ -218,9 +218,10 @@ def _each(
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None, Decision, str]]:
     """Name, module, its segment if it is a sequence, how that runs, and what it keeps."""
     if not adopted_modules(model):
-        for name, module, looks, segment, reason in findings:
-            way = "" if not looks else SHARED if reason is None else RECOMPUTE
-            yield name, module, segment, Decision(way, reason, looks[0].chain if looks else None), keep
+        for one in findings:
+            way = "" if one.left else SHARED if one.reason is None else RECOMPUTE
+            decision = Decision(way, one.reason, one.looks[0].chain if one.looks else None)
+            yield one.name, one.module, one.segment, decision, keep
         return
     sequences = []
     for name, module in model.named_modules():
@@ -234,7 +235,7 @@ def _each(
             roots = modules_of(sequence)[start:stop]
             yield name, sequence, (start, stop), standing(roots, adoption, own_hooks=False), adoption.keep
     for finding in findings:
-        if not finding.looks:
+        if finding.left:
             yield finding.name, finding.module, None, Decision("", finding.reason), keep
 
 

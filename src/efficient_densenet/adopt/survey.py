@@ -15,7 +15,7 @@ from efficient_densenet.adopt.adopted import Adopted, AdoptedPart
 from efficient_densenet.adopt.chain import Chain
 from efficient_densenet.adopt.head import ends_with_a_head
 from efficient_densenet.adopt.kinds import CONVOLUTIONS, has_forward, modules_of, runs_in_order
-from efficient_densenet.adopt.look import Look, find, look, look_at_both
+from efficient_densenet.adopt.look import Joins, Look, find, joins, look, look_at_both
 from efficient_densenet.adopt.meanings import NotDenseError
 from efficient_densenet.adopt.trial import Tensors
 
@@ -34,6 +34,8 @@ class Finding(NamedTuple):
         looks: what it computes in evaluation and in training; empty where it stays as it is.
         segment: first and last (exclusive) of the sequence's modules; None for a whole module.
         reason: why it does not run on the shared buffer, if so.
+        joins: whether it is none of what is looked for, and recomputes all the same, because of what it concatenates.
+        nearly: whether it looks like a dense block, of what is left.
     """
 
     name: str
@@ -41,6 +43,18 @@ class Finding(NamedTuple):
     looks: tuple[Look, ...]
     segment: tuple[int, int] | None = None
     reason: str | None = None
+    joins: bool = False
+    nearly: bool = False
+
+    @property
+    def left(self) -> bool:
+        """Whether it stays as it is."""
+        return not self.looks and not self.joins
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it is made efficient, and concatenates."""
+        return self.joins or (bool(self.looks) and bool(self.chain.made))
 
     @property
     def chain(self) -> Chain:
@@ -68,54 +82,81 @@ def survey(model: nn.Module, tried: bool = True) -> list[Finding]:
 
     Args:
         model: is left as it is, and what is adopted in it is left out.
-        tried: whether to try it, and not only to record it.
+        tried: as in `look`.
     """
     findings: list[Finding] = []
-    tensors = Tensors("cpu") if tried else None
+    others: list[Finding] = []
+    tensors = Tensors("cpu")
     inside: set[nn.Module] = set()  # what was found, with all in it
-    left: set[nn.Module] = set()  # what was left, for the reason given there, with all in it
+    inside_others: set[nn.Module] = set()  # what looks like a dense block and is none, with all in it
     for name, module in model.named_modules():
         if isinstance(module, AdoptedPart):
             inside.update(module.modules())
-        if module in inside:
+        finding = None if module in inside else _whole(name, module, tensors, tried)
+        if finding is None:
             continue
-        finding = _whole(name, module, tensors)
-        if finding is not None and module in left and (not finding.looks or len(finding.chain.made) < 2):
-            continue  # a layer or a part of one, of a block that is none
-        if finding is not None:
+        if finding.left:
+            others.append(finding)
+            inside_others.update(module.modules() if finding.nearly else ())
+        elif module not in inside_others or len(finding.chain.made) > 1:  # or it is a layer, or a part of one
             findings.append(finding)
-            (inside if finding.looks else left).update(module.modules())
-    whole = {finding.module: finding for finding in findings if finding.looks}
+            inside.update(module.modules())
+    whole = {finding.module: finding for finding in findings}
     for name, module in model.named_modules():
         if module not in inside and runs_in_order(module) and not isinstance(module, Adopted):
-            findings += _segments(name, module, whole, tensors)
-    # What was left says nothing where layers in it were found.
-    found = {module for finding in findings if finding.looks and finding.chain.made for module in finding.roots}
+            findings += _segments(name, module, whole, tensors, tried)
+    findings += _others(model, findings, others, tensors)
+    numbers = {module: i for i, module in enumerate(model.modules())}
+    return sorted(findings, key=lambda finding: (finding.segment is not None, numbers[finding.module]))
+
+
+def _others(
+    model: nn.Module, findings: Sequence[Finding], others: Sequence[Finding], tensors: Tensors
+) -> Iterator[Finding]:
+    """The outermost of the others without layers in them: those that recompute, and those to say why they are left."""
+    found = {module for finding in findings if finding.has_layers for module in finding.roots}
     found |= {module for module in model.modules() if isinstance(module, AdoptedPart)}
-    return [f for f in findings if f.looks or found.isdisjoint(f.module.modules())]
+    candidates = []
+    for other in others:
+        replaced = "forward" in vars(other.module)  # which would be called instead of that of another class
+        candidates.append((other, Joins() if replaced or _overlap(other, found) else joins(other.module, tensors)))
+    # A block joins its input. A network with the blocks in its own forward joins what it has made and joined before.
+    for recomputes, wanted in (
+        (True, lambda other, joined: joined.input),
+        (True, lambda other, joined: joined.again),
+        (False, lambda other, joined: other.nearly),
+    ):
+        for other, joined in candidates:
+            if wanted(other, joined) and not _overlap(other, found):
+                found.update(other.module.modules())
+                yield other._replace(joins=recomputes)
 
 
-def _whole(name: str, module: nn.Module, tensors: Tensors | None) -> Finding | None:
+def _overlap(finding: Finding, found: set[nn.Module]) -> bool:
+    return not found.isdisjoint(finding.module.modules())
+
+
+def _whole(name: str, module: nn.Module, tensors: Tensors, tried: bool) -> Finding | None:
     """The module, if it is a dense block (perhaps with its transition), a transition, or nearly one."""
     if isinstance(module, _LEAVES) or not has_forward(module):
         return None
     if not _has_convolutions(module):
         return None
     try:
-        looks = look([module], tensors)
+        looks = look([module], tensors, tried=tried)
     except NotDenseError as error:
         nearly = (error.concatenates and not runs_in_order(module)) or _looks_dense(module)
-        return Finding(name, module, (), None, str(error)) if nearly else None
+        return Finding(name, module, (), None, str(error), nearly=nearly)
     finding = _finding(name, module, looks, None)
     chain = finding.chain
     if not _by_itself(chain) or (runs_in_order(module) and chain.made and chain.tail_reason):
         return None
     if "forward" in vars(module):  # which would be called instead of that of another class
-        return Finding(name, module, (), None, "its forward was replaced for this one object")
+        return Finding(name, module, (), None, "its forward was replaced for this one object", nearly=True)
     return finding
 
 
-def _joins(chain: Chain) -> bool:
+def _shares(chain: Chain) -> bool:
     """Whether there is anything that its parts can share."""
     return len(chain.made) > 1 or chain.tail > 0
 
@@ -131,19 +172,19 @@ def _finding(name: str, module: nn.Module, looks: Sequence[Look], segment: tuple
 
 
 def _segments(
-    name: str, sequence: nn.Module, whole: dict[nn.Module, Finding], tensors: Tensors | None
+    name: str, sequence: nn.Module, whole: dict[nn.Module, Finding], tensors: Tensors, tried: bool
 ) -> Iterator[Finding]:
     """The runs of modules in a sequence that are to be run as one."""
     modules, i = modules_of(sequence), 0
     while i < len(modules):
-        length, looks = _run(modules[i:], whole, tensors)
+        length, looks = _run(modules[i:], whole, tensors, tried)
         if looks:
             yield _finding(name, sequence, looks, (i, i + length))
         i += length
 
 
 def _run(
-    modules: Sequence[nn.Module], whole: dict[nn.Module, Finding], tensors: Tensors | None
+    modules: Sequence[nn.Module], whole: dict[nn.Module, Finding], tensors: Tensors, tried: bool
 ) -> tuple[int, list[Look]]:
     """How many of these modules, from the first, belong together, and what they compute; nothing if they run singly."""
     first, *others = modules
@@ -155,15 +196,15 @@ def _run(
         if tail is not None and not tail.chain.made and not tail.chain.is_stem:
             both = look_at_both(first, others[0], block.looks, tail.looks)
             return (2, both) if both else (1, [])
-    window, chains = _WINDOW, find(modules[:_WINDOW])
+    window, chains = _WINDOW, find(modules[:_WINDOW], tensors)
     while len(chains) == window < len(modules):
         window *= 2
-        chains = find(modules[:window])
+        chains = find(modules[:window], tensors)
     length = _longest(chains)
     if length == 0 or (length == 1 and block is not None):
         return 1, []
     try:
-        return length, look(modules[:length], tensors)
+        return length, look(modules[:length], tensors, tried=tried)
     except NotDenseError:  # the trial shows that it is something else
         return length, []
 
@@ -185,13 +226,14 @@ def networks(model: nn.Module, findings: Sequence[Finding]) -> Iterator[tuple[nn
                 *_, block, norm = modules_of(features)
                 if block in blocks and isinstance(norm, _BatchNorm) and ends_with_a_head(network, features):
                     with suppress(NotDenseError):
-                        looks = look_at_both(block, norm, blocks[block].looks, look([norm], None, head=True))
-                        yield network, name, looks or look([block, norm], None, head=True)
+                        of_norm = look([norm], Tensors("cpu"), head=True, tried=False)
+                        looks = look_at_both(block, norm, blocks[block].looks, of_norm)
+                        yield network, name, looks or look([block, norm], Tensors("cpu"), head=True, tried=False)
 
 
 def _longest(chains: Sequence[Chain | None]) -> int:
     """The longest run that fits the shared buffer, but for its layers perhaps; else the longest that is anything."""
-    useful = [(n, c) for n, c in enumerate(chains, start=1) if c is not None and _by_itself(c) and _joins(c)]
+    useful = [(n, c) for n, c in enumerate(chains, start=1) if c is not None and _by_itself(c) and _shares(c)]
     fitting = [n for n, chain in useful if chain.tail_reason is None]
     return max(fitting or [n for n, _ in useful], default=0)
 

@@ -6,9 +6,10 @@ exist, and every result equals the ordinary one in its last bit.
 
 Which operation made a tensor is known from a dispatch mode, which sees every operation that any code runs. Nothing is
 asked of modules: their own forward runs, once, with their hooks, whatever it is. In backward only the operations
-listed here run again, never a convolution and nothing random, on tensors that are alive anyway. Running statistics
-are left out of that, so they move once per step, however often backward runs. (Checkpointing that runs a whole layer
-again moves them twice: https://github.com/pytorch/pytorch/issues/96136.)
+listed here run again, never a convolution and nothing random, on tensors that are alive anyway, or on a copy of what
+is overwritten later in the same forward. Running statistics are left out of that, so they move once per step, however
+often backward runs. (Checkpointing that runs a whole layer again moves them twice:
+https://github.com/pytorch/pytorch/issues/96136.)
 
 Saved for backward: references to the inputs of the forgotten operations, and small tensors (weights, batch
 statistics). Extra time: one concatenation, norm and activation per convolution, in backward.
@@ -42,6 +43,7 @@ _NAMES = """
     hardswish hardsigmoid silu mish gelu softplus sigmoid tanh _prelu_kernel clamp clamp_min mul add sub div _to_copy
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_trilinear3d
 """
+_RANDOM_SLOPES = {_aten.rrelu_with_noise, _aten.rrelu_with_noise_}
 _CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
 _AUTOCAST = [
     getattr(torch._C.DispatchKey, name)
@@ -72,6 +74,7 @@ def recomputing() -> Iterator[None]:
             yield
         finally:
             recorder.results.clear()  # the graph, which they belong to, keeps the recorder
+            recorder.readers.clear()
 
 
 def unrecorded() -> AbstractContextManager[Any]:
@@ -120,8 +123,9 @@ class _Result:
     def use(self) -> None:
         self.uses += 1
         if self.uses == 1:
-            for promise in _promises(self.arguments):
-                promise.result.use()
+            for argument in _leaves(self.arguments):
+                if isinstance(argument, _Promise):
+                    argument.result.use()
 
     def value(self) -> Tensor:
         if self.again is None:
@@ -169,6 +173,8 @@ class Recorder(TorchDispatchMode):
         self.cheap = cheap
         # By the address of a storage, which is not reused while anything refers to it, even weakly.
         self.results: dict[int, tuple[StorageWeakRef, _Result]] = {}
+        # By the address of a storage, what is computed from it as it is now.
+        self.readers: dict[int, list[weakref.ref[_Result]]] = {}
 
     def pack(self, tensor: Tensor) -> _Kept | _Promise:
         """What autograd saves in place of `tensor`: of an input before, of an output after `__torch_dispatch__`."""
@@ -181,23 +187,49 @@ class Recorder(TorchDispatchMode):
         named = kwargs or {}
         cheap, in_place = self._cheap(function)
         result = None if cheap is None else self._result(cheap, args, named, in_place)
+        sloped = self._reference(args[0]) if function.overloadpacket in _RANDOM_SLOPES else None
+        for tensor in written(function, args, named) if in_place else ():
+            if _has_storage(tensor):
+                self._before_writing(tensor)
         output = function(*args, **named)
-        if in_place and isinstance(args[0], Tensor):
-            self.results.pop(args[0].untyped_storage()._cdata, None)
+        if sloped is not None:
+            result = self._sloped(sloped, output, *args)
         if result is not None:
             made = output[0] if isinstance(output, tuple | list) else output
             if _is_whole(made) and _holds_little(result, made):
                 storage = made.untyped_storage()
                 self.results[storage._cdata] = StorageWeakRef(storage), result
+                for argument in _leaves(result.arguments):
+                    if isinstance(argument, _Kept) and _has_storage(argument.tensor):
+                        self.readers.setdefault(_address(argument.tensor), []).append(weakref.ref(result))
         return output
+
+    def _before_writing(self, tensor: Tensor) -> None:
+        """What was computed from the values that will be lost is computed again from a copy of them."""
+        address = _address(tensor)
+        self.results.pop(address, None)
+        for reference in self.readers.pop(address, ()):
+            result = reference()
+            if result is not None:
+                result.arguments = [_copied(argument, address) for argument in result.arguments]
+
+    def _sloped(
+        self, before: _Kept | _Promise, made: Tensor, x: Tensor, noise: Tensor, *settings: Any
+    ) -> _Result | None:
+        """RReLU in training, which multiplies its input `before` by what it has drawn, or by one."""
+        training = len(settings) > 2 and settings[2]
+        is_lost = isinstance(before, _Kept) and _version(before.tensor) != before.version
+        if not training or is_lost or not made.stride() == noise.stride() == x.stride():
+            return None
+        return _Result(_aten.mul.Tensor, [before, self._reference(noise)], {})
 
     def _cheap(self, function: Any) -> tuple[Any, bool]:
         """The operation to run again, out of place, if `function` is cheap; and whether it writes to its argument."""
-        if not function._schema.is_mutable or function.overloadpacket in self.cheap:
-            return function if function.overloadpacket in self.cheap else None, False
-        name = function.overloadpacket.__name__
+        packet, overload = function.overloadpacket, function._overloadname
+        if not function._schema.is_mutable or (packet in _BATCH_NORMS and overload != "out"):
+            return function if packet in self.cheap else None, False
+        name = packet.__name__
         packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        overload = function._overloadname
         if packet is None or packet not in self.cheap or overload not in packet.overloads():
             return None, True
         return getattr(packet, overload), True
@@ -219,7 +251,7 @@ class Recorder(TorchDispatchMode):
         return _Result(cheap, arguments, named)
 
     def _reference(self, tensor: Tensor) -> _Kept | _Promise:
-        found = self.results.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
+        found = self.results.get(_address(tensor)) if _has_storage(tensor) else None
         if found is None:
             return _Kept(tensor, _version(tensor))
         return _Promise(found[1], tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -244,6 +276,10 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # tensors made in inference mode have none
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def _has_storage(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
@@ -256,12 +292,32 @@ def _holds_little(result: _Result, made: Tensor) -> bool:
     return len(held) <= 1
 
 
-def _promises(arguments: Sequence[Any]) -> Iterator[_Promise]:
+def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, and those in lists among them."""
     for argument in arguments:
-        if isinstance(argument, _Promise):
+        if isinstance(argument, list):
+            yield from _leaves(argument)
+        else:
             yield argument
-        elif isinstance(argument, list):
-            yield from _promises(argument)
+
+
+def written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation of PyTorch writes to, as its schema declares them."""
+    declared = enumerate(function._schema.arguments)
+    changed = [(i, a.name) for i, a in declared if a.alias_info is not None and a.alias_info.is_write]
+    given = [args[i] if i < len(args) else named.get(name) for i, name in changed]
+    return [tensor for tensor in _leaves(given) if isinstance(tensor, Tensor)]
+
+
+def _copied(argument: Any, address: int) -> Any:
+    """A copy of what is kept at this address; where a copy is laid out otherwise, the error in backward stays."""
+    if isinstance(argument, list):
+        return [_copied(a, address) for a in argument]
+    if not isinstance(argument, _Kept) or not _has_storage(argument.tensor) or _address(argument.tensor) != address:
+        return argument
+    tensor, version = argument
+    copy = tensor.clone()
+    return _Kept(copy, _version(copy)) if copy.stride() == tensor.stride() and _version(tensor) == version else argument
 
 
 def _value(argument: Any) -> Any:
