@@ -185,7 +185,8 @@ class Passes(ABC):
             made = self.backward(given, need_x, weight_types, arguments)
             return [*made[:first], *copies_in(made[first:], types)]
 
-        with labelled_backward(ctx):
+        # Whoever calls backward in a context of autocast would have others' types for the convolutions that run again.
+        with labelled_backward(ctx), torch._C._DisableAutocast():
             found = iter(for_each(run, grad_output, x, packed))
         of_x = next(found)
         of_norms: list[list[Tensor | None]] = [[next(found) for _ in group] for group in groups[:2]]

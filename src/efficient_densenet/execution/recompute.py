@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,11 +43,6 @@ _NAMES = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_trilinear3d
 """
 _CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
-_AUTOCAST = [
-    getattr(torch._C.DispatchKey, name)
-    for name in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS", "AutocastHPU", "AutocastPrivateUse1")
-    if hasattr(torch._C.DispatchKey, name)
-]
 
 
 @contextmanager
@@ -271,17 +266,8 @@ def _value(argument: Any) -> Any:
 
 
 def _unpack(packed: _Kept | _Promise) -> Tensor:
-    with _no_autocast():
+    with torch._C._DisableAutocast():  # the operations were recorded below it, with the casts that it had made
         return packed.value()
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """The operations were recorded below mixed precision, with the casts that it had made."""
-    with ExitStack() as stack:
-        for key in _AUTOCAST:
-            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)))
-        yield
 
 
 def _when_backward_ends(callback: Callable[[], None]) -> bool:
