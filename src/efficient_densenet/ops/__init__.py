@@ -18,7 +18,7 @@ from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
 from efficient_densenet.ops.cpu import stem as cpu_stem
 from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
-from efficient_densenet.ops.profiled import Profiled, label_layers
+from efficient_densenet.ops.profiled import Profiled
 from efficient_densenet.ops.protocol import Backend
 
 _alone: Backend | None = None  # runs whatever the activations are
@@ -74,12 +74,8 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
-    chosen = _choose(layers.features)
-    if chosen is shapes:
-        return shapes.run_layers(layers)
-    on_gpu = chosen is triton
-    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
-        return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
+    chosen: Any = backend(layers.features)
+    return chosen.run_layers(layers, fold, measure)
 
 
 def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
@@ -87,13 +83,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
-    chosen = _choose(layers.features)
-    if chosen is shapes:
-        return shapes.run_layers_backward(layers, operands)
-    again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
-    on_gpu = chosen is triton
-    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
-        return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
+    chosen: Any = backend(layers.features)
+    return chosen.run_layers_backward(layers, operands)
 
 
 def evaluates(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:

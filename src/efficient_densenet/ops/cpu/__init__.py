@@ -26,6 +26,7 @@ from efficient_densenet.ops.convolution import (
 )
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
+from efficient_densenet.ops.cpu.layers import run_layers, run_layers_backward  # noqa: F401 (operations of this backend)
 from efficient_densenet.ops.cpu.library import load
 from efficient_densenet.ops.cpu.tensors import (
     affine_of,
