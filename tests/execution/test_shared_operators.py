@@ -57,7 +57,7 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
 @pytest.mark.parametrize("biased", [False, True])
 def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biased):
     arguments = stage_arguments(per_layer, pool, keep, masked, biased=biased)
-    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK)
+    torch.library.opcheck(library.run_stage.forward_operator, arguments, test_utils=EVERY_CHECK)
 
 
 @pytest.mark.parametrize("per_layer", [1, 2])
@@ -66,12 +66,12 @@ def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biase
 def test_fakes_are_like_the_real_thing(per_layer, pool, contiguous, keep):
     """Shapes, types and memory layouts of all that the operators return."""
     arguments = stage_arguments(per_layer, pool, keep, requires_grad=False, contiguous=contiguous)
-    packed = library.stage_forward(*arguments)
+    packed = library.run_stage.forward_operator(*arguments)
     x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
     need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
     backward = ([torch.randn_like(packed[0])], x, saved, True, need_weights, *arguments[1:])
-    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
-    torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(library.run_stage.forward_operator, arguments, test_utils=EVERY_CHECK[:3])
+    torch.library.opcheck(library.run_stage.backward_operator, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -89,12 +89,14 @@ def test_the_stems_operators_are_proper(convolutions, blurred, keeps_last, froze
     filters, blur = ([tensor(4, 1, 3, 3)], ([1] * 4, "reflect", [2, 2])) if blurred else ([], ([], "", []))
     plain = ([not frozen] * norms, [1e-5] * norms, *entry, 1, *blur, "", keeps_last)
     arguments = (norm_weights, norm_biases, weights, biases, constants, filters, *plain)
-    output, *kept = stem_library.stem_forward(x, *arguments)
+    output, *kept = stem_library.run_stem.forward_operator(x, *arguments)
     backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)
-    torch.library.opcheck(stem_library.stem_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        stem_library.run_stem.backward_operator, backward, test_utils=("test_schema", "test_faketensor")
+    )
     for leaf in (x, *norm_weights, *norm_biases, *weights, *biases):
         leaf.requires_grad_()
-    torch.library.opcheck(stem_library.stem_forward, (x, *arguments), test_utils=EVERY_CHECK)
+    torch.library.opcheck(stem_library.run_stem.forward_operator, (x, *arguments), test_utils=EVERY_CHECK)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -196,18 +198,18 @@ def test_memory_that_is_given_back_is_not_read(keep, dtype):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_operators_refuse_tangents(gradients):
     x, *others = stage_arguments(2, 2, "bottleneck", requires_grad=gradients)
-    packed = library.stage_forward(x, *others)
+    packed = library.run_stage.forward_operator(x, *others)
     grad, need = torch.ones_like(packed[0]), [True] * len(others[2])
     with torch.autograd.forward_ad.dual_level():
         dual = [torch.autograd.forward_ad.make_dual(t, t.cos()) for t in (x, grad)]
         with pytest.raises((RuntimeError, NotImplementedError)):
-            library.stage_forward(dual[0], *others)
+            library.run_stage.forward_operator(dual[0], *others)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            library.stage_backward(dual[1], None, packed, need, *others)
+            library.run_stage.backward_operator(dual[1], None, packed, need, *others)
         with torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
-            library.stage_forward(dual[0], *others)
+            library.run_stage.forward_operator(dual[0], *others)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda x: library.stage_forward(x, *others)[0], (x,), (x.cos(),))
+        torch.func.jvp(lambda x: library.run_stage.forward_operator(x, *others)[0], (x,), (x.cos(),))
 
 
 @pytest.mark.parametrize("keep", KEEP)
@@ -220,7 +222,7 @@ def test_operators_are_counted_with_what_they_compute_again(keep):
     pixels, pointwise, windowed, transition = 2 * 6 * 5, 6 * (4 + 7), 2 * 3 * 6 * 9, 5 * 10
     every = pointwise + windowed + transition
     with FlopCounterMode(display=False) as counter:
-        output = library.stage_forward(x, *others)[0]
+        output = library.run_stage.forward_operator(x, *others)[0]
         assert counter.get_total_flops() == 2 * pixels * every
         output.sum().backward()
     # The first bottleneck output is cheap to make again: it is never kept.

@@ -142,4 +142,3 @@ class _StagePasses(Passes):
 
 
 run_stage = _StagePasses()
-stage_forward, stage_backward = run_stage.forward_operator, run_stage.backward_operator

@@ -125,7 +125,7 @@ class Passes(ABC):
     def __call__(
         self, x: Tensor, arguments: Any, cast: torch.dtype | None = None, checked: bool = False
     ) -> list[Tensor]:
-        """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`.
+        """`forward`, with a gradient if one can be wanted; the operator, where somebody compiles or watches.
 
         Args:
             x: the input.
@@ -133,8 +133,10 @@ class Passes(ABC):
             cast: the type in which convolutions get their weights and biases; None: as they are.
             checked: whether all tensors but `x` are known to be on its device and fit for kernels: see `operands`.
         """
-        self.count()
-        if is_watched():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.count()
+        if compiling or is_watched():
             return self.forward_operator(x, *cast_one_by_one(arguments, cast))
         _check(x, *(() if checked else arguments))
         self._check_values(x, arguments)

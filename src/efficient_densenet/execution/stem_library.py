@@ -110,4 +110,3 @@ def _flops(x: Tensor, arguments: StemArguments) -> list[int]:
 
 
 run_stem = _StemPasses()
-stem_forward, stem_backward = run_stem.forward_operator, run_stem.backward_operator
