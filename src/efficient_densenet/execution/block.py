@@ -66,7 +66,7 @@ class Stage:
         return sum([self.weights[i + self.per_layer - 1].shape[0] for i in self.layers])
 
     @cached_property
-    def bottlenecks(self) -> int:
+    def bottleneck_channels(self) -> int:
         """The channels of all bottleneck outputs."""
         return sum([self.weights[i].shape[0] for i in self.layers]) if self.per_layer == 2 else 0
 

@@ -73,9 +73,15 @@ class Norms:
         count = stop - start
         return Statistics(self.means.narrow(0, start, count), self.variances.narrow(0, start, count))
 
+    def measure(self, x: Tensor, start: int, stop: int) -> None:
+        """Find the statistics of these channels, whose values `x` holds."""
+        self.run.statistics(x, self.statistics(start, stop))
+        self.share(start, stop)
+
     def share(self, start: int, stop: int) -> None:
-        """Merge the statistics of these channels with those of the other processes."""
-        share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
+        """Merge the statistics of these channels with those of the other processes, if they share them."""
+        if self.group:
+            share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
 
     def fold(self, i: int) -> Affine:
         """Norm `i` for the statistics that there are by now."""

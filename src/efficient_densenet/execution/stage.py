@@ -16,6 +16,7 @@ Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing know
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     output = _with_input(x, stage)
     features = output.movedim(1, -1)
     folded = empty_folded(
-        features, features.shape[-1] + stage.bottlenecks, sum([stop - start for start, stop in stage.sources])
+        features, features.shape[-1] + stage.bottleneck_channels, sum([stop - start for start, stop in stage.sources])
     )
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     bottlenecks = _run_layers(features, stage, norms, first=True)
@@ -110,10 +111,8 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
     measure = first and stage.uses_batch
     width = features.shape[-1] - stage.growth
     if measure:
-        norms.run.statistics(features.narrow(-1, 0, width), norms.statistics(0, width))
-        if norms.group:
-            norms.share(0, width)
-    kept = {i: empty_like(features, stage.weights[i].shape[0]) for i in stage.kept_bottlenecks if first}
+        norms.measure(features.narrow(-1, 0, width), 0, width)
+    kept = {i: empty_like(features, stage.weights[i].shape[0]) for i in stage.kept_bottlenecks}
     bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers)
     done = 0
     if stage.runs_layers(features):
@@ -130,9 +129,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
                 _convolve(norms, last, stage, source, new, None, first)
                 _drop(new, stage, layer)
                 if measure:  # of the values after dropout
-                    norms.run.statistics(new, norms.statistics(width, stop))
-                    if norms.group:
-                        norms.share(width, stop)
+                    norms.measure(new, width, stop)
             else:
                 _convolve(norms, last, stage, source, new, (width, stop) if measure else None, first)
         width = stop
@@ -181,7 +178,7 @@ def _convolve(
     norms.run.norm_relu_conv(source, affine, stage.weights[i], out, into=into)
     if stage.biases:
         _add_bias(out, stage.biases[i], into)
-    if measured is not None and norms.group:
+    if measured is not None:
         norms.share(*measured)
 
 
@@ -193,12 +190,17 @@ def _add_bias(out: Tensor, bias: Tensor, statistics: Statistics | None) -> None:
 
 
 class Gradients(NamedTuple):
-    """Of the input ``(N, C_0, *spatial)``, of each norm's weight and bias, and of each convolution's."""
+    """Of the input (anything, if not wanted), of norms' weights and biases, and of convolutions' (None: not wanted)."""
 
     x: Tensor
     norms: list[tuple[Tensor, Tensor]]
     weights: list[Tensor | None]
     biases: list[Tensor]
+
+    def in_sequence(self) -> list[Tensor]:
+        """All that are wanted, in the order in which the operators return them."""
+        of_norms = chain.from_iterable(zip(*self.norms, strict=True))
+        return [self.x, *of_norms, *[weight for weight in self.weights if weight is not None], *self.biases]
 
 
 def backward(
@@ -219,7 +221,7 @@ def backward(
         features = _with_input(x.pop(), stage).movedim(1, -1)
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     if not stage.keeps_features:
-        bottlenecks = _run_layers(features, stage, norms, first=False)
+        _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
     readers = _Readers(stage, norms, types)
     grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
@@ -233,7 +235,7 @@ def backward(
             grad_out.pop(), features, norms.affine(-1), grad, norms.through_of(-1)
         )
         readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
-    remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=False))
+    remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=True))
     bottlenecks.clear()
     width = features.shape[-1]
     _finish_made(norms, stage, features, grad, width, len(stage.layers) - 1)

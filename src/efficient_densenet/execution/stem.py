@@ -26,11 +26,12 @@ from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
 from efficient_densenet.execution.pieces import Piece, held_values, pieces
 from efficient_densenet.execution.plan import Entry
+from efficient_densenet.execution.stage import Gradients
 from efficient_densenet.execution.stem_convolutions import (
     NOTHING,
     Convolution,
-    Given,
     Inner,
+    NoConvolution,
     OnImage,
     Wanted,
 )
@@ -99,15 +100,6 @@ class Kept(NamedTuple):
     made: Sequence[Tensor]
 
 
-class Gradients(NamedTuple):
-    """Of the input (None if not wanted), of each norm's weight and bias, and of each convolution's (likewise)."""
-
-    x: Tensor | None
-    norms: list[tuple[Tensor, Tensor]]
-    weights: list[Tensor | None]
-    biases: list[Tensor]
-
-
 def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
     """Convolution, norm and relu, as often as there are, and the max pool, of ``x: (N, C, *spatial)``.
 
@@ -126,9 +118,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         if not last or norm.constants is None:
             whole = _whole(convolution, parts, like, len(norm.weight))
             if norm.constants is None:
-                norms.run.statistics(whole, norms.statistics(*stem.sources[i]))
-                if norms.group:
-                    norms.share(*stem.sources[i])
+                norms.measure(whole, *stem.sources[i])
         affine = norms.fold(i)
         if i in stem.kept:
             made.append(whole)
@@ -181,20 +171,19 @@ def backward(
         parts = _pieces(i, like, stem)
         wanted = Wanted(i > 0 or need_x, bool(stem.weights) and types[i] is not None)
         whole = made.pop() if i in stem.kept else None
-        behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
-        if behind is None:
+        later, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
+        if later is None:
             of_norms.append(
                 _backward_of_pool(
                     grad_out.pop().movedim(1, -1), stem.pool, convolution, whole, parts, norms, any(wanted)
                 )
             )
         else:
-            assert isinstance(behind, Inner) and behind.grad_x is not None and whole is not None
-            grad = behind.grad_x
-            of_norms.append(behind.sums.gradients())
+            assert isinstance(later, Inner) and later.grad_x is not None and whole is not None
+            grad = later.grad_x
+            of_norms.append(later.sums.gradients())
             norms.finish(grad, whole, *stem.sources[i], grad)
-            del behind
-            del whole
+            del later, whole
             for images, lines, front, _ in parts:
                 own = slice(lines.start + front, lines.stop)
                 convolution.backward(images, own, grad[images, own])
@@ -204,7 +193,7 @@ def backward(
         if stem.biases:
             of_biases.append(_like(convolution.grad_bias, stem.biases[i], stem.biases[i].dtype))
     assert convolution is not None
-    grad_x = None if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
+    grad_x = x.new_empty(0) if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
     return Gradients(grad_x, of_norms[::-1], of_weights[::-1], of_biases[::-1])
 
 
@@ -243,14 +232,14 @@ def _backward_of_pool(
 
     again = sums.through is not None and go_on
     held: list[tuple[Tensor, Tensor]] = []
-    room = held_values(grad_out)
+    may_be_held = held_values(grad_out)
     for piece in parts:
         activations = activations_of(piece)
         grad = backward_of_piece(piece, activations, first=True)
-        room -= activations.numel() + grad.numel()
+        may_be_held -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
-        elif again and room >= 0:
+        elif again and may_be_held >= 0:
             held.append((activations, grad))
         del activations, grad
     found = sums.gradients()
@@ -277,7 +266,7 @@ def _convolution(
 ) -> Convolution:
     """What makes the activations before norm `i`."""
     if not stem.weights:
-        return Given(x, wanted)
+        return NoConvolution(x, wanted)
     bias = stem.biases[i] if stem.biases else None
     if i == 0:
         return OnImage(x, stem.weights[0], bias, stem.entry, wanted)

@@ -120,8 +120,8 @@ class Inner:
         return slice(start, min(self.x.shape[1], lines.stop + halo)), lines.start - start
 
 
-class Given:
-    """No convolution: ``x: (N, C, *spatial)`` as somebody else has made it."""
+class NoConvolution:
+    """None: ``x: (N, C, *spatial)`` as somebody else has made it."""
 
     grad_weight = grad_bias = None
 
@@ -143,4 +143,4 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
-Convolution = OnImage | Inner | Given
+Convolution = OnImage | Inner | NoConvolution
