@@ -29,7 +29,7 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
+    "ops": ["protocol", "layers", "profiled", "reference", "layout", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
         "__init__ averages buffers casts operands pieces synchronise plan profiling reading recompute transforms",
         "norms",

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import pieces
+from efficient_densenet.ops.layout import pieces
 
 
 def empty_activation(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:

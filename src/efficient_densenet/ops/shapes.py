@@ -12,9 +12,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
+from efficient_densenet.ops.convolution import convolve, convolve_backward
 from efficient_densenet.ops.cpu.tensors import own_convolution
 from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layout import pieces
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import (
-    convolve,
-    convolve_backward,
-    convolve_pooled,
-    pieces,
-    row_stride,
-)
+from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.layers import run_layers, run_layers_backward  # noqa: F401 (operations of this backend)
@@ -36,6 +30,7 @@ from efficient_densenet.ops.cpu.tensors import (
     rows_of,
     volume_of,
 )
+from efficient_densenet.ops.layout import pieces, row_stride
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of, volume_of
 from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
+from efficient_densenet.ops.layout import row_stride
 from efficient_densenet.ops.protocol import statistics_dtype
 
 _MOST_KEPT = 32  # of the sizes of images that were met
