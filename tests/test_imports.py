@@ -35,8 +35,8 @@ INSIDE = {
         "norms",
         "block",
         "operators stage stem_convolutions stem_pools",
-        "library stem",
-        "stem_library ready",
+        "stage_operators stem",
+        "stem_operators ready",
         "shared",
     ],
     "adopt": [

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
-from efficient_densenet.execution.library import StageArguments, run_stage
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
@@ -31,7 +30,8 @@ from efficient_densenet.execution.reading import (
 )
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import unrecorded
-from efficient_densenet.execution.stem_library import StemArguments, run_stem
+from efficient_densenet.execution.stage_operators import StageArguments, run_stage
+from efficient_densenet.execution.stem_operators import StemArguments, run_stem
 from efficient_densenet.execution.transforms import is_observed
 
 
