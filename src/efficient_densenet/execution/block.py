@@ -1,4 +1,4 @@
-"""What a dense block, with the transition or head after it, is to the engine: see `stage`."""
+"""A dense block, with the transition or head after it, as the engine in `stage` takes it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from efficient_densenet.ops.layers import Reader
 
 
 def keeps_features(keep: str, pool: int) -> bool:
-    """Whether a block's features stay for backward, for these attributes of a `Stage`.
+    """Whether a block's features are kept for backward, for these attributes of a `Stage`.
 
-    Not where a transition comes between them and the rest; a head needs them at once when backward begins.
+    With "inputs" they are not, if a transition follows. Otherwise they are the output, or a head reads them first in
+    backward: to compute them again would save nothing.
     """
     return keep != "inputs" or not pool
 

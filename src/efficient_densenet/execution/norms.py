@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The statistics of some channels, and norms that read slices of these channels, folded.
+    """The statistics of some channels, and the folded norms that read slices of these channels.
 
     Small tensors, kept for backward: nothing in them has to be found twice.
     """
@@ -84,7 +84,7 @@ class Norms:
             share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
 
     def fold(self, i: int) -> Affine:
-        """Norm `i` for the statistics that there are by now."""
+        """Fold norm `i` with its constants, or with the statistics that were found."""
         norm, affine = self.norms[i], self.affine(i)
         statistics = norm.constants
         if statistics is None:

@@ -15,8 +15,9 @@ from efficient_densenet.ops.layout import even_parts
 # GPU, 256 images are one. By then the blocks' memory, several times as much, is free again.
 _MOST = {"cpu": 8 << 20}
 _MOST_ELSEWHERE = 512 << 20
-# Bytes of pieces and of their gradients that may wait for their second use, at most, and how many times as much as the
-# input of the first block: even one that only doubles its width has just given back its features and their gradient.
+# Bytes of pieces and of their gradients that are held for their second use, at most; also at most so many times the
+# bytes of the first block's input. The backward pass of that block has just freed as much: its features and their
+# gradient, which are at least twice as wide as its input.
 _HELD = {"cpu": 64 << 20}
 _HELD_ELSEWHERE = 2 << 30
 _HELD_TIMES = 4

@@ -1,4 +1,4 @@
-"""The stem of an ImageNet network, convolutions with norm and relu behind each, then a max pool: forward and backward.
+"""The stem of an ImageNet network, convolutions with norm and relu after each, then a max pool: forward and backward.
 
 The output of the last convolution is the largest tensor of the network, and is kept only where that is wanted
 (`Stem.keeps_last`): else backward makes it again, a few images or lines at a time (see `pieces`), so that neither it
@@ -44,11 +44,11 @@ class Stem:
     """Its convolutions and norms in their order.
 
     Attributes:
-        norms: one behind each convolution; or one that reads the input, without a convolution.
+        norms: one after each convolution; or one that reads the input, without a convolution.
         weights: of the convolutions; all but the first keep the resolution.
         biases: of the convolutions, or nothing where none has one.
         entry: how the first convolution goes over the image.
-        pool: behind the last norm and relu.
+        pool: after the last norm and relu.
         group: names the processes that share their statistics; "" if none do.
         keeps_last: whether the output of the last convolution stays for backward. On a GPU that is much faster, and the
             blocks have several times as much to keep.
@@ -72,8 +72,8 @@ class Stem:
     def kept(self) -> list[int]:
         """The convolutions, by their number, whose outputs stay for backward.
 
-        Not a last one behind which the norm has constants: its output never was whole. What makes no convolution is the
-        input, which stays in any case.
+        Not the last one if the norm after it has constants: then its output never exists whole. Without a convolution,
+        the norm reads the input, which is kept in any case.
         """
         last = len(self.norms) - 1
         keeps_last = self.keeps_last and bool(self.weights) and self.norms[last].constants is None

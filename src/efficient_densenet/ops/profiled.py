@@ -2,7 +2,7 @@
 
 The profiler counts multiplications by the names of PyTorch's own operations, and kernels of ours have none. So a
 norm–relu–convolution holds an event of a matrix product of the same size. As everywhere in PyTorch, the shapes decide:
-how a convolution is computed (by Winograd's transform, behind its pool) does not matter.
+how a convolution is computed (by Winograd's transform, after its pool) does not matter.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
 
 def _pooled(scratch: Tensor, pool: int) -> Tensor:
-    """The prologue of a piece: in the scratch tensor, or, behind a pool, in one of its own."""
+    """The prologue of a piece: in the scratch tensor, or, after a pool, in one of its own."""
     n, *spatial, channels = scratch.shape
     return scratch if pool == 1 else scratch.new_empty((n, *(size // pool for size in spatial), channels))
 
