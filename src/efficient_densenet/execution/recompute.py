@@ -177,8 +177,8 @@ class Recorder(TorchDispatchMode):
         cheap, in_place = self._cheap(function)
         result = None if cheap is None else self._result(cheap, args, named, in_place)
         output = function(*args, **named)
-        if in_place and isinstance(args[0], Tensor):
-            self.results.pop(args[0].untyped_storage()._cdata, None)
+        for tensor in _written(function, args, named):
+            self.results.pop(tensor.untyped_storage()._cdata, None)
         if result is not None:
             made = output[0] if isinstance(output, tuple | list) else output
             if _is_whole(made) and _holds_little(result, made):
@@ -187,14 +187,14 @@ class Recorder(TorchDispatchMode):
         return output
 
     def _cheap(self, function: Any) -> tuple[Any, bool]:
-        """The operation to run again, out of place, if `function` is cheap; and whether it writes to its argument."""
-        if not function._schema.is_mutable or function.overloadpacket in self.cheap:
-            return function if function.overloadpacket in self.cheap else None, False
-        name = function.overloadpacket.__name__
+        """The operation to run again, out of place, if `function` is cheap; and whether it wrote to its argument."""
+        packet, overload = function.overloadpacket, function._overloadname
+        if not function._schema.is_mutable or (packet in _BATCH_NORMS and "out" not in overload):
+            return function if packet in self.cheap else None, False
+        name = packet.__name__
         packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        overload = function._overloadname
         if packet is None or packet not in self.cheap or overload not in packet.overloads():
-            return None, True
+            return None, False
         return getattr(packet, overload), True
 
     def _result(self, cheap: Any, args: Sequence[Any], named: dict[str, Any], in_place: bool) -> _Result | None:
@@ -237,6 +237,16 @@ def _is_whole(tensor: Tensor) -> bool:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # tensors made in inference mode have none
+
+
+def _written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation writes to: its first argument, the one called ``out``, or whatever else."""
+    if not function._schema.is_mutable:
+        return
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else named.get(argument.name)
+            yield from [t for t in (given if isinstance(given, list | tuple) else [given]) if isinstance(t, Tensor)]
 
 
 def _has_storage(tensor: Tensor) -> bool:
