@@ -85,8 +85,8 @@ class Passes(ABC):
         self.backward_operator.register_vmap(one_by_one(self.backward_operator))
 
     @abstractmethod
-    def read(self, x: Tensor, arguments: Any) -> torch.Size:
-        """The shape of what the first norm reads."""
+    def first_normed(self, x: Tensor, arguments: Any) -> torch.Size:
+        """The shape ``(N, C, *spatial)`` of what the first norm reads."""
 
     @abstractmethod
     def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
@@ -168,9 +168,8 @@ class Passes(ABC):
         arguments = self.arguments(*groups, *ctx.plain)
         grad_output[0] = grad_output[0].resolve_neg()  # as the input of `shared.run`
         first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)
-        wanted = [*need_weights, *[True] * len(arguments.biases)]
-        types = [dtype for dtype, need in zip(ctx.types, wanted, strict=True) if need]
         weight_types = _wanted(ctx.types[: len(need_weights)], need_weights)
+        types = [*filter(None, weight_types), *ctx.types[len(need_weights) :]]
 
         def run(*lists: list[Tensor]) -> list[Tensor]:
             given = Given(*lists)
@@ -229,7 +228,7 @@ class Passes(ABC):
     def _check_values(self, x: Tensor, arguments: Any) -> None:
         """As batch norms do it; for tensors without values too, so that a compiler has the same error."""
         if any(arguments.uses_batch) and not arguments.group:
-            shape = self.read(x, arguments)
+            shape = self.first_normed(x, arguments)
             if prod(shape) == shape[1]:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 

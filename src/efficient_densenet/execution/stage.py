@@ -234,7 +234,7 @@ def backward(
         of_norm = norms.run.norm_relu_mean_backward(
             grad_out.pop(), features, norms.affine(-1), grad, norms.through_of(-1)
         )
-        readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
+        readers.of_norms[-1] = norms.parameter_gradients(-1, *of_norm)
     remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=True))
     bottlenecks.clear()
     width = features.shape[-1]
@@ -262,7 +262,7 @@ def backward(
         _finish_made(norms, stage, features, grad, width, layer - 1)
     grad_x = empty_like(grad, width)
     norms.finish(grad.narrow(-1, 0, width), features.narrow(-1, 0, width), 0, width, grad_x)
-    return Gradients(grad_x.movedim(-1, 1), readers.norms, readers.weights, readers.biases)
+    return Gradients(grad_x.movedim(-1, 1), readers.of_norms, readers.of_weights, readers.of_biases)
 
 
 def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, stop: int, layer: int) -> None:
@@ -276,11 +276,11 @@ def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, sto
 class _Readers:
     """Every norm–relu–convolution that reads features, and the parameter gradients gathered from them."""
 
-    def __init__(self, stage: Stage, norms_of_stage: Norms, types: Sequence[torch.dtype | None]) -> None:
-        self.stage, self.norms_of_stage, self.types = stage, norms_of_stage, types
-        self.norms: list[Any] = [None] * len(stage.norms)
-        self.weights: list[Tensor | None] = [None] * len(stage.weights)
-        self.biases: list[Any] = [None] * len(stage.biases)
+    def __init__(self, stage: Stage, norms: Norms, types: Sequence[torch.dtype | None]) -> None:
+        self.stage, self.norms, self.types = stage, norms, types
+        self.of_norms: list[Any] = [None] * len(stage.norms)
+        self.of_weights: list[Tensor | None] = [None] * len(stage.weights)
+        self.of_biases: list[Any] = [None] * len(stage.biases)
 
     def backward(
         self,
@@ -294,12 +294,12 @@ class _Readers:
         """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`."""
         if self.stage.biases:
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
-            self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
-        norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
+            self.of_biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
+        norm, through = self.norms.affine(i), self.norms.through_of(i)
         weight, need_weight = self.stage.weights[i], self.types[i] is not None
         operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
-        self.weights[i], *of_norm = self.norms_of_stage.run.norm_relu_conv_backward(operands)
-        self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
+        self.of_weights[i], *of_norm = self.norms.run.norm_relu_conv_backward(operands)
+        self.of_norms[i] = self.norms.parameter_gradients(i, *of_norm)
 
     def run_layers_backward(self, features: Tensor, grad: Tensor, kept: dict[int, Tensor]) -> int:
         """Backward through layers in as few calls as can be, from the last on; returns how many layers are left.
@@ -319,7 +319,7 @@ class _Readers:
         self, features: Tensor, grad: Tensor, kept: dict[int, Tensor], start: int, stop: int
     ) -> int:
         """Layers from `start` to `stop` in one call: how many of them, from the last on, are done."""
-        stage, norms = self.stage, self.norms_of_stage
+        stage, norms = self.stage, self.norms
         bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers[start:stop])
         layers = _layers(features, stage, norms, [*[None] * start, *bottlenecks], stop)
         sizes = [len(reader.norm_weight) for reader in layers.readers]
@@ -339,8 +339,8 @@ class _Readers:
         # Parts of one tensor, but no views of it to autograd: who changes one in place does not touch the others.
         of_norms = torch.unsafe_split_with_sizes(grad_norms, [*sizes, *sizes])
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
-            self.weights[i] = grad_weights[i]
-            self.norms[i] = norms.parameter_gradients(i, of_norms[i], of_norms[i + len(sizes)])
+            self.of_weights[i] = grad_weights[i]
+            self.of_norms[i] = norms.parameter_gradients(i, of_norms[i], of_norms[i + len(sizes)])
             kept.pop(i, None)
         return done
 

@@ -69,7 +69,7 @@ class _StagePasses(Passes):
     name = "stage"
     arguments = StageArguments
 
-    def read(self, x: Tensor, arguments: StageArguments) -> torch.Size:
+    def first_normed(self, x: Tensor, arguments: StageArguments) -> torch.Size:
         return x.shape
 
     def forward(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:

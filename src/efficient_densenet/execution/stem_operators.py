@@ -59,7 +59,7 @@ class _StemPasses(Passes):
     name = "stem"
     arguments = StemArguments
 
-    def read(self, x: Tensor, arguments: StemArguments) -> torch.Size:
+    def first_normed(self, x: Tensor, arguments: StemArguments) -> torch.Size:
         images, *size, _ = arguments.engine().like(x).shape
         return torch.Size((images, len(arguments.norm_weights[0]), *size))
 
