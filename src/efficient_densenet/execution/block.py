@@ -98,11 +98,12 @@ class Stage:
 
     @cached_property
     def uses_batch(self) -> bool:
+        """Whether any norm uses the batch's statistics."""
         return None in [norm.constants for norm in self.norms]
 
     @cached_property
     def readers(self) -> list[Reader]:
-        """Those of the layers, for a backend that runs several in one call."""
+        """The norm–relu–convolutions of all layers, for a backend that runs several in one call."""
         count = len(self.layers) * self.per_layer
         parts = zip(self.weights[:count], self.norms, self.sources, strict=False)
         return [Reader(weight, *norm, start) for weight, norm, (start, _) in parts]

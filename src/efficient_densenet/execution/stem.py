@@ -36,6 +36,7 @@ from efficient_densenet.execution.stem_convolutions import (
     Wanted,
 )
 from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
+from efficient_densenet.ops.convolution import gradient_like
 from efficient_densenet.ops.layers import Reader
 
 
@@ -189,9 +190,9 @@ def backward(
                 convolution.backward(images, own, grad[images, own])
         if stem.weights:
             dtype = types[i]
-            of_weights.append(None if dtype is None else _like(convolution.grad_weight, stem.weights[i], dtype))
+            of_weights.append(None if dtype is None else gradient_like(convolution.grad_weight, stem.weights[i], dtype))
         if stem.biases:
-            of_biases.append(_like(convolution.grad_bias, stem.biases[i], stem.biases[i].dtype))
+            of_biases.append(gradient_like(convolution.grad_bias, stem.biases[i]))
     assert convolution is not None
     grad_x = x.new_empty(0) if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
     return Gradients(grad_x, of_norms[::-1], of_weights[::-1], of_biases[::-1])
@@ -287,10 +288,3 @@ def _whole(convolution: Convolution, parts: Sequence[Piece], like: Tensor, chann
     for images, lines, front, _ in parts:
         out[images, lines.start + front : lines.stop] = convolution.make(images, lines)[:, front:]
     return out
-
-
-def _like(grad: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in this type, and in the memory format of the parameter; zero if there was no image."""
-    like = torch.zeros_like if grad is None else torch.empty_like
-    made = like(parameter, dtype=dtype)
-    return made if grad is None else made.copy_(grad)

@@ -1,4 +1,4 @@
-"""The convolutions between the fused passes, by PyTorch itself.
+"""The convolutions between the fused passes, by PyTorch itself, and the form of their weights' gradients.
 
 On a CPU they are oneDNN's. Where kernels of our own are faster, `cpu` does not come here.
 """
@@ -6,6 +6,7 @@ On a CPU they are oneDNN's. Where kernels of our own are faster, `cpu` does not 
 from __future__ import annotations
 
 import functools
+from math import prod
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: 
         channels_first(grad_out), channels_first(s), weight, None, *_geometry(weight), [True, need_weight, False]
     )
     return channels_last(g).contiguous(), grad_weight
+
+
+def gradient_like(grad: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient in its parameter's memory format, and in this type (None: the parameter's); zero if there is none."""
+    if grad is None:
+        return torch.zeros_like(parameter, dtype=dtype)
+    same_type = grad.dtype == (parameter.dtype if dtype is None else dtype)
+    if same_type and prod(parameter.shape[2:]) == 1 and grad.is_contiguous() and parameter.is_contiguous():
+        return grad.as_strided(parameter.shape, parameter.stride())  # only strides of single pixels may differ
+    return torch.empty_like(parameter, dtype=dtype).copy_(grad)
 
 
 def _geometry(weight: Tensor) -> tuple:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled
+from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled, gradient_like
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
 from efficient_densenet.ops.cpu.layers import run_layers, run_layers_backward  # noqa: F401 (operations of this backend)
@@ -131,7 +131,7 @@ def _backward_in_passes(operands: BackwardOperands, sums: Tensor) -> Tensor | No
             gw = gw.to(norm.scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, norm, grad_x[images], accumulate, pool, sums)
-    return _like(grad_weight, weight) if need_weight else None
+    return gradient_like(grad_weight, weight) if need_weight else None
 
 
 def _identity(norm: Affine) -> Affine:
@@ -248,15 +248,6 @@ def _put(moments: Tensor | None, into: Statistics | None) -> None:
     if moments is not None and into is not None:
         into.mean.copy_(moments[0])
         into.variance.copy_(moments[1])
-
-
-def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
-    """The gradient in the type and memory format of the weight; zero if there was no image."""
-    if grad is None:
-        return torch.zeros_like(weight)
-    if grad.dtype == weight.dtype and prod(weight.shape[2:]) == 1 and weight.is_contiguous():
-        return grad.as_strided(weight.shape, weight.stride())  # formats differ in the strides of single pixels alone
-    return torch.empty_like(weight).copy_(grad)
 
 
 def _constants(*vectors: Tensor) -> list[int]:
