@@ -221,6 +221,12 @@ def test_what_was_overwritten_is_not_computed_again(overwrite):
     assert torch.equal(*gradients)
 
 
+def test_sparse_tensors_may_be_changed_in_place():
+    with recomputing():
+        sparse = torch.eye(3).to_sparse().mul_(2)
+    assert torch.equal(sparse.to_dense(), 2 * torch.eye(3))
+
+
 def test_hooks_inside_a_layer_see_each_activation_once():
     ordinary, efficient = pair(PLAIN)
     seen = []

@@ -186,7 +186,7 @@ class Passes(ABC):
             made = self.backward(given, need_x, weight_types, arguments)
             return [*made[:first], *copies_in(made[first:], types)]
 
-        # Whoever calls backward in a context of autocast would have others' types for the convolutions that run again.
+        # A context of autocast around backward would cast what the convolutions that run again read.
         with labelled_backward(ctx), torch._C._DisableAutocast():
             found = iter(for_each(run, grad_output, x, packed))
         of_x = next(found)

@@ -178,7 +178,8 @@ class Recorder(TorchDispatchMode):
         result = None if cheap is None else self._result(cheap, args, named, in_place)
         output = function(*args, **named)
         for tensor in _written(function, args, named):
-            self.results.pop(tensor.untyped_storage()._cdata, None)
+            if tensor.layout == torch.strided:  # others have no storage
+                self.results.pop(tensor.untyped_storage()._cdata, None)
         if result is not None:
             made = output[0] if isinstance(output, tuple | list) else output
             if _is_whole(made) and _holds_little(result, made):
