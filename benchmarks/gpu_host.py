@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_densenet import densenet121, densenet_cifar
 from efficient_densenet.execution import KEEP, buffers, operators, shared, transforms
-from efficient_densenet.execution.stem_library import StemArguments
+from efficient_densenet.execution.stem_operators import StemArguments
 from efficient_densenet.ops import triton as kernels
 from efficient_densenet.ops.triton import launch, recording
 from efficient_densenet.ops.triton.recording import Recording

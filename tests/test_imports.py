@@ -29,14 +29,14 @@ RANK = {
 }
 # Inside these packages a file may import those before it, and those on its own line.
 INSIDE = {
-    "ops": ["protocol", "layers", "profiled", "reference", "convolution", "eager", "cpu triton", "shapes"],
+    "ops": ["protocol", "layers", "profiled", "reference", "layout", "convolution", "eager", "cpu triton", "shapes"],
     "execution": [
         "__init__ averages buffers casts operands pieces synchronise plan profiling reading recompute transforms",
         "norms",
         "block",
         "operators stage stem_convolutions stem_pools",
-        "library stem",
-        "stem_library ready",
+        "stage_operators stem",
+        "stem_operators ready",
         "shared",
     ],
     "adopt": [

@@ -234,10 +234,8 @@ def end_of_backward() -> bool:
 
 
 def below_autocast() -> bool:
-    with torch.autocast("cpu", torch.bfloat16):
-        key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), torch._C._DisableAutocast():
+        return torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
 
 
 def what_operations_change() -> bool:
@@ -389,7 +387,7 @@ CHECKS = {
     "_cdata": shared_memory,
     "_version": changed_in_place,
     "_execution_engine": end_of_backward,
-    "_ExcludeDispatchKeyGuard": below_autocast,
+    "_DisableAutocast": below_autocast,
     "_get_default_group _resolve_process_group _get_default_store": groups,
     "_get": lightning_gets,
     "_max_lr _min_lr": rates_that_were_tried,

@@ -12,7 +12,7 @@ from others import monai_small, timm_small, torchvision_small
 from efficient_densenet import DenseNet, make_efficient, report, restore
 from efficient_densenet.execution import KEEP, pieces
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.ops import convolution
+from efficient_densenet.ops import layout
 
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
@@ -114,7 +114,7 @@ def test_the_peak_that_is_told_is_the_peak_of_a_training_step(keep, monkeypatch)
 
     That of other networks is tested with `plan`, which it comes from.
     """
-    monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)
+    monkeypatch.setitem(layout.SCRATCH, "cpu", 1)
     monkeypatch.setitem(pieces._MOST, "cpu", 1 << 15)
     monkeypatch.setitem(pieces._HELD, "cpu", 0)
     model, peaks = make_efficient(torchvision_small(block_config=(3, 3, 3)), keep), []

@@ -13,7 +13,7 @@ from torch import nn
 from efficient_densenet import dense_block
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.ops import convolution
+from efficient_densenet.ops import layout
 
 READS, MAKES, WIDE, LAYERS = 5, 2, 12, 3  # channels: of the input, of each layer and of its bottleneck output
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -24,7 +24,7 @@ every_format = pytest.mark.parametrize("layout", FORMATS)
 
 @pytest.fixture(autouse=True)
 def pieces_of_one_image(monkeypatch):
-    monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)
+    monkeypatch.setitem(layout.SCRATCH, "cpu", 1)
 
 
 @cache  # it is looked at once

@@ -12,9 +12,9 @@ from efficient_densenet.adopt.planner import ORDINARY, RECOMPUTE, WAYS
 from efficient_densenet.adopt.step import step_memory
 from efficient_densenet.cli import main
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.ops import convolution
+from efficient_densenet.ops import layout
 
-USUAL, LITTLE = convolution.SCRATCH["cpu"], 1 << 16  # bytes of a scratch tensor
+USUAL, LITTLE = layout.SCRATCH["cpu"], 1 << 16  # bytes of a scratch tensor
 # Each with a batch whose activations outweigh that of the scratch tensor.
 NETWORKS = {
     "L=16": (lambda: DenseNet(3, 12, 12, (4, 4, 4), num_classes=2), (3, 32, 32), 12, LITTLE),
@@ -57,7 +57,7 @@ def measured(model, image, batch_size, autocast=None):
 )
 def test_the_planned_peak_is_the_peak(name, autocast, monkeypatch):
     build, image, batch_size, scratch = NETWORKS[name]
-    monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)
+    monkeypatch.setitem(layout.SCRATCH, "cpu", scratch)
     model = build()
     for way in WAYS:
         run_as(model, way)
@@ -110,7 +110,7 @@ def test_the_fastest_that_fits_is_recommended():
 
 def test_large_batches_lie_on_a_line(monkeypatch):
     build, image, batch_size, scratch = NETWORKS["BC L=28"]
-    monkeypatch.setitem(convolution.SCRATCH, "cpu", scratch)
+    monkeypatch.setitem(layout.SCRATCH, "cpu", scratch)
     counted = plan(build(), image, batch_size=5 * batch_size)
     monkeypatch.setattr(planner, "_MOST_COUNTED", 4 * batch_size)
     for one, other in zip(plan(build(), image, batch_size=5 * batch_size).ways, counted.ways, strict=True):

@@ -12,7 +12,7 @@ from twins import BOTTLENECK, PLAIN, efficient_network
 
 from efficient_densenet import DenseNet, dense_block, ops
 from efficient_densenet.execution import KEEP
-from efficient_densenet.ops.cpu import layers as native
+from efficient_densenet.ops import cpu
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.layers import LayersBackward
@@ -44,8 +44,8 @@ def done(monkeypatch):
 
         return counting
 
-    for name in ("run", "run_backward"):
-        monkeypatch.setattr(native, name, counted(getattr(native, name)))
+    for name in ("run_layers", "run_layers_backward"):
+        monkeypatch.setattr(cpu, name, counted(getattr(cpu, name)))
     return counts
 
 

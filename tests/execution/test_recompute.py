@@ -27,7 +27,7 @@ from twins import (
     without_running_statistics,
 )
 
-from efficient_densenet import DenseNet
+from efficient_densenet import DenseNet, recomputing
 from efficient_densenet.execution import recompute
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.models import DenseLayer
@@ -195,6 +195,37 @@ def test_a_changed_activation_is_noticed():
     features.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         weighted_sum(output).backward()
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda s, new: s.copy_(new),
+        lambda s, new: s[:, 1:].copy_(new[:, 1:]),
+        lambda s, new: torch.mul(new, 2, out=s),
+        lambda s, new: torch.clamp(new, 0, out=s),
+        lambda s, new: torch.abs(new, out=s.view(-1)[: new.numel()].view_as(new)),
+        lambda s, new: torch._foreach_mul_([s, s.detach()], 3.0),
+    ],
+)
+def test_what_was_overwritten_is_not_computed_again(overwrite):
+    x, new = images(), images().cos()
+    gradients = []
+    for context in (nullcontext, recomputing):
+        weight = torch.ones(3, 1, 1, dtype=torch.float64, requires_grad=True)
+        with context():
+            s = torch.relu(x)
+            overwrite(s, new)
+            product = weight * s
+        product.square().sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_sparse_tensors_may_be_changed_in_place():
+    with recomputing():
+        sparse = torch.eye(3).to_sparse().mul_(2)
+    assert torch.equal(sparse.to_dense(), 2 * torch.eye(3))
 
 
 def test_hooks_inside_a_layer_see_each_activation_once():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from comparison import assert_close, gradients, training_step, weighted_sum
+from comparison import assert_close, assert_identical, gradients, training_step, weighted_sum
 from torch import nn
 from twins import BOTTLENECK, IMAGENET, NETWORKS, PLAIN, images, norms, pair
 
-from efficient_densenet import make_efficient, report
+from efficient_densenet import make_efficient, ops, report
 from efficient_densenet.execution import KEEP
 
 every_network = pytest.mark.parametrize("arguments", NETWORKS.values(), ids=NETWORKS.keys())
@@ -219,6 +220,21 @@ def test_autocast_leaves_double_precision_alone(keep):
         weighted_sum(output).backward()
         results.append({"output": output.detach(), **gradients(network)})
     assert_close(results[1], results[0])
+
+
+@every_network
+@every_keep
+@pytest.mark.parametrize("backend", [nullcontext, ops.plain_pytorch], ids=["this processor's", "plain PyTorch"])
+def test_backward_in_a_context_of_autocast_has_the_types_of_forward(arguments, keep, backend):
+    _, network = pair(arguments, keep, dtype=torch.float32)
+    with backend():
+        loss = weighted_sum(network.features(images(dtype=torch.float32)))
+        loss.backward(retain_graph=True)
+        expected = gradients(network)
+        network.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    assert_identical(gradients(network), expected)
 
 
 def mixed_precision_step(network, x, scaler):

@@ -13,7 +13,7 @@ from twins import IMAGENET, images, pair
 from efficient_densenet import DenseNet, densenet_cifar, make_efficient
 from efficient_densenet.execution import KEEP
 from efficient_densenet.measure.memory import peak_bytes
-from efficient_densenet.ops import convolution, plain_pytorch
+from efficient_densenet.ops import layout, plain_pytorch
 
 every_keep = pytest.mark.parametrize("keep", KEEP)
 
@@ -46,7 +46,7 @@ def test_bytes_kept_by_a_block_and_its_transition(keep, bottlenecks, features, l
 @pytest.mark.parametrize(("keep", "buffers"), [("features", 1), ("inputs", 2)])
 def test_bytes_that_backward_through_a_block_adds(keep, buffers, monkeypatch):
     """Of each image D, with `"inputs"` X too, and one bottleneck output with its gradient: nothing else at any time."""
-    monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)  # of one image
+    monkeypatch.setitem(layout.SCRATCH, "cpu", 1)  # of one image
     init, growth, width, layers, pixels = 24, 8, 32, 3, 16 * 16
     parts, peaks = make_efficient(DenseNet(3, init, growth, (layers, 1), 0.5, bn_size=4).features[1:3], keep), []
     for n in (8, 16):

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from twins import BOTTLENECK, IMAGENET, images, pair
 
 from efficient_densenet import DenseNet
-from efficient_densenet.execution import KEEP, library, operators, stem_library
+from efficient_densenet.execution import KEEP, operators, stage_operators, stem_operators
 from efficient_densenet.execution.plan import sources
 
 EVERY_CHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -47,7 +47,7 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
     read = [channel for source in sources(4, made, per_layer, pool > 0) for channel in source]
     eps, scales = [1e-5] * len(norm_weights), [2.0] * len(masks)
     plain = (uses_batch, eps, read, contiguous, scales, per_layer, pool, keep, "")
-    return x, *library.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
+    return x, *stage_operators.StageArguments(norm_weights, norm_biases, weights, biases, masks, constants, *plain)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def stage_arguments(per_layer, pool, keep, masked=False, requires_grad=True, bia
 @pytest.mark.parametrize("biased", [False, True])
 def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biased):
     arguments = stage_arguments(per_layer, pool, keep, masked, biased=biased)
-    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK)
+    torch.library.opcheck(stage_operators.run_stage.forward_operator, arguments, test_utils=EVERY_CHECK)
 
 
 @pytest.mark.parametrize("per_layer", [1, 2])
@@ -66,12 +66,14 @@ def test_stage_forward_is_a_proper_operator(per_layer, pool, keep, masked, biase
 def test_fakes_are_like_the_real_thing(per_layer, pool, contiguous, keep):
     """Shapes, types and memory layouts of all that the operators return."""
     arguments = stage_arguments(per_layer, pool, keep, requires_grad=False, contiguous=contiguous)
-    packed = library.stage_forward(*arguments)
-    x, saved = library.run_stage.saves(arguments[0], packed, library.StageArguments(*arguments[1:]))
+    packed = stage_operators.run_stage.forward_operator(*arguments)
+    x, saved = stage_operators.run_stage.saves(arguments[0], packed, stage_operators.StageArguments(*arguments[1:]))
     need_weights = [i != 0 for i in range(2 * per_layer + (pool > 0))]
     backward = ([torch.randn_like(packed[0])], x, saved, True, need_weights, *arguments[1:])
-    torch.library.opcheck(library.stage_forward, arguments, test_utils=EVERY_CHECK[:3])
-    torch.library.opcheck(library.stage_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(stage_operators.run_stage.forward_operator, arguments, test_utils=EVERY_CHECK[:3])
+    torch.library.opcheck(
+        stage_operators.run_stage.backward_operator, backward, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -89,12 +91,14 @@ def test_the_stems_operators_are_proper(convolutions, blurred, keeps_last, froze
     filters, blur = ([tensor(4, 1, 3, 3)], ([1] * 4, "reflect", [2, 2])) if blurred else ([], ([], "", []))
     plain = ([not frozen] * norms, [1e-5] * norms, *entry, 1, *blur, "", keeps_last)
     arguments = (norm_weights, norm_biases, weights, biases, constants, filters, *plain)
-    output, *kept = stem_library.stem_forward(x, *arguments)
+    output, *kept = stem_operators.run_stem.forward_operator(x, *arguments)
     backward = ([torch.randn_like(output)], [x], kept, True, [i != 0 for i in range(convolutions)], *arguments)
-    torch.library.opcheck(stem_library.stem_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        stem_operators.run_stem.backward_operator, backward, test_utils=("test_schema", "test_faketensor")
+    )
     for leaf in (x, *norm_weights, *norm_biases, *weights, *biases):
         leaf.requires_grad_()
-    torch.library.opcheck(stem_library.stem_forward, (x, *arguments), test_utils=EVERY_CHECK)
+    torch.library.opcheck(stem_operators.run_stem.forward_operator, (x, *arguments), test_utils=EVERY_CHECK)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -196,18 +200,18 @@ def test_memory_that_is_given_back_is_not_read(keep, dtype):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_operators_refuse_tangents(gradients):
     x, *others = stage_arguments(2, 2, "bottleneck", requires_grad=gradients)
-    packed = library.stage_forward(x, *others)
+    packed = stage_operators.run_stage.forward_operator(x, *others)
     grad, need = torch.ones_like(packed[0]), [True] * len(others[2])
     with torch.autograd.forward_ad.dual_level():
         dual = [torch.autograd.forward_ad.make_dual(t, t.cos()) for t in (x, grad)]
         with pytest.raises((RuntimeError, NotImplementedError)):
-            library.stage_forward(dual[0], *others)
+            stage_operators.run_stage.forward_operator(dual[0], *others)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            library.stage_backward(dual[1], None, packed, need, *others)
+            stage_operators.run_stage.backward_operator(dual[1], None, packed, need, *others)
         with torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
-            library.stage_forward(dual[0], *others)
+            stage_operators.run_stage.forward_operator(dual[0], *others)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda x: library.stage_forward(x, *others)[0], (x,), (x.cos(),))
+        torch.func.jvp(lambda x: stage_operators.run_stage.forward_operator(x, *others)[0], (x,), (x.cos(),))
 
 
 @pytest.mark.parametrize("keep", KEEP)
@@ -215,12 +219,12 @@ def test_operators_are_counted_with_what_they_compute_again(keep):
     """Of two layers with bottlenecks on 4 channels and a transition: see `stage_arguments`."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    library.run_stage.count()
+    stage_operators.run_stage.count()
     x, *others = stage_arguments(2, 2, keep)
     pixels, pointwise, windowed, transition = 2 * 6 * 5, 6 * (4 + 7), 2 * 3 * 6 * 9, 5 * 10
     every = pointwise + windowed + transition
     with FlopCounterMode(display=False) as counter:
-        output = library.stage_forward(x, *others)[0]
+        output = stage_operators.run_stage.forward_operator(x, *others)[0]
         assert counter.get_total_flops() == 2 * pixels * every
         output.sum().backward()
     # The first bottleneck output is cheap to make again: it is never kept.
@@ -231,14 +235,16 @@ def test_operators_are_counted_with_what_they_compute_again(keep):
 def cast_step(wanted, run):
     """The gradients of a float32 stage on bfloat16 activations, and what they are of."""
     x, *others = stage_arguments(2, 2, "bottleneck", biased=True)
-    arguments = library.StageArguments(*[[t.float() for t in some] for some in others[:4]], *others[4:])
+    arguments = stage_operators.StageArguments(*[[t.float() for t in some] for some in others[:4]], *others[4:])
     constants = [t.float() for t in arguments.constants]
     weights = [w.to(memory_format=torch.channels_last) for w in arguments.weights]
     parameters = [[t.detach().requires_grad_() for t in some] for some in (*arguments[:2], weights, arguments.biases)]
     for weight, need in zip(parameters[2], wanted, strict=True):
         weight.requires_grad_(need)
     x = x.detach().to(torch.bfloat16).requires_grad_()
-    run(x, library.StageArguments(*parameters, [], constants, *arguments[6:]))[0].float().square().sum().backward()
+    run(x, stage_operators.StageArguments(*parameters, [], constants, *arguments[6:]))[
+        0
+    ].float().square().sum().backward()
     return [x.grad, *(t.grad for some in parameters for t in some)], [x, *(t for some in parameters for t in some)]
 
 
@@ -248,10 +254,10 @@ def test_weights_are_cast_together_as_one_by_one(wanted, monkeypatch):
     counts = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (counts.append(len(of)), copy(to, of))[1])
-    ours, leaves = cast_step(wanted, lambda x, given: library.run_stage(x, given, torch.bfloat16))
+    ours, leaves = cast_step(wanted, lambda x, given: stage_operators.run_stage(x, given, torch.bfloat16))
     assert counts == [10, 5 + sum(wanted)]
     one_by_one, _ = cast_step(
-        wanted, lambda x, given: library.run_stage(x, operators.cast_one_by_one(given, torch.bfloat16))
+        wanted, lambda x, given: stage_operators.run_stage(x, operators.cast_one_by_one(given, torch.bfloat16))
     )
     for gradient, expected, leaf in zip(ours, one_by_one, leaves, strict=True):
         assert (gradient is None) == (expected is None) == (not leaf.requires_grad)
@@ -265,7 +271,7 @@ def test_what_watches_single_operations_sees_single_casts(monkeypatch):
 
     def run(x, arguments):
         with torch.utils.flop_counter.FlopCounterMode(display=False):
-            return library.run_stage(x, arguments, torch.bfloat16)
+            return stage_operators.run_stage(x, arguments, torch.bfloat16)
 
     gradients, leaves = cast_step((True,) * 5, run)
     assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
@@ -273,7 +279,7 @@ def test_what_watches_single_operations_sees_single_casts(monkeypatch):
 
 def test_gradients_in_batches_of_cast_weights():
     def run(x, arguments):
-        output = library.run_stage(x, arguments, torch.bfloat16)[0]
+        output = stage_operators.run_stage(x, arguments, torch.bfloat16)[0]
         batch = torch.eye(2, dtype=torch.bfloat16)[:, :, None, None, None].expand(2, *output.shape)
         (rows,) = torch.autograd.grad(output, arguments.weights[0], batch, retain_graph=True, is_grads_batched=True)
         for row, gradient in zip(rows, batch, strict=True):

@@ -14,7 +14,7 @@ from efficient_densenet.adopt.look import look
 from efficient_densenet.adopt.trial import Tensors
 from efficient_densenet.execution import pieces, shared
 from efficient_densenet.execution.plan import parts
-from efficient_densenet.execution.stem_library import StemArguments
+from efficient_densenet.execution.stem_operators import StemArguments
 from efficient_densenet.measure.memory import peak_bytes
 from efficient_densenet.ops import plain_pytorch
 

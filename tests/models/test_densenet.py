@@ -160,6 +160,12 @@ def test_cifar_depths(depth, bottleneck, nearest):
         densenet_cifar(depth, 4, bottleneck)
 
 
+@pytest.mark.parametrize("arguments", [("40", 12), (40.0, 12), (40, None), (40, 0)])
+def test_cifar_arguments_that_are_no_whole_numbers(arguments):
+    with pytest.raises(UserError, match=r"(depth|growth_rate) must be a whole number of at least 1, not"):
+        densenet_cifar(*arguments)
+
+
 def test_unknown_variant():
     with pytest.raises(UserError, match="no network called 'resnet50'; there are: densenet121"):
         build("resnet50")

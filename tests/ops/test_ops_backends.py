@@ -16,7 +16,7 @@ from operands import (
     weight_for,
 )
 
-from efficient_densenet.ops import convolution, cpu, eager, reference
+from efficient_densenet.ops import cpu, eager, layout, reference
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
@@ -65,7 +65,7 @@ def ops(request):
 @pytest.fixture
 def scratch(pieces, monkeypatch):
     if pieces:
-        monkeypatch.setitem(convolution.SCRATCH, "cpu", 1)
+        monkeypatch.setitem(layout.SCRATCH, "cpu", 1)
 
 
 def assert_close(actual, expected, dtype):

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import efficient_densenet
 from efficient_densenet import UserError, densenet_cifar
 from efficient_densenet.ops import cpu, eager, reference
-from efficient_densenet.ops.cpu import layers as cpu_layers
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu import stem as cpu_stem
 from efficient_densenet.ops.cpu.instructions import Instructions, convolutions
@@ -377,7 +376,7 @@ def test_networks_run_on_the_kernels(monkeypatch):
         cpu, "norm_relu_conv", lambda *a, run=cpu.norm_relu_conv, **k: (calls.append(1), run(*a, **k))[1]
     )
     layers = []
-    monkeypatch.setattr(cpu_layers, "run", lambda *a, run=cpu_layers.run: (layers.append(run(*a)), layers[-1])[1])
+    monkeypatch.setattr(cpu, "run_layers", lambda *a, run=cpu.run_layers: (layers.append(run(*a)), layers[-1])[1])
     densenet_cifar(10, 4, efficient=True)(torch.randn(2, 3, 32, 32))
     one_by_one = 0 if library.load().convolves else 2 * 3
     assert len(calls) == one_by_one + 2  # transitions

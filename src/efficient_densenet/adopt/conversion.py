@@ -19,8 +19,8 @@ from efficient_densenet.adopt.decide import Adoption, Segment, Way
 from efficient_densenet.adopt.survey import Finding, networks, survey
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Keep
-from efficient_densenet.execution.library import run_stage
-from efficient_densenet.execution.stem_library import run_stem
+from efficient_densenet.execution.stage_operators import run_stage
+from efficient_densenet.execution.stem_operators import run_stem
 
 
 def convert(

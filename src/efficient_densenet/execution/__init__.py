@@ -20,7 +20,7 @@ Keep = Literal["bottleneck", "features", "inputs"]
 KEEP: tuple[Keep, ...] = get_args(Keep)
 
 Auto = Literal["auto"]
-"""In place of what is kept: the fastest that fits into memory, which is chosen in `adopt`, before anything runs."""
+"""As `keep`: the fastest of these that fits into memory; `adopt` chooses it before anything runs."""
 
 AUTO: Auto = "auto"
 
@@ -36,6 +36,6 @@ def check_efficient(efficient: Efficient, keep: str) -> None:
 
 
 def check_keep(keep: str, *others: str) -> None:
-    """Raise `UserError` unless it is one of `KEEP`, or of those."""
+    """Raise `UserError` unless `keep` is one of `KEEP` or of `others`."""
     if keep not in (*KEEP, *others):
         raise UserError(f"keep must be one of {', '.join(map(repr, (*KEEP, *others)))}, not {keep!r}")

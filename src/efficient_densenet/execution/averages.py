@@ -33,47 +33,29 @@ class RunningAverages:
 
     def __init__(self, moving: Sequence[Moving]) -> None:
         # A norm that reads in several places moves once for each, one after the other.
-        rounds: list[dict[int, Moving]] = []
+        moves: dict[int, int] = {}
+        groups: dict[tuple, list[Moving]] = {}
         for one in moving:
-            for some in rounds:
-                if one.norm.part not in some:
-                    some[one.norm.part] = one
-                    break
-            else:
-                rounds.append({one.norm.part: one})
-        self._rounds = [_Round([*some.values()]) for some in rounds]
+            number = moves.get(one.norm.part, 0)
+            groups.setdefault((number, one.momentum, one.mean.dtype), []).append(one)
+            moves[one.norm.part] = number + 1
+        self._groups = [_Group(some) for some in groups.values()]
 
     def move(self, statistics: Tensor, count: Tensor) -> None:
         """By the statistics ``(2, channels)`` of a batch, of so many values for each channel."""
-        if self._rounds:
+        if self._groups:
             with torch.no_grad():
                 unbiased = count / (count - 1)
-                for some in self._rounds:
-                    some.move(statistics, unbiased)
+                for group in self._groups:
+                    group.move(statistics, unbiased)
 
 
-class _Round:
-    """Norms that are all different."""
-
-    def __init__(self, moving: Sequence[Moving]) -> None:
-        self.counts = [one.tracked for one in moving if one.tracked is not None]
-        kinds: dict[tuple, list[Moving]] = {}
-        for one in moving:
-            kinds.setdefault((one.momentum, one.mean.dtype), []).append(one)
-        self.alike = [_Alike(some) for some in kinds.values()]
-
-    def move(self, statistics: Tensor, unbiased: Tensor) -> None:
-        if self.counts:
-            torch._foreach_add_(self.counts, 1)
-        for some in self.alike:
-            some.move(statistics, unbiased)
-
-
-class _Alike:
-    """Norms with one momentum and averages of one type."""
+class _Group:
+    """Different norms with one momentum and averages of one type."""
 
     def __init__(self, moving: Sequence[Moving]) -> None:
         self.moving, self.momentum = moving, moving[0].momentum
+        self.counts = [one.tracked for one in moving if one.tracked is not None]
         self.averages = [*(one.mean for one in moving), *(one.variance for one in moving)]
         self.ranges = [*chain.from_iterable(_own_order(one.norm) for one in moving)]
         self.sizes = [one.norm.source[1] - one.norm.source[0] for one in moving]
@@ -83,6 +65,8 @@ class _Alike:
     def move(self, statistics: Tensor, unbiased: Tensor) -> None:
         read, dtype = self._read(statistics), self.averages[0].dtype
         read[1].mul_(unbiased)
+        if self.counts:
+            torch._foreach_add_(self.counts, 1)
         values = read.to(dtype).view(-1).split_with_sizes([*self.sizes, *self.sizes])
         if self.momentum is not None:
             torch._foreach_lerp_(self.averages, values, self.momentum)

@@ -1,4 +1,4 @@
-"""What a dense block, with the transition or head after it, is to the engine: see `stage`."""
+"""A dense block, with the transition or head after it, as the engine in `stage` takes it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from efficient_densenet.ops.layers import Reader
 
 
 def keeps_features(keep: str, pool: int) -> bool:
-    """Whether a block's features stay for backward, for these attributes of a `Stage`.
+    """Whether a block's features are kept for backward, for these attributes of a `Stage`.
 
-    Not where a transition comes between them and the rest; a head needs them at once when backward begins.
+    With "inputs" they are not, if a transition follows. Otherwise they are the output, or a head reads them first in
+    backward: to compute them again would save nothing.
     """
     return keep != "inputs" or not pool
 
@@ -66,7 +67,7 @@ class Stage:
         return sum([self.weights[i + self.per_layer - 1].shape[0] for i in self.layers])
 
     @cached_property
-    def bottlenecks(self) -> int:
+    def bottleneck_channels(self) -> int:
         """The channels of all bottleneck outputs."""
         return sum([self.weights[i].shape[0] for i in self.layers]) if self.per_layer == 2 else 0
 
@@ -97,11 +98,12 @@ class Stage:
 
     @cached_property
     def uses_batch(self) -> bool:
+        """Whether any norm uses the batch's statistics."""
         return None in [norm.constants for norm in self.norms]
 
     @cached_property
     def readers(self) -> list[Reader]:
-        """Those of the layers, for a backend that runs several in one call."""
+        """The norm–relu–convolutions of all layers, for a backend that runs several in one call."""
         count = len(self.layers) * self.per_layer
         parts = zip(self.weights[:count], self.norms, self.sources, strict=False)
         return [Reader(weight, *norm, start) for weight, norm, (start, _) in parts]

@@ -8,11 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import pieces
+from efficient_densenet.ops.layout import pieces
 
 
 def empty_activation(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """An empty ``(N, channels, *size)``, channels-last in memory, and no view, which could not be changed in place."""
+    """An empty ``(N, channels, *size)``, channels-last in memory; no view, for autograd forbids changing some views."""
     shape = (x.shape[0], *size, channels)
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
     return x.new_empty_strided((shape[0], channels, *size), (strides[0], 1, *strides[1:-1]))

@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The statistics of some channels, and norms that read slices of these channels, folded.
+    """The statistics of some channels, and the folded norms that read slices of these channels.
 
     Small tensors, kept for backward: nothing in them has to be found twice.
     """
@@ -73,12 +73,18 @@ class Norms:
         count = stop - start
         return Statistics(self.means.narrow(0, start, count), self.variances.narrow(0, start, count))
 
+    def measure(self, x: Tensor, start: int, stop: int) -> None:
+        """Find the statistics of these channels, whose values `x` holds."""
+        self.run.statistics(x, self.statistics(start, stop))
+        self.share(start, stop)
+
     def share(self, start: int, stop: int) -> None:
-        """Merge the statistics of these channels with those of the other processes."""
-        share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
+        """Merge the statistics of these channels with those of the other processes, if they share them."""
+        if self.group:
+            share_statistics(self.statistics(start, stop), self.rows, self.total, self.group)
 
     def fold(self, i: int) -> Affine:
-        """Norm `i` for the statistics that there are by now."""
+        """Fold norm `i` with its constants, or with the statistics that were found."""
         norm, affine = self.norms[i], self.affine(i)
         statistics = norm.constants
         if statistics is None:

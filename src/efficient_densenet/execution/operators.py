@@ -85,8 +85,8 @@ class Passes(ABC):
         self.backward_operator.register_vmap(one_by_one(self.backward_operator))
 
     @abstractmethod
-    def read(self, x: Tensor, arguments: Any) -> torch.Size:
-        """The shape of what the first norm reads."""
+    def first_normed(self, x: Tensor, arguments: Any) -> torch.Size:
+        """The shape ``(N, C, *spatial)`` of what the first norm reads."""
 
     @abstractmethod
     def forward(self, x: Tensor, arguments: Any) -> list[Tensor]:
@@ -125,7 +125,7 @@ class Passes(ABC):
     def __call__(
         self, x: Tensor, arguments: Any, cast: torch.dtype | None = None, checked: bool = False
     ) -> list[Tensor]:
-        """`forward`, with a gradient if one can be wanted; without a compiler, which wants `forward_operator`.
+        """`forward`, with a gradient if one can be wanted; the operator, where somebody compiles or watches.
 
         Args:
             x: the input.
@@ -133,8 +133,10 @@ class Passes(ABC):
             cast: the type in which convolutions get their weights and biases; None: as they are.
             checked: whether all tensors but `x` are known to be on its device and fit for kernels: see `operands`.
         """
-        self.count()
-        if is_watched():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.count()
+        if compiling or is_watched():
             return self.forward_operator(x, *cast_one_by_one(arguments, cast))
         _check(x, *(() if checked else arguments))
         self._check_values(x, arguments)
@@ -166,9 +168,8 @@ class Passes(ABC):
         arguments = self.arguments(*groups, *ctx.plain)
         grad_output[0] = grad_output[0].resolve_neg()  # as the input of `shared.run`
         first = 1 + len(arguments.norm_weights) + len(arguments.norm_biases)
-        wanted = [*need_weights, *[True] * len(arguments.biases)]
-        types = [dtype for dtype, need in zip(ctx.types, wanted, strict=True) if need]
         weight_types = _wanted(ctx.types[: len(need_weights)], need_weights)
+        types = [*filter(None, weight_types), *ctx.types[len(need_weights) :]]
 
         def run(*lists: list[Tensor]) -> list[Tensor]:
             given = Given(*lists)
@@ -185,7 +186,8 @@ class Passes(ABC):
             made = self.backward(given, need_x, weight_types, arguments)
             return [*made[:first], *copies_in(made[first:], types)]
 
-        with labelled_backward(ctx):
+        # A context of autocast around backward would cast what the convolutions that run again read.
+        with labelled_backward(ctx), torch._C._DisableAutocast():
             found = iter(for_each(run, grad_output, x, packed))
         of_x = next(found)
         of_norms: list[list[Tensor | None]] = [[next(found) for _ in group] for group in groups[:2]]
@@ -226,7 +228,7 @@ class Passes(ABC):
     def _check_values(self, x: Tensor, arguments: Any) -> None:
         """As batch norms do it; for tensors without values too, so that a compiler has the same error."""
         if any(arguments.uses_batch) and not arguments.group:
-            shape = self.read(x, arguments)
+            shape = self.first_normed(x, arguments)
             if prod(shape) == shape[1]:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efficient_densenet.ops.layout import even_parts
+
 # Bytes of the tensor that is cut. A CPU's piece is to stay in a cache. Elsewhere fewer, larger pieces are better: on a
 # GPU, 256 images are one. By then the blocks' memory, several times as much, is free again.
 _MOST = {"cpu": 8 << 20}
 _MOST_ELSEWHERE = 512 << 20
-# Bytes of pieces and of their gradients that may wait for their second use, at most, and how many times as much as the
-# input of the first block: even one that only doubles its width has just given back its features and their gradient.
+# Bytes of pieces and of their gradients that are held for their second use, at most; also at most so many times the
+# bytes of the first block's input. The backward pass of that block has just freed as much: its features and their
+# gradient, which are at least twice as wide as its input.
 _HELD = {"cpu": 64 << 20}
 _HELD_ELSEWHERE = 2 << 30
 _HELD_TIMES = 4
@@ -49,10 +52,10 @@ def pieces(shape: Sequence[int], dtype: torch.dtype, device: torch.device, by_li
     per_image = prod(shape[1:])
     if per_image <= most or not by_lines:
         windows = slice(0, ceil(lines / 2) if by_lines else lines)
-        return [Piece(some, slice(0, lines), 0, windows) for some in _even(images, max(1, most // per_image))]
+        return [Piece(some, slice(0, lines), 0, windows) for some in even_parts(images, max(1, most // per_image))]
     found = []
     for image in range(images):
-        for windows in _even(ceil(lines / 2), max(1, most // (2 * per_image // lines))):
+        for windows in even_parts(ceil(lines / 2), max(1, most // (2 * per_image // lines))):
             front = 2 if windows.start else 0
             some = slice(2 * windows.start - front, min(lines, 2 * windows.stop))
             found.append(Piece(slice(image, image + 1), some, front, windows))
@@ -68,9 +71,3 @@ def held_values(grad_out: Tensor) -> int:
     kind, size = grad_out.device.type, grad_out.element_size()
     most = min(_HELD.get(kind, _HELD_ELSEWHERE), _HELD_TIMES * grad_out.numel() * size)
     return max(2 * _MOST.get(kind, _MOST_ELSEWHERE), most) // size
-
-
-def _even(count: int, most: int) -> list[slice]:
-    """Runs of at most so many, of nearly one length."""
-    step = ceil(count / ceil(count / most))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -117,14 +117,14 @@ class Plan:
     Attributes:
         width: channels of the input.
         made: channels that each convolution makes, in their order, layer by layer, the transition's last.
-        norms, convolutions: likewise. A head is one norm more than there are convolutions. A stem is a norm behind each
+        norms, convolutions: likewise. A head is one norm more than there are convolutions. A stem is a norm after each
             convolution; or a norm alone.
         per_layer: norms and convolutions of each layer: 2 with a bottleneck.
         dropouts: after each layer; in evaluation none.
         pool: window of the transition's average pool, 1 without one; 0: no transition.
         steps: what follows the transition's convolution and this pool.
         entry: of a stem, which ends with a max pool of window 3, stride 2 and padding 1; None: it is no stem.
-        blur: of a stem, if its max pool has stride 1 and a filter behind it.
+        blur: of a stem, if its max pool has stride 1 and a filter follows it.
         output: the features that are handed out, in their order; empty: all, the oldest first.
     """
 

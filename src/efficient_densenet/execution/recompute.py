@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,11 +45,6 @@ _NAMES = """
 """
 _RANDOM_SLOPES = {_aten.rrelu_with_noise, _aten.rrelu_with_noise_}
 _CHEAP = frozenset(_BATCH_NORMS) | {getattr(_aten, name) for name in _NAMES.split() if hasattr(_aten, name)}
-_AUTOCAST = [
-    getattr(torch._C.DispatchKey, name)
-    for name in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS", "AutocastHPU", "AutocastPrivateUse1")
-    if hasattr(torch._C.DispatchKey, name)
-]
 
 
 @contextmanager
@@ -226,7 +221,7 @@ class Recorder(TorchDispatchMode):
     def _cheap(self, function: Any) -> tuple[Any, bool]:
         """The operation to run again, out of place, if `function` is cheap; and whether it writes to its argument."""
         packet, overload = function.overloadpacket, function._overloadname
-        if not function._schema.is_mutable or (packet in _BATCH_NORMS and overload != "out"):
+        if not function._schema.is_mutable or (packet in _BATCH_NORMS and "out" not in overload):
             return function if packet in self.cheap else None, False
         name = packet.__name__
         packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
@@ -327,17 +322,8 @@ def _value(argument: Any) -> Any:
 
 
 def _unpack(packed: _Kept | _Promise) -> Tensor:
-    with _no_autocast():
+    with torch._C._DisableAutocast():  # the operations were recorded below it, with the casts that it had made
         return packed.value()
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """The operations were recorded below mixed precision, with the casts that it had made."""
-    with ExitStack() as stack:
-        for key in _AUTOCAST:
-            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)))
-        yield
 
 
 def _when_backward_ends(callback: Callable[[], None]) -> bool:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efficient_densenet.execution.buffers import is_channels_last
-from efficient_densenet.execution.casts import cast_one_by_one
-from efficient_densenet.execution.library import StageArguments, run_stage, stage_forward
-from efficient_densenet.execution.operators import Passes
 from efficient_densenet.execution.plan import Dropout, Plan
 from efficient_densenet.execution.profiling import label_backward, labelled
 from efficient_densenet.execution.reading import (
+    Activations,
+    Reading,
     activations,
     are_named,
     arranged,
@@ -31,7 +30,8 @@ from efficient_densenet.execution.reading import (
 )
 from efficient_densenet.execution.ready import Ready
 from efficient_densenet.execution.recompute import unrecorded
-from efficient_densenet.execution.stem_library import StemArguments, run_stem, stem_forward
+from efficient_densenet.execution.stage_operators import StageArguments, run_stage
+from efficient_densenet.execution.stem_operators import StemArguments, run_stem
 from efficient_densenet.execution.transforms import is_observed
 
 
@@ -47,7 +47,8 @@ def run(
     """Run what `plan` describes on one buffer.
 
     Shapes: ``(N, C_0, *spatial)`` → ``(N, C_0 + Σk, *spatial)``, the block's features; or, with a transition,
-    ``(N, C, *(spatial // pool))``; or, with a head, ``(N, C_0 + Σk)``. The result is channels-last in memory.
+    ``(N, C, *(spatial // pool))``; or, with a head, ``(N, C_0 + Σk)``. Features are laid out in memory as the ordinary
+    block's would be, unless the plan has them in another order; what a transition or a stem makes is channels-last.
 
     Kept for backward, besides the small statistics: ``keep="bottleneck"`` the features and the bottleneck outputs,
     ``"features"`` the features alone, ``"inputs"`` only `x`; but the features too where no transition follows, which
@@ -63,8 +64,17 @@ def run(
         ready: what earlier calls with the same modules have left.
     """
     label = f"{name}: shared buffer, keep={keep}"
+    if torch.compiler.is_compiling() or is_observed():
+        ready = None
+    kind = activations(x)
     with labelled(label), unrecorded():
-        return _run(x, plan, modules, keep, channels_last, label, ready)
+        x = x.resolve_neg()  # kernels read memory, and that of ``z.conj().imag`` holds the opposite numbers
+        if ready is not None and ready.engine is not None and not (torch.is_grad_enabled() or kind.cast):
+            output = ready.run(x, _is_contiguous(plan, channels_last))
+        else:
+            output = _run(x, plan, modules, keep, channels_last, kind, ready)
+            label_backward(output, label)
+        return _finished(output, plan, modules, channels_last)
 
 
 def _run(
@@ -73,67 +83,69 @@ def _run(
     modules: Sequence[nn.Module],
     keep: str,
     channels_last: bool,
-    label: str,
+    kind: Activations,
     ready: Ready | None,
 ) -> Tensor:
-    compiling, graph, kind = torch.compiler.is_compiling(), torch.is_grad_enabled(), activations(x)
-    if compiling or is_observed():
-        ready = None
-    x = x.resolve_neg()  # kernels read memory, and that of ``z.conj().imag`` holds the opposite numbers
-    contiguous = not (channels_last or plan.output)
-    if ready is not None and ready.engine is not None and not (graph or kind.cast):
-        return _finished(ready.run(x, contiguous), plan, modules, channels_last)
-    found = None if ready is None else ready.reading
-    if found is None:
-        found = read(x, plan, modules)
-        if ready is not None and ready.owns(found.tensors) and are_named(plan, modules):
-            ready.reading = found
+    """What the engine makes; running averages move, and what later calls can use is left in `ready`."""
+    reading = None if ready is None else ready.reading
+    if reading is None:
+        reading = read(x, plan, modules)
+        if ready is not None and ready.owns(reading.tensors) and are_named(plan, modules):
+            ready.reading = reading
     x, cast = (x.to(kind.dtype), kind.dtype) if kind.cast else (x, None)
+    passes = run_stage if plan.entry is None else run_stem
+    arguments = _arguments(x, plan, modules, keep, channels_last, reading)
+    checked = ready is not None and ready.reading is reading
+    repeats = not (torch.is_grad_enabled() or kind.cast or any(reading.uses_batch))
+    if ready is not None and checked and repeats and ready.owns(passes.tensors(arguments)):
+        ready.engine = arguments.engine()
+    output, statistics, count, *_ = passes(x, arguments, cast, checked)
+    reading.averages.move(statistics, count)
+    return output
+
+
+def _arguments(
+    x: Tensor, plan: Plan, modules: Sequence[nn.Module], keep: str, channels_last: bool, reading: Reading
+) -> StageArguments | StemArguments:
+    """Those of the operator."""
+    graph = torch.is_grad_enabled()
     # Copies, for a later training step may move the originals.
-    constants = [constant.clone() for constant in found.constants] if graph else found.constants
+    constants = [constant.clone() for constant in reading.constants] if graph else reading.constants
     group = sync_group([modules[norm.part] for norm in plan.norms])
     group_name = "" if group is None else group.group_name
-    passes: Passes
-    arguments: StemArguments | StageArguments
     if plan.entry is not None:
-        passes, operator, blur = run_stem, stem_forward, plan.blur
-        arguments = StemArguments(
-            *found[:4],
+        blur = plan.blur
+        return StemArguments(
+            *reading[:4],
             constants,
             [] if blur is None else [getattr(modules[blur.part], blur.name).to(x.dtype)],
-            found.uses_batch,
-            found.eps,
+            reading.uses_batch,
+            reading.eps,
             *plan.entry,
             *(((), "", ()) if blur is None else blur[2:]),
             group_name,
             keep == "bottleneck" and x.is_cuda,
         )
-    else:
-        passes, operator = run_stage, stage_forward
-        masks, scales = _masks(x, plan, modules, channels_last)
-        arguments = StageArguments(
-            *found[:4],
-            masks,
-            constants,
-            found.uses_batch,
-            found.eps,
-            [channel for norm in plan.norms for channel in norm.source],
-            contiguous,
-            scales,
-            plan.per_layer,
-            plan.pool,
-            keep if plan.layers and graph else "inputs",  # without layers, the features are the input
-            group_name,
-        )
-    checked = ready is not None and ready.reading is found
-    repeats = not (graph or kind.cast or any(found.uses_batch))
-    if ready is not None and checked and repeats and ready.owns(passes.tensors(arguments)):
-        ready.engine = arguments.engine()
-    made = operator(x, *cast_one_by_one(arguments, cast)) if compiling else passes(x, arguments, cast, checked)
-    output, statistics, count, *_ = made
-    label_backward(output, label)
-    found.averages.move(statistics, count)
-    return _finished(output, plan, modules, channels_last)
+    masks, scales = _masks(x, plan, modules, channels_last)
+    return StageArguments(
+        *reading[:4],
+        masks,
+        constants,
+        reading.uses_batch,
+        reading.eps,
+        [channel for norm in plan.norms for channel in norm.source],
+        _is_contiguous(plan, channels_last),
+        scales,
+        plan.per_layer,
+        plan.pool,
+        keep if plan.layers and graph else "inputs",  # without layers, the features are the input
+        group_name,
+    )
+
+
+def _is_contiguous(plan: Plan, channels_last: bool) -> bool:
+    """Whether the engine hands out features contiguous, and not channels-last."""
+    return not (channels_last or plan.output)
 
 
 def _finished(output: Tensor, plan: Plan, modules: Sequence[nn.Module], channels_last: bool) -> Tensor:

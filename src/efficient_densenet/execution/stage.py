@@ -16,6 +16,7 @@ Kept for backward: see `Stage.keep`. Everything here is on tensors; nothing know
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def forward(x: Tensor, stage: Stage) -> tuple[Tensor, Kept]:
     output = _with_input(x, stage)
     features = output.movedim(1, -1)
     folded = empty_folded(
-        features, features.shape[-1] + stage.bottlenecks, sum([stop - start for start, stop in stage.sources])
+        features, features.shape[-1] + stage.bottleneck_channels, sum([stop - start for start, stop in stage.sources])
     )
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     bottlenecks = _run_layers(features, stage, norms, first=True)
@@ -110,10 +111,8 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
     measure = first and stage.uses_batch
     width = features.shape[-1] - stage.growth
     if measure:
-        norms.run.statistics(features.narrow(-1, 0, width), norms.statistics(0, width))
-        if norms.group:
-            norms.share(0, width)
-    kept = {i: empty_like(features, stage.weights[i].shape[0]) for i in stage.kept_bottlenecks if first}
+        norms.measure(features.narrow(-1, 0, width), 0, width)
+    kept = {i: empty_like(features, stage.weights[i].shape[0]) for i in stage.kept_bottlenecks}
     bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers)
     done = 0
     if stage.runs_layers(features):
@@ -130,9 +129,7 @@ def _run_layers(features: Tensor, stage: Stage, norms: Norms, first: bool) -> li
                 _convolve(norms, last, stage, source, new, None, first)
                 _drop(new, stage, layer)
                 if measure:  # of the values after dropout
-                    norms.run.statistics(new, norms.statistics(width, stop))
-                    if norms.group:
-                        norms.share(width, stop)
+                    norms.measure(new, width, stop)
             else:
                 _convolve(norms, last, stage, source, new, (width, stop) if measure else None, first)
         width = stop
@@ -181,7 +178,7 @@ def _convolve(
     norms.run.norm_relu_conv(source, affine, stage.weights[i], out, into=into)
     if stage.biases:
         _add_bias(out, stage.biases[i], into)
-    if measured is not None and norms.group:
+    if measured is not None:
         norms.share(*measured)
 
 
@@ -193,12 +190,17 @@ def _add_bias(out: Tensor, bias: Tensor, statistics: Statistics | None) -> None:
 
 
 class Gradients(NamedTuple):
-    """Of the input ``(N, C_0, *spatial)``, of each norm's weight and bias, and of each convolution's."""
+    """Of the input (anything, if not wanted), of norms' weights and biases, and of convolutions' (None: not wanted)."""
 
     x: Tensor
     norms: list[tuple[Tensor, Tensor]]
     weights: list[Tensor | None]
     biases: list[Tensor]
+
+    def in_sequence(self) -> list[Tensor]:
+        """All that are wanted, in the order in which the operators return them."""
+        of_norms = chain.from_iterable(zip(*self.norms, strict=True))
+        return [self.x, *of_norms, *[weight for weight in self.weights if weight is not None], *self.biases]
 
 
 def backward(
@@ -219,7 +221,7 @@ def backward(
         features = _with_input(x.pop(), stage).movedim(1, -1)
     norms = Norms(features, stage.norms, stage.sources, folded, stage.group)
     if not stage.keeps_features:
-        bottlenecks = _run_layers(features, stage, norms, first=False)
+        _run_layers(features, stage, norms, first=False)
     norms.begin_backward()
     readers = _Readers(stage, norms, types)
     grad = empty_like(features) if stage.pool or stage.head else take_rows(grad_out, to_write=True)
@@ -232,8 +234,8 @@ def backward(
         of_norm = norms.run.norm_relu_mean_backward(
             grad_out.pop(), features, norms.affine(-1), grad, norms.through_of(-1)
         )
-        readers.norms[-1] = norms.parameter_gradients(-1, *of_norm)
-    remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=False))
+        readers.of_norms[-1] = norms.parameter_gradients(-1, *of_norm)
+    remaining = dict(zip(stage.kept_bottlenecks, bottlenecks, strict=True))
     bottlenecks.clear()
     width = features.shape[-1]
     _finish_made(norms, stage, features, grad, width, len(stage.layers) - 1)
@@ -260,7 +262,7 @@ def backward(
         _finish_made(norms, stage, features, grad, width, layer - 1)
     grad_x = empty_like(grad, width)
     norms.finish(grad.narrow(-1, 0, width), features.narrow(-1, 0, width), 0, width, grad_x)
-    return Gradients(grad_x.movedim(-1, 1), readers.norms, readers.weights, readers.biases)
+    return Gradients(grad_x.movedim(-1, 1), readers.of_norms, readers.of_weights, readers.of_biases)
 
 
 def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, stop: int, layer: int) -> None:
@@ -274,11 +276,11 @@ def _finish_made(norms: Norms, stage: Stage, features: Tensor, grad: Tensor, sto
 class _Readers:
     """Every norm–relu–convolution that reads features, and the parameter gradients gathered from them."""
 
-    def __init__(self, stage: Stage, norms_of_stage: Norms, types: Sequence[torch.dtype | None]) -> None:
-        self.stage, self.norms_of_stage, self.types = stage, norms_of_stage, types
-        self.norms: list[Any] = [None] * len(stage.norms)
-        self.weights: list[Tensor | None] = [None] * len(stage.weights)
-        self.biases: list[Any] = [None] * len(stage.biases)
+    def __init__(self, stage: Stage, norms: Norms, types: Sequence[torch.dtype | None]) -> None:
+        self.stage, self.norms, self.types = stage, norms, types
+        self.of_norms: list[Any] = [None] * len(stage.norms)
+        self.of_weights: list[Tensor | None] = [None] * len(stage.weights)
+        self.of_biases: list[Any] = [None] * len(stage.biases)
 
     def backward(
         self,
@@ -292,12 +294,12 @@ class _Readers:
         """Backward through reader `i`: its parameters' gradients, and its share of its source's in `grad_source`."""
         if self.stage.biases:
             bias, pixels = self.stage.biases[i], tuple(range(grad_out.dim() - 1))
-            self.biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
-        norm, through = self.norms_of_stage.affine(i), self.norms_of_stage.through_of(i)
+            self.of_biases[i] = torch.sum(grad_out, pixels, dtype=statistics_dtype(grad_out.dtype)).to(bias.dtype)
+        norm, through = self.norms.affine(i), self.norms.through_of(i)
         weight, need_weight = self.stage.weights[i], self.types[i] is not None
         operands = BackwardOperands(grad_out, source, norm, weight, grad_source, accumulate, through, pool, need_weight)
-        self.weights[i], *of_norm = self.norms_of_stage.run.norm_relu_conv_backward(operands)
-        self.norms[i] = self.norms_of_stage.parameter_gradients(i, *of_norm)
+        self.of_weights[i], *of_norm = self.norms.run.norm_relu_conv_backward(operands)
+        self.of_norms[i] = self.norms.parameter_gradients(i, *of_norm)
 
     def run_layers_backward(self, features: Tensor, grad: Tensor, kept: dict[int, Tensor]) -> int:
         """Backward through layers in as few calls as can be, from the last on; returns how many layers are left.
@@ -317,7 +319,7 @@ class _Readers:
         self, features: Tensor, grad: Tensor, kept: dict[int, Tensor], start: int, stop: int
     ) -> int:
         """Layers from `start` to `stop` in one call: how many of them, from the last on, are done."""
-        stage, norms = self.stage, self.norms_of_stage
+        stage, norms = self.stage, self.norms
         bottlenecks = _bottleneck_outputs(features, stage, kept, stage.layers[start:stop])
         layers = _layers(features, stage, norms, [*[None] * start, *bottlenecks], stop)
         sizes = [len(reader.norm_weight) for reader in layers.readers]
@@ -337,8 +339,8 @@ class _Readers:
         # Parts of one tensor, but no views of it to autograd: who changes one in place does not touch the others.
         of_norms = torch.unsafe_split_with_sizes(grad_norms, [*sizes, *sizes])
         for i in range(len(sizes) - done * stage.per_layer, len(sizes)):
-            self.weights[i] = grad_weights[i]
-            self.norms[i] = norms.parameter_gradients(i, of_norms[i], of_norms[i + len(sizes)])
+            self.of_weights[i] = grad_weights[i]
+            self.of_norms[i] = norms.parameter_gradients(i, of_norms[i], of_norms[i + len(sizes)])
             kept.pop(i, None)
         return done
 

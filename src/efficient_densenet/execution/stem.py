@@ -1,4 +1,4 @@
-"""The stem of an ImageNet network, convolutions with norm and relu behind each, then a max pool: forward and backward.
+"""The stem of an ImageNet network, convolutions with norm and relu after each, then a max pool: forward and backward.
 
 The output of the last convolution is the largest tensor of the network, and is kept only where that is wanted
 (`Stem.keeps_last`): else backward makes it again, a few images or lines at a time (see `pieces`), so that neither it
@@ -26,15 +26,17 @@ from efficient_densenet.execution.buffers import empty_activation, empty_like
 from efficient_densenet.execution.norms import Folded, Norm, Norms, NormSums, empty_folded
 from efficient_densenet.execution.pieces import Piece, held_values, pieces
 from efficient_densenet.execution.plan import Entry
+from efficient_densenet.execution.stage import Gradients
 from efficient_densenet.execution.stem_convolutions import (
     NOTHING,
     Convolution,
-    Given,
     Inner,
+    NoConvolution,
     OnImage,
     Wanted,
 )
 from efficient_densenet.execution.stem_pools import BlurredPool, MaxPool
+from efficient_densenet.ops.convolution import gradient_like
 from efficient_densenet.ops.layers import Reader
 
 
@@ -43,11 +45,11 @@ class Stem:
     """Its convolutions and norms in their order.
 
     Attributes:
-        norms: one behind each convolution; or one that reads the input, without a convolution.
+        norms: one after each convolution; or one that reads the input, without a convolution.
         weights: of the convolutions; all but the first keep the resolution.
         biases: of the convolutions, or nothing where none has one.
         entry: how the first convolution goes over the image.
-        pool: behind the last norm and relu.
+        pool: after the last norm and relu.
         group: names the processes that share their statistics; "" if none do.
         keeps_last: whether the output of the last convolution stays for backward. On a GPU that is much faster, and the
             blocks have several times as much to keep.
@@ -71,8 +73,8 @@ class Stem:
     def kept(self) -> list[int]:
         """The convolutions, by their number, whose outputs stay for backward.
 
-        Not a last one behind which the norm has constants: its output never was whole. What makes no convolution is the
-        input, which stays in any case.
+        Not the last one if the norm after it has constants: then its output never exists whole. Without a convolution,
+        the norm reads the input, which is kept in any case.
         """
         last = len(self.norms) - 1
         keeps_last = self.keeps_last and bool(self.weights) and self.norms[last].constants is None
@@ -99,15 +101,6 @@ class Kept(NamedTuple):
     made: Sequence[Tensor]
 
 
-class Gradients(NamedTuple):
-    """Of the input (None if not wanted), of each norm's weight and bias, and of each convolution's (likewise)."""
-
-    x: Tensor | None
-    norms: list[tuple[Tensor, Tensor]]
-    weights: list[Tensor | None]
-    biases: list[Tensor]
-
-
 def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
     """Convolution, norm and relu, as often as there are, and the max pool, of ``x: (N, C, *spatial)``.
 
@@ -126,9 +119,7 @@ def forward(x: Tensor, stem: Stem) -> tuple[Tensor, Kept]:
         if not last or norm.constants is None:
             whole = _whole(convolution, parts, like, len(norm.weight))
             if norm.constants is None:
-                norms.run.statistics(whole, norms.statistics(*stem.sources[i]))
-                if norms.group:
-                    norms.share(*stem.sources[i])
+                norms.measure(whole, *stem.sources[i])
         affine = norms.fold(i)
         if i in stem.kept:
             made.append(whole)
@@ -181,30 +172,29 @@ def backward(
         parts = _pieces(i, like, stem)
         wanted = Wanted(i > 0 or need_x, bool(stem.weights) and types[i] is not None)
         whole = made.pop() if i in stem.kept else None
-        behind, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
-        if behind is None:
+        later, convolution = convolution, _convolution(i, x, made[:i], stem, norms, wanted)
+        if later is None:
             of_norms.append(
                 _backward_of_pool(
                     grad_out.pop().movedim(1, -1), stem.pool, convolution, whole, parts, norms, any(wanted)
                 )
             )
         else:
-            assert isinstance(behind, Inner) and behind.grad_x is not None and whole is not None
-            grad = behind.grad_x
-            of_norms.append(behind.sums.gradients())
+            assert isinstance(later, Inner) and later.grad_x is not None and whole is not None
+            grad = later.grad_x
+            of_norms.append(later.sums.gradients())
             norms.finish(grad, whole, *stem.sources[i], grad)
-            del behind
-            del whole
+            del later, whole
             for images, lines, front, _ in parts:
                 own = slice(lines.start + front, lines.stop)
                 convolution.backward(images, own, grad[images, own])
         if stem.weights:
             dtype = types[i]
-            of_weights.append(None if dtype is None else _like(convolution.grad_weight, stem.weights[i], dtype))
+            of_weights.append(None if dtype is None else gradient_like(convolution.grad_weight, stem.weights[i], dtype))
         if stem.biases:
-            of_biases.append(_like(convolution.grad_bias, stem.biases[i], stem.biases[i].dtype))
+            of_biases.append(gradient_like(convolution.grad_bias, stem.biases[i]))
     assert convolution is not None
-    grad_x = None if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
+    grad_x = x.new_empty(0) if convolution.grad_x is None else convolution.grad_x.movedim(-1, 1)
     return Gradients(grad_x, of_norms[::-1], of_weights[::-1], of_biases[::-1])
 
 
@@ -243,14 +233,14 @@ def _backward_of_pool(
 
     again = sums.through is not None and go_on
     held: list[tuple[Tensor, Tensor]] = []
-    room = held_values(grad_out)
+    may_be_held = held_values(grad_out)
     for piece in parts:
         activations = activations_of(piece)
         grad = backward_of_piece(piece, activations, first=True)
-        room -= activations.numel() + grad.numel()
+        may_be_held -= activations.numel() + grad.numel()
         if not again and go_on:
             convolution.backward(piece.images, piece.lines, grad)
-        elif again and room >= 0:
+        elif again and may_be_held >= 0:
             held.append((activations, grad))
         del activations, grad
     found = sums.gradients()
@@ -277,7 +267,7 @@ def _convolution(
 ) -> Convolution:
     """What makes the activations before norm `i`."""
     if not stem.weights:
-        return Given(x, wanted)
+        return NoConvolution(x, wanted)
     bias = stem.biases[i] if stem.biases else None
     if i == 0:
         return OnImage(x, stem.weights[0], bias, stem.entry, wanted)
@@ -298,10 +288,3 @@ def _whole(convolution: Convolution, parts: Sequence[Piece], like: Tensor, chann
     for images, lines, front, _ in parts:
         out[images, lines.start + front : lines.stop] = convolution.make(images, lines)[:, front:]
     return out
-
-
-def _like(grad: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in this type, and in the memory format of the parameter; zero if there was no image."""
-    like = torch.zeros_like if grad is None else torch.empty_like
-    made = like(parameter, dtype=dtype)
-    return made if grad is None else made.copy_(grad)

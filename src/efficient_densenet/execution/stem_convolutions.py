@@ -1,4 +1,4 @@
-"""What makes a stem's activations, a piece at a time: a convolution of the image, one behind norm and relu, or none.
+"""What makes a stem's activations, a piece at a time: a convolution of the image, one after norm and relu, or none.
 
 Each kind has the same methods: `make` computes some lines of some images, ``(n, lines, …, C)``, and `backward` takes
 their gradient (or a part of it, for all that is done here is linear in it) and adds up what that means for the source
@@ -65,7 +65,7 @@ class OnImage:
             self.grad_bias = _plus(self.grad_bias, gradients[2])
 
     def _read(self, images: slice, lines: slice) -> tuple[Tensor, slice, int]:
-        """What these lines are made of, channels-last; which lines of the image, behind how many zeros."""
+        """What these lines are made of; which lines of the image that holds, and after how many lines of zeros."""
         stride, padding, dilation = self.entry.stride[0], self.entry.padding[0], self.entry.dilation[0]
         start, stop = lines.start * stride - padding, (lines.stop - 1) * stride - padding
         stop += dilation * (self.weight.shape[2] - 1) + 1
@@ -78,7 +78,7 @@ class OnImage:
 
 
 class Inner:
-    """A convolution that keeps the resolution, behind norm `i` and relu, of ``x: (N, *spatial, C)``."""
+    """A convolution that keeps the resolution, after norm `i` and relu, of ``x: (N, *spatial, C)``."""
 
     def __init__(self, x: Tensor, norms: Norms, i: int, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> None:
         self.x, self.norms, self.i, self.weight, self.bias, self.wanted = x, norms, i, weight, bias, wanted
@@ -120,8 +120,8 @@ class Inner:
         return slice(start, min(self.x.shape[1], lines.stop + halo)), lines.start - start
 
 
-class Given:
-    """No convolution: ``x: (N, C, *spatial)`` as somebody else has made it."""
+class NoConvolution:
+    """The activations are the input ``x: (N, C, *spatial)``."""
 
     grad_weight = grad_bias = None
 
@@ -143,4 +143,4 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
-Convolution = OnImage | Inner | Given
+Convolution = OnImage | Inner | NoConvolution

@@ -1,4 +1,4 @@
-"""The pools that a stem ends with, behind norm and relu, of activations ``(N, *spatial, C)``."""
+"""The pools that a stem ends with, after norm and relu, of activations ``(N, *spatial, C)``."""
 
 from __future__ import annotations
 

@@ -148,24 +148,26 @@ class DenseNet(nn.Module):
         batch: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        _check_count("in_channels", in_channels)
-        _check_count("num_init_features", num_init_features)
+        check_count("in_channels", in_channels)
+        check_count("num_init_features", num_init_features)
         if growth_rate is None:
             growth_rate = max(1, num_init_features // 2)
-        _check_count("growth_rate", growth_rate)
-        _check_count("input_size", input_size)
+        check_count("growth_rate", growth_rate)
+        check_count("input_size", input_size)
         if bn_size is not None:
-            _check_count("bn_size", bn_size, " or None (no bottleneck)")
-        _check_count("num_classes", num_classes, minimum=0)
+            check_count("bn_size", bn_size, " or None (no bottleneck)")
+        check_count("num_classes", num_classes, minimum=0)
         if not isinstance(block_config, Sequence) or isinstance(block_config, str) or len(block_config) == 0:
             raise UserError(
                 "block_config needs at least one block: a sequence with the number of layers of each, "
                 f"such as (6, 12, 24, 16), not {block_config!r}"
             )
         for num_layers in block_config:
-            _check_count("each entry of block_config", num_layers)
-        _check_number("compression", compression, 0 < _as_number(compression) <= 1, "above 0 and at most 1")
-        _check_number("drop_rate", drop_rate, 0 <= _as_number(drop_rate) < 1, "at least 0 and below 1")
+            check_count("each entry of block_config", num_layers)
+        if not (_is_number(compression) and 0 < compression <= 1):
+            raise UserError(f"compression must be a number above 0 and at most 1, not {compression!r}")
+        if not (_is_number(drop_rate) and 0 <= drop_rate < 1):
+            raise UserError(f"drop_rate must be a number at least 0 and below 1, not {drop_rate!r}")
         check_efficient(efficient, keep)
 
         self.features = nn.Sequential(_stem(in_channels, num_init_features, input_size))
@@ -228,7 +230,7 @@ class DenseNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last layer by a new one for `num_classes` classes; 0: none, so that features come out."""
-        _check_count("num_classes", num_classes, minimum=0)
+        check_count("num_classes", num_classes, minimum=0)
         old = next(self.parameters())
         self.classifier = self._classifier(num_classes).to(old.device, old.dtype)
         self.num_classes = num_classes
@@ -261,15 +263,11 @@ def _stem(in_channels: int, num_init_features: int, input_size: int) -> OrderedD
     )
 
 
-def _as_number(value: object) -> float:
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: object, ok: bool, range_: str) -> None:
-    if not ok:
-        raise UserError(f"{name} must be a number {range_}, not {value!r}")
-
-
-def _check_count(name: str, value: object, otherwise: str = "", minimum: int = 1) -> None:
+def check_count(name: str, value: object, otherwise: str = "", minimum: int = 1) -> None:
+    """Raise `UserError` unless it is a whole number, and large enough."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise UserError(f"{name} must be a whole number of at least {minimum}{otherwise}, not {value!r}")

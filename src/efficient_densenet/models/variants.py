@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from efficient_densenet.errors import UserError
 from efficient_densenet.execution import Auto, Efficient, Keep
-from efficient_densenet.models.densenet import DenseNet
+from efficient_densenet.models.densenet import DenseNet, check_count
 from efficient_densenet.weights.loading import load_weights
 
 Weights = str | os.PathLike[str] | None
@@ -116,7 +116,12 @@ def densenet_cifar(
         bottleneck: DenseNet-BC rather than plain DenseNet.
         weights: a file, a URL or ``hf:owner/name``.
         arguments: any further argument of `DenseNet`.
+
+    Raises:
+        UserError: no such network has this depth, or an argument is out of range.
     """
+    check_count("depth", depth)
+    check_count("growth_rate", growth_rate)
     per_layer = 6 if bottleneck else 3
     num_layers, rest = divmod(depth - 4, per_layer)
     if rest or num_layers < 1:

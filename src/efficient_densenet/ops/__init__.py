@@ -18,10 +18,10 @@ from efficient_densenet.ops import cpu, eager, shapes, triton
 from efficient_densenet.ops.cpu import layers as cpu_layers
 from efficient_densenet.ops.cpu import stem as cpu_stem
 from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
-from efficient_densenet.ops.profiled import Profiled, label_layers
+from efficient_densenet.ops.profiled import Profiled
 from efficient_densenet.ops.protocol import Backend
 
-_alone: Backend | None = None  # runs whatever the activations are
+_only: Backend | None = None  # while it is set, it runs whatever the activations are
 _plans = 0  # that are being made
 
 
@@ -43,8 +43,8 @@ def _is_planned(x: Tensor) -> bool:
 
 def _computing(x: Tensor) -> Backend:
     """The backend for tensors with values like `x`."""
-    if _alone is not None:
-        return _alone
+    if _only is not None:
+        return _only
     if not x.numel():
         return eager  # there is nothing to be fast at
     if triton.supports(x):
@@ -74,12 +74,8 @@ def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     Returns:
         How many layers are done.
     """
-    chosen = _choose(layers.features)
-    if chosen is shapes:
-        return shapes.run_layers(layers)
-    on_gpu = chosen is triton
-    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers", layers, layers.readers):
-        return triton.run_layers(layers, fold, measure) if on_gpu else cpu_layers.run(layers, fold, measure)
+    chosen: Any = backend(layers.features)
+    return chosen.run_layers(layers, fold, measure)
 
 
 def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
@@ -87,13 +83,8 @@ def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
 
     When a layer's turn comes, `Backend.finish` has been done to the gradient of the features that it makes.
     """
-    chosen = _choose(layers.features)
-    if chosen is shapes:
-        return shapes.run_layers_backward(layers, operands)
-    again = layers.readers[operands.start * 2 :: 2] if operands.made_again else []
-    on_gpu = chosen is triton
-    with label_layers(f"{'triton' if on_gpu else 'cpu'}.run_layers_backward", layers, again):
-        return triton.run_layers_backward(layers, operands) if on_gpu else cpu_layers.run_backward(layers, operands)
+    chosen: Any = backend(layers.features)
+    return chosen.run_layers_backward(layers, operands)
 
 
 def evaluates(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool:
@@ -123,7 +114,7 @@ def evaluate_stem(
 
     Args:
         x: ``(N, C, height, width)``.
-        reader: the convolution of `x`, and the norm behind it, which has constants.
+        reader: the convolution of `x`, and the norm after it, which has constants.
         stride, padding: of the convolution.
         size: height and width of what it makes.
         out: ``(N, *ceil(size / 2), O)``, what a max pool of window 3, stride 2 and padding 1 makes of that.
@@ -137,7 +128,7 @@ def slower_than_recomputing(x: Tensor) -> str | None:
     On a GPU without kernels, plain PyTorch's operations on the buffer move 26 times a layer's prefix in float32 and 43
     times in half precision, forward and backward; recomputing moves it 24 times, the ordinary network 18 times.
     """
-    if x.is_cuda and x.numel() and _alone is None and _choose(x) is eager:
+    if x.is_cuda and x.numel() and _only is None and _choose(x) is eager:
         return "without kernels for this GPU and type, the shared buffer moves more memory than recomputing"
     return None
 
@@ -145,12 +136,12 @@ def slower_than_recomputing(x: Tensor) -> str | None:
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """While this is open, plain PyTorch runs everywhere: to compare with it, in results and in time."""
-    global _alone
-    before, _alone = _alone, eager
+    global _only
+    before, _only = _only, eager
     try:
         yield
     finally:
-        _alone = before
+        _only = before
 
 
 @contextmanager

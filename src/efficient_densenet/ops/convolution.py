@@ -1,4 +1,4 @@
-"""The convolutions between the fused passes, by PyTorch itself, and the pieces of a batch that they run on.
+"""The convolutions between the fused passes, by PyTorch itself, and the form of their weights' gradients.
 
 On a CPU they are oneDNN's. Where kernels of our own are faster, `cpu` does not come here.
 """
@@ -6,31 +6,15 @@ On a CPU they are oneDNN's. Where kernels of our own are faster, `cpu` does not 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from math import ceil, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
+from efficient_densenet.ops.layout import channels_first, channels_last
+
 _aten = torch.ops.aten
-# Bytes of the scratch tensor. A CPU's is to stay in the cache; elsewhere fewer, larger pieces are better.
-SCRATCH = {"cpu": 4 << 20}
-_SCRATCH_ELSEWHERE = 64 << 20
 _CHANNELS_PER_SUM = 64
-
-
-def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the images of ``x: (N, *spatial, C)``, each with a contiguous scratch tensor of its shape."""
-    images = x.shape[0]
-    if not images:
-        return
-    bytes_per_image = max(1, prod(x.shape[1:]) * x.element_size())
-    most = max(1, SCRATCH.get(x.device.type, _SCRATCH_ELSEWHERE) // bytes_per_image)
-    step = ceil(images / ceil(images / most))  # pieces of nearly one size
-    scratch = torch.empty((step, *x.shape[1:]), dtype=x.dtype, device=x.device)
-    for start in range(0, images, step):
-        stop = min(start + step, images)
-        yield slice(start, stop), scratch[: stop - start] if stop - start < step else scratch
 
 
 def convolve(s: Tensor, weight: Tensor) -> Tensor:
@@ -56,35 +40,14 @@ def convolve_backward(grad_out: Tensor, s: Tensor, weight: Tensor, need_weight: 
     return channels_last(g).contiguous(), grad_weight
 
 
-def row_stride(x: Tensor) -> int | None:
-    """The distance between the rows of ``x: (N, *spatial, C)``, if it is a slice of the channels of a whole tensor."""
-    return stride_of_rows(x.shape, x.stride())
-
-
-@functools.lru_cache(maxsize=4096)  # a network asks for the same few, thousands of times
-def stride_of_rows(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """As `row_stride`, for such a shape and strides."""
-    if shape[-1] > 1 and strides[-1] != 1:
-        return None
-    distance, rows = shape[-1], 1
-    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size > 1:
-            if rows == 1:
-                distance = stride
-            if stride != distance * rows:
-                return None
-            rows *= size
-    return distance
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """``(n, *spatial, C)`` as PyTorch's own operations want it: a view."""
-    return x.movedim(-1, 1)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The view back."""
-    return x.movedim(1, -1)
+def gradient_like(grad: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient in its parameter's memory format, and in this type (None: the parameter's); zero if there is none."""
+    if grad is None:
+        return torch.zeros_like(parameter, dtype=dtype)
+    same_type = grad.dtype == (parameter.dtype if dtype is None else dtype)
+    if same_type and prod(parameter.shape[2:]) == 1 and grad.is_contiguous() and parameter.is_contiguous():
+        return grad.as_strided(parameter.shape, parameter.stride())  # only strides of single pixels may differ
+    return torch.empty_like(parameter, dtype=dtype).copy_(grad)
 
 
 def _geometry(weight: Tensor) -> tuple:

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_densenet.ops.convolution import (
-    channels_first,
-    channels_last,
-    convolve,
-    convolve_backward,
-    convolve_pooled,
-    pieces,
-)
+from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled
+from efficient_densenet.ops.layout import channels_first, channels_last, pieces
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics, statistics_dtype
 
 _aten = torch.ops.aten

@@ -54,7 +54,7 @@ class Layers(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A dense block whose norms all have constants, and the transition or head behind it; nothing is kept.
+    """A dense block whose norms all have constants, and the transition or head after it; nothing is kept.
 
     Attributes:
         x: ``(N, *spatial, C_0)``.

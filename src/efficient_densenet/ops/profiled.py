@@ -2,21 +2,17 @@
 
 The profiler counts multiplications by the names of PyTorch's own operations, and kernels of ours have none. So a
 norm–relu–convolution holds an event of a matrix product of the same size. As everywhere in PyTorch, the shapes decide:
-how a convolution is computed (by Winograd's transform, behind its pool) does not matter.
+how a convolution is computed (by Winograd's transform, after its pool) does not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
 from torch.profiler import record_function
-
-from efficient_densenet.ops.layers import Layers, Reader
 
 
 class Profiled:
@@ -30,23 +26,23 @@ class Profiled:
 
         def labelled(*arguments: Any, **named: Any) -> Any:
             with record_function(label):
-                if name == "norm_relu_conv":
-                    _count(arguments[0], arguments[2])
+                for x, weight in _convolutions(name, arguments):
+                    _count(x, weight)
                 return operation(*arguments, **named)
 
         return labelled
 
 
-@contextmanager
-def label_layers(label: str, layers: Layers, run: Sequence[Reader]) -> Iterator[None]:
-    """Around a call that runs layers, for a profiler: a label, and an event for each convolution in `run`."""
-    if not torch.autograd._profiler_enabled():
-        yield
-        return
-    with record_function(label):
-        for reader in run:
-            _count(layers.features, reader.weight)
-        yield
+def _convolutions(operation: str, arguments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The activations and the weight of each convolution that this operation computes, if there are any."""
+    if operation == "norm_relu_conv":
+        yield arguments[0], arguments[2]
+    elif operation in ("run_layers", "run_layers_backward"):
+        layers, readers = arguments[0], arguments[0].readers
+        if operation == "run_layers_backward":
+            readers = readers[arguments[1].start * 2 :: 2] if arguments[1].made_again else []
+        for reader in readers:
+            yield layers.features, reader.weight
 
 
 def _count(x: Tensor, weight: Tensor) -> None:

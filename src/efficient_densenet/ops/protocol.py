@@ -77,7 +77,7 @@ class BackwardOperands(NamedTuple):
     need_weight: bool = True
 
     def clear_outside_windows(self) -> None:
-        """Set `grad_x` to zero, unless it is added to, where there are pixels behind the last whole window of the pool.
+        """Set `grad_x` to zero, unless it is added to, where there are pixels beyond the last whole window of the pool.
 
         No gradient reaches them: kernels that go through the windows do not touch them.
         """

@@ -12,9 +12,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import convolve, convolve_backward, pieces
+from efficient_densenet.ops.convolution import convolve, convolve_backward
 from efficient_densenet.ops.cpu.tensors import own_convolution
 from efficient_densenet.ops.layers import Layers, LayersBackward
+from efficient_densenet.ops.layout import pieces
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
@@ -72,17 +73,17 @@ def finish(grad: Tensor, x: Tensor, mean: Tensor, through: Tensor, count: Tensor
     pass
 
 
-def run_layers(layers: Layers) -> int:
+def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     """All of them, as far as shapes can tell: the native call allocates no tensors."""
     return len(layers.readers) // layers.per_layer
 
 
 def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
-    return run_layers(layers) - operands.start
+    return len(layers.readers) // layers.per_layer - operands.start
 
 
 def _pooled(scratch: Tensor, pool: int) -> Tensor:
-    """The prologue of a piece: in the scratch tensor, or, behind a pool, in one of its own."""
+    """The prologue of a piece: in the scratch tensor, or, after a pool, in one of its own."""
     n, *spatial, channels = scratch.shape
     return scratch if pool == 1 else scratch.new_empty((n, *(size // pool for size in spatial), channels))
 

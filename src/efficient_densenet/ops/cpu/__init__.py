@@ -17,15 +17,10 @@ import torch
 from torch import Tensor
 
 from efficient_densenet.ops import eager
-from efficient_densenet.ops.convolution import (
-    convolve,
-    convolve_backward,
-    convolve_pooled,
-    pieces,
-    row_stride,
-)
+from efficient_densenet.ops.convolution import convolve, convolve_backward, convolve_pooled, gradient_like
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.instructions import convolutions
+from efficient_densenet.ops.cpu.layers import run_layers, run_layers_backward  # noqa: F401 (operations of this backend)
 from efficient_densenet.ops.cpu.library import load
 from efficient_densenet.ops.cpu.tensors import (
     affine_of,
@@ -35,6 +30,7 @@ from efficient_densenet.ops.cpu.tensors import (
     rows_of,
     volume_of,
 )
+from efficient_densenet.ops.layout import pieces, row_stride
 from efficient_densenet.ops.protocol import Affine, BackwardOperands, Statistics
 
 
@@ -69,7 +65,7 @@ def fold_norm(statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, 
 def norm_relu_conv(
     x: Tensor, norm: Affine, weight: Tensor, out: Tensor, pool: int = 1, into: Statistics | None = None
 ) -> None:
-    moments = _no_moments(out) if into else None
+    moments = _zeros(out) if into else None
     if pool > 1 or not _convolve(x, norm, weight, out, moments):
         rows, identity = 0, _identity(norm)
         for images, scratch in pieces(x):
@@ -84,7 +80,7 @@ def norm_relu_conv(
 
 
 def norm_relu_conv_backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor, Tensor]:
-    sums = operands.x.new_zeros((2, operands.x.shape[-1]), dtype=torch.float64)
+    sums = _zeros(operands.x)
     done, grad_weight = _convolve_backward(operands, sums) if operands.pool == 1 else (False, None)
     if not done:
         grad_weight = _backward_in_passes(operands, sums)
@@ -135,7 +131,7 @@ def _backward_in_passes(operands: BackwardOperands, sums: Tensor) -> Tensor | No
             gw = gw.to(norm.scale.dtype)
             grad_weight = gw if grad_weight is None else grad_weight.add_(gw)
         _accumulate(g, piece, norm, grad_x[images], accumulate, pool, sums)
-    return _like(grad_weight, weight) if need_weight else None
+    return gradient_like(grad_weight, weight) if need_weight else None
 
 
 def _identity(norm: Affine) -> Affine:
@@ -162,7 +158,7 @@ def norm_relu_max_pool_backward(
     if row_stride(grad_out) is None:
         grad_out = grad_out.contiguous()
     argmax = grad_out.new_empty(grad_out.shape, dtype=torch.uint8)  # the tap of each window, of each channel
-    sums = x.new_zeros((2, channels), dtype=torch.float64)
+    sums = _zeros(x)
     kernels_for(x).max_pool(
         rows_of(x), volume, channels, affine_of(norm), library.Rows(), argmax.data_ptr(),
         threads,
@@ -184,7 +180,7 @@ def norm_relu_mean(x: Tensor, norm: Affine, out: Tensor) -> None:
 def norm_relu_mean_backward(
     grad_out: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, through: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
+    sums = _zeros(x)
     kernels_for(x).mean_backward(
         rows_of(grad_out.contiguous()), rows_of(x), *_images(x),
         affine_of(norm), rows_of(grad_x), sums.data_ptr(), torch.get_num_threads(),
@@ -193,7 +189,7 @@ def norm_relu_mean_backward(
 
 
 def statistics(x: Tensor, into: Statistics) -> None:
-    moments = _no_moments(x)
+    moments = _zeros(x)
     _copy_moments(x, None, moments)
     _put(moments, into)
 
@@ -232,7 +228,8 @@ def _accumulate(g: Tensor, x: Tensor, norm: Affine, grad_x: Tensor, accumulate: 
     )  # fmt: skip
 
 
-def _no_moments(x: Tensor) -> Tensor:
+def _zeros(x: Tensor) -> Tensor:
+    """Two sums or moments for each channel, ``(2, C)``, in double precision."""
     return x.new_zeros((2, x.shape[-1]), dtype=torch.float64)
 
 
@@ -251,15 +248,6 @@ def _put(moments: Tensor | None, into: Statistics | None) -> None:
     if moments is not None and into is not None:
         into.mean.copy_(moments[0])
         into.variance.copy_(moments[1])
-
-
-def _like(grad: Tensor | None, weight: Tensor) -> Tensor:
-    """The gradient in the type and memory format of the weight; zero if there was no image."""
-    if grad is None:
-        return torch.zeros_like(weight)
-    if grad.dtype == weight.dtype and prod(weight.shape[2:]) == 1 and weight.is_contiguous():
-        return grad.as_strided(weight.shape, weight.stride())  # formats differ in the strides of single pixels alone
-    return torch.empty_like(weight).copy_(grad)
 
 
 def _constants(*vectors: Tensor) -> list[int]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import row_stride
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.tensors import convolution_of, kernels_for, own_convolution, rows_of, volume_of
 from efficient_densenet.ops.layers import Evaluation, Layers, LayersBackward, Reader
+from efficient_densenet.ops.layout import row_stride
 from efficient_densenet.ops.protocol import statistics_dtype
 
 _MOST_KEPT = 32  # of the sizes of images that were met
@@ -30,12 +30,12 @@ def supports(x: Tensor, readers: Sequence[Reader], memo: dict[Any, Any]) -> bool
     return True
 
 
-def run(layers: Layers, fold: bool, measure: bool) -> int:
+def run_layers(layers: Layers, fold: bool, measure: bool) -> int:
     described, _alive = _described(layers)
     return kernels_for(layers.features).run_layers(described, fold, measure, torch.get_num_threads())
 
 
-def run_backward(layers: Layers, operands: LayersBackward) -> int:
+def run_layers_backward(layers: Layers, operands: LayersBackward) -> int:
     described, _alive = _described(layers, operands)
     constant, slope = (None, None) if operands.through is None else _lines(operands.through)
     of_backward = library.LayersBackward(

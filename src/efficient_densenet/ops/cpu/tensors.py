@@ -6,9 +6,9 @@ from math import prod
 
 from torch import Tensor
 
-from efficient_densenet.ops.convolution import stride_of_rows
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu.library import load
+from efficient_densenet.ops.layout import stride_of_rows
 from efficient_densenet.ops.protocol import Affine
 
 

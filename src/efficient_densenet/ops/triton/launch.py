@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from efficient_densenet.ops.convolution import row_stride, stride_of_rows
+from efficient_densenet.ops.layout import row_stride, stride_of_rows
 from efficient_densenet.ops.triton.tiles import Tile
 
 RUN_TIME = (

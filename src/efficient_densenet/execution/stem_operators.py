@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class _StemPasses(Passes):
     name = "stem"
     arguments = StemArguments
 
-    def read(self, x: Tensor, arguments: StemArguments) -> torch.Size:
+    def first_normed(self, x: Tensor, arguments: StemArguments) -> torch.Size:
         images, *size, _ = arguments.engine().like(x).shape
         return torch.Size((images, len(arguments.norm_weights[0]), *size))
 
@@ -76,10 +75,8 @@ class _StemPasses(Passes):
     ) -> list[Tensor]:
         folded = Folded(*(given.packed.pop(0) for _ in Folded._fields))
         kept = Kept(folded, given.packed)
-        found = engine.backward(given.grad_output, given.x[0], arguments.engine(), kept, need_x, types)
-        of_norms = chain.from_iterable(zip(*found.norms, strict=True))
-        of_x = given.x[0].new_empty(0) if found.x is None else found.x
-        return [of_x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
+        (x,) = given.x
+        return engine.backward(given.grad_output, x, arguments.engine(), kept, need_x, types).in_sequence()
 
     def forward_fake(self, x: Tensor, arguments: StemArguments) -> list[Tensor]:
         stem = arguments.engine()
@@ -110,4 +107,3 @@ def _flops(x: Tensor, arguments: StemArguments) -> list[int]:
 
 
 run_stem = _StemPasses()
-stem_forward, stem_backward = run_stem.forward_operator, run_stem.backward_operator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -70,7 +69,7 @@ class _StagePasses(Passes):
     name = "stage"
     arguments = StageArguments
 
-    def read(self, x: Tensor, arguments: StageArguments) -> torch.Size:
+    def first_normed(self, x: Tensor, arguments: StageArguments) -> torch.Size:
         return x.shape
 
     def forward(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
@@ -91,9 +90,8 @@ class _StagePasses(Passes):
         self, given: Given, need_x: bool, types: Sequence[torch.dtype | None], arguments: StageArguments
     ) -> list[Tensor]:
         stage = arguments.engine()
-        found = engine.backward(given.grad_output, given.x, stage, _unpack(given.packed, stage), types)
-        of_norms = chain.from_iterable(zip(*found.norms, strict=True))
-        return [found.x, *of_norms, *[w for w in found.weights if w is not None], *found.biases]
+        kept = _unpack(given.packed, stage)
+        return engine.backward(given.grad_output, given.x, stage, kept, types).in_sequence()
 
     def forward_fake(self, x: Tensor, arguments: StageArguments) -> list[Tensor]:
         stage = arguments.engine()
@@ -110,7 +108,7 @@ class _StagePasses(Passes):
         elif arguments.contiguous:
             output = features = x.new_empty(features.shape)
         read = sum(norm.weight.shape[0] for norm in stage.norms)
-        folded = folded_fake(x, width + stage.bottlenecks, read)
+        folded = folded_fake(x, width + stage.bottleneck_channels, read)
         bottlenecks = [activation(stage.weights[i].shape[0]).movedim(1, -1) for i in stage.kept_bottlenecks]
         return _pack(output, folded, bottlenecks, torch.empty_like(features) if stage.keeps_features else None)
 
@@ -142,4 +140,3 @@ class _StagePasses(Passes):
 
 
 run_stage = _StagePasses()
-stage_forward, stage_backward = run_stage.forward_operator, run_stage.backward_operator
