@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 from itertools import product
@@ -258,9 +259,9 @@ def test_threads_share_the_outputs_where_there_are_few_rows(level, dtype, kernel
 def test_non_finite_values_are_passed_on(level, ours, kernel, dtype, value, where):
     """To where they are in float64, and from kernels of ours to nowhere else.
 
-    PyTorch's convolution may spread them: by products with the padding, and in bfloat16 with the tiles of AMX to
-    neighbouring columns. Kernels of ours with a window of 3 leave it weights that are not finite, and Winograd's all
-    that is not.
+    PyTorch's convolution may spread them: by products with the padding, as on ARM, and in bfloat16 with the tiles of
+    AMX to neighbouring columns. Kernels of ours with a window of 3 leave it weights that are not finite, and Winograd's
+    all that is not.
     """
     x, norm = Operands.random((2, (5, 5), 13), dtype)
     weight, grad_out = weight_for(x, 4, kernel), torch.randn(2, 5, 5, 4).to(dtype)
@@ -306,8 +307,8 @@ def _in_float64(x, norm, weight, grad_out):
 
 
 def _spreads(dtype):
-    """Whether PyTorch's convolution in this type may use the tiles of AMX."""
-    return dtype == torch.bfloat16 and Instructions.AMX in LEVELS
+    """Whether PyTorch's convolution in this type may do so: on ARM, or by the tiles of AMX."""
+    return platform.machine() in ("aarch64", "arm64") or (dtype == torch.bfloat16 and Instructions.AMX in LEVELS)
 
 
 @kernels
