@@ -10,7 +10,6 @@ Tables stand between two comments that name them. Measurements without a picture
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,12 +132,18 @@ def planned() -> str:
 
 
 def gpu_model() -> str:
-    """Milliseconds of each part of a step on an H100, by a model."""
-    keys = ("memory", "cache", "instructions", "takes")
-    found = json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["records"]
-    rows = [[record["part"], *(f"{record[key]:.1f}" for key in keys)] for record in found]
-    rows.append(["together", "", "", "", f"{sum(record['takes'] for record in found):.1f}"])
-    return tables.markdown(["kernels", *keys], rows, names=1)
+    """Milliseconds of each part of a step on an H100, by a model: the bounds of DenseNet-121, and what each takes."""
+    found = results.read(ROOT / "benchmarks" / "results" / "gpu_model.json")["records"]
+    of: dict[str, list] = {}
+    for record in found:
+        of.setdefault(record["network"], []).append(record)
+    bounds = ("memory", "cache", "instructions")
+    rows = [
+        [parts[0]["part"], *(f"{parts[0][key]:.1f}" for key in bounds), *(f"{part['takes']:.1f}" for part in parts)]
+        for parts in zip(*of.values(), strict=True)
+    ]
+    rows.append(["together", *[""] * len(bounds), *(f"{sum(r['takes'] for r in parts):.1f}" for parts in of.values())])
+    return tables.markdown(["kernels", *bounds, *(network.removeprefix("DenseNet-") for network in of)], rows, names=1)
 
 
 def gpu_times() -> str:

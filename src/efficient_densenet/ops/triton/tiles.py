@@ -177,7 +177,9 @@ def grad_weight(of: Product) -> Tile:
     lines = of.taps * of.outputs
     if of.exact:
         return Tile(_cover(lines, 16, 64), _cover(of.channels, 16, 32), 16, 4, 2)
-    wide = of.taps > 1 if of.device.warp_groups else of.half
+    wide = of.half
+    if of.device.warp_groups:  # where outputs take several blocks of rows, x is read and rectified again for each
+        wide = of.taps > 1 or (of.half and of.pool == 1 and of.outputs > of.device.widest)
     rows, columns = _cover(lines, 16, of.device.widest), _cover(of.channels, 16, of.device.widest if wide else 64)
     warps = _warps(of, rows * columns >= 64 * of.device.widest)
     if of.half and of.pool == 1 and of.device.warp_groups:
