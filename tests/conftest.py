@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked_workers
 import pytest
+
+from efficient_densenet.ops.cpu import library
 
 # What shows at once that something is broken: each package's definitions, and recognition as a whole.
 QUICK = {
@@ -38,6 +41,13 @@ def little_to_collect() -> None:
     """Looking for garbage among all that the libraries brought would take most of the time that measures memory."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def own_convolutions() -> Iterator[None]:
+    """Kernels of ours run whole convolutions wherever there are any: on ARM, PyTorch's run otherwise."""
+    with library.held_to(library.load().instructions, ours=True):
+        yield
 
 
 @pytest.fixture

@@ -30,6 +30,15 @@ _loaded = library.load()
 LEVELS = [level for level in Instructions if _loaded.kernels is not None and level <= _loaded.instructions]
 
 
+def _has_convolutions(level: Instructions) -> bool:
+    with library.held_to(level, ours=True) as loaded:
+        return bool(loaded.convolves)
+
+
+# Those of them with kernels for whole convolutions, which on ARM run in tests alone.
+CONVOLVING = [level for level in LEVELS if _has_convolutions(level)]
+
+
 EVERY_OPERATION = [name for name in vars(Backend) if not name.startswith("_")]
 
 

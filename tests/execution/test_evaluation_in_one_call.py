@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import LEVELS
+from operands import CONVOLVING
 from torch import nn
 from twins import BOTTLENECK, IMAGENET, PLAIN, images, norms, pair
 
@@ -13,9 +13,10 @@ from efficient_densenet.ops.cpu import layers as native
 from efficient_densenet.ops.cpu import library
 from efficient_densenet.ops.cpu import stem as native_stem
 
-pytestmark = pytest.mark.skipif(
-    not library.load().convolves, reason="this processor has no kernels for whole convolutions"
-)
+pytestmark = [
+    pytest.mark.skipif(not CONVOLVING, reason="this processor has no kernels for whole convolutions"),
+    pytest.mark.usefixtures("own_convolutions"),
+]
 KINDS = {"plain": PLAIN, "bottleneck": BOTTLENECK, "imagenet": IMAGENET, "no pool": BOTTLENECK | {"compression": 1.0}}
 
 
@@ -72,10 +73,10 @@ def test_results_are_those_of_the_engine_step_by_step(calls, step_by_step, kind,
     assert calls and all(calls)
 
 
-@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)
+@pytest.mark.parametrize("level", CONVOLVING, ids=lambda level: level.option)
 def test_every_level_of_instructions(calls, step_by_step, level):
     _, efficient = pair(BOTTLENECK, training=False, dtype=torch.float32)
-    with library.held_to(level):
+    with library.held_to(level, ours=True):
         x = images(dtype=torch.float32)
         assert torch.equal(evaluated(efficient, x), step_by_step(efficient, x))
     assert calls and all(calls)

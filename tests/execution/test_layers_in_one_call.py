@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import gradients, training_step
 from look_alikes import bottleneck_parts
-from operands import LEVELS
+from operands import CONVOLVING
 from torch import nn
 from twins import BOTTLENECK, PLAIN, efficient_network
 
@@ -14,12 +14,12 @@ from efficient_densenet import DenseNet, dense_block, ops
 from efficient_densenet.execution import KEEP
 from efficient_densenet.ops import cpu
 from efficient_densenet.ops.cpu import library
-from efficient_densenet.ops.cpu.instructions import Instructions
 from efficient_densenet.ops.layers import LayersBackward
 
-pytestmark = pytest.mark.skipif(
-    not library.load().convolves, reason="this processor has no kernels for whole convolutions"
-)
+pytestmark = [
+    pytest.mark.skipif(not CONVOLVING, reason="this processor has no kernels for whole convolutions"),
+    pytest.mark.usefixtures("own_convolutions"),
+]
 every_kind = pytest.mark.parametrize("arguments", [PLAIN, BOTTLENECK], ids=["plain", "bottleneck"])
 
 
@@ -146,9 +146,9 @@ def test_layers_that_make_different_numbers_of_channels(monkeypatch, done, makes
     same(*results, 1e-5)
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level > Instructions.BASELINE])
+@pytest.mark.parametrize("level", CONVOLVING)
 def test_every_level_of_instructions(monkeypatch, done, level):
-    with library.held_to(level):
+    with library.held_to(level, ours=True):
         found = training_step(network(BOTTLENECK, "features"), images())
         assert done
         one_by_one(monkeypatch)

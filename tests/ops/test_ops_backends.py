@@ -58,7 +58,7 @@ def ops(request):
     if request.param is None:
         yield eager
         return
-    with library.held_to(request.param):
+    with library.held_to(request.param, ours=True):
         yield cpu
 
 

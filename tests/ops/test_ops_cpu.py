@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 from itertools import product
 
 import pytest
 import torch
-from operands import LEVELS, Operands, double, empty_statistics, measured, slice_of_channels, weight_for
+from operands import CONVOLVING, LEVELS, Operands, double, empty_statistics, measured, slice_of_channels, weight_for
 from torch.nn import functional as F
 
 import efficient_densenet
@@ -55,7 +56,7 @@ def test_every_level_computes_the_same(dtype, pool, kernel, level):
     operands = Operands.random(LARGE, dtype, 3)
     weight = weight_for(operands.x, 8, kernel)
     best = everything(*operands, weight, pool)
-    with library.held_to(level) as loaded:
+    with library.held_to(level, ours=True) as loaded:
         assert loaded.instructions == level and f" {level.option}," in loaded.description
         found = everything(*operands, weight, pool)
     assert library.load().instructions == max(LEVELS)
@@ -95,7 +96,7 @@ def test_the_rule_decides_who_convolves(dtype, monkeypatch):
     calls = []
     monkeypatch.setattr(cpu, "convolve", lambda *a, run=cpu.convolve: (calls.append(1), run(*a))[1])
     operands = Operands.random(LARGE, dtype)
-    for ours in (True, False):
+    for ours in (None, True, False):
         calls.clear()
         with library.held_to(library.load().instructions, ours) as loaded:
             everything(*operands, weight_for(operands.x, 8, 1))
@@ -122,10 +123,10 @@ def test_a_level_can_be_forced_by_the_environment(name, said, monkeypatch):
 @pytest.mark.parametrize("made", [1, 12, 16, 40, 128])
 @pytest.mark.parametrize(("size", "channels"), [((21, 37), 130), ((7, 7), 67), ((5, 90), 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)
+@pytest.mark.parametrize("level", CONVOLVING, ids=lambda level: level.option)
 def test_convolutions_of_many_units_of_work(size, channels, made, kernel, memory_format, dtype, level):
     """More lines than one unit has, channels and outputs that are no whole vectors: against the exact reference."""
-    with library.held_to(level):
+    with library.held_to(level, ours=True):
         _many_units(size, channels, made, kernel, memory_format, dtype)
 
 
@@ -164,7 +165,7 @@ STEMS = [  # images, channels, outputs, window, stride, padding, size
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("layout", ["contiguous", "rows of pixels", "turned"])
 @pytest.mark.parametrize("stem", STEMS, ids=str)
-@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.option)
+@pytest.mark.parametrize("level", CONVOLVING, ids=lambda level: level.option)
 def test_stems_in_one_call(level, stem, layout, threads):
     """More lines than are pooled at a time, and threads that share an image: against PyTorch in double precision."""
     n, channels, made, window, stride, padding, size = stem
@@ -184,7 +185,7 @@ def test_stems_in_one_call(level, stem, layout, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with library.held_to(level):
+        with library.held_to(level, ours=True):
             reader = Reader(weight, *norm, Statistics(mean, variance), 1e-5, 0)
             assert cpu_stem.evaluate(x, reader, stride, padding, of_conv, out)
     finally:
@@ -235,7 +236,7 @@ def test_threads_share_the_outputs_where_there_are_few_rows(level, dtype, kernel
     reference.norm_relu_conv(x.double(), double(norm), weight.double(), expected)
     before = torch.get_num_threads()
     try:
-        with library.held_to(level):
+        with library.held_to(level, ours=True):
             for n in (1, 2, 3, 8):
                 torch.set_num_threads(n)
                 cpu.norm_relu_conv(x, norm, weight, out)
@@ -257,9 +258,9 @@ def test_threads_share_the_outputs_where_there_are_few_rows(level, dtype, kernel
 def test_non_finite_values_are_passed_on(level, ours, kernel, dtype, value, where):
     """To where they are in float64, and from kernels of ours to nowhere else.
 
-    PyTorch's convolution may spread them: by products with the padding, and in bfloat16 with the tiles of AMX to
-    neighbouring columns. Kernels of ours with a window of 3 leave it weights that are not finite, and Winograd's all
-    that is not.
+    PyTorch's convolution may spread them: by products with the padding, as on ARM, and in bfloat16 with the tiles of
+    AMX to neighbouring columns. Kernels of ours with a window of 3 leave it weights that are not finite, and Winograd's
+    all that is not.
     """
     x, norm = Operands.random((2, (5, 5), 13), dtype)
     weight, grad_out = weight_for(x, 4, kernel), torch.randn(2, 5, 5, 4).to(dtype)
@@ -305,8 +306,8 @@ def _in_float64(x, norm, weight, grad_out):
 
 
 def _spreads(dtype):
-    """Whether PyTorch's convolution in this type may use the tiles of AMX."""
-    return dtype == torch.bfloat16 and Instructions.AMX in LEVELS
+    """Whether PyTorch's convolution in this type may do so: on ARM, or by the tiles of AMX."""
+    return platform.machine() in ("aarch64", "arm64") or (dtype == torch.bfloat16 and Instructions.AMX in LEVELS)
 
 
 @kernels

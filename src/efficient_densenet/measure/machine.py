@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +34,7 @@ HELD = {
 """Environment variables that hold this library, PyTorch, oneDNN and MKL to a level; read when a process starts."""
 
 
+_CPUINFO = Path("/proc/cpuinfo")
 _COMPARED_WITH = ("torchvision", "timm", "monai", "onnxruntime", "openvino")
 
 
@@ -67,12 +67,12 @@ def _hardware(device_type: str) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if match is not None:
-            return match[1]
-    return platform.processor() or platform.machine()
+    """As the system names it; on ARM, Linux knows numbers alone."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "CPU part" in told:
+        return f"ARM, implementer {told['CPU implementer']}, part {told['CPU part']}"
+    return told.get("model name") or platform.processor() or platform.machine()
 
 
 def _versions(device_type: str) -> dict[str, str | None]:

@@ -184,19 +184,20 @@ def _find() -> Loaded:
 
 
 @contextmanager
-def held_to(level: Instructions, ours: bool = True) -> Iterator[Loaded]:
+def held_to(level: Instructions, ours: bool | None = None) -> Iterator[Loaded]:
     """While this is open, the kernels use no better instructions than these: to test them, and to compare.
 
     Args:
         level: the best level to use, as if the processor had no better.
-        ours: False: PyTorch runs all convolutions, whatever the rule says.
+        ours: who runs convolutions, whatever the rule says: True: kernels of ours, where there are any; False: PyTorch.
     """
     global _loaded
     before = load()
     assert before.path is not None, before.description
     _loaded = open_library(before.path, level, level)
-    if not ours:
-        _loaded = _loaded._replace(convolves=frozenset())
+    if ours is not None:
+        there = [dtype for dtype, kernels in (_loaded.kernels or {}).items() if ours and kernels.convolve]
+        _loaded = _loaded._replace(convolves=frozenset(there))
     try:
         yield _loaded
     finally:

@@ -10,13 +10,12 @@ BEGIN_LEVEL
 constexpr int kMostVectors = 2;
 constexpr int tile_rows(int vectors) { return vectors == 1 ? 64 : 32; }
 #else
-// A tile stays in registers beside the vectors of one row of `b` and a value of `a`: its largest number of vectors, and
-// its largest number of rows for a number of vectors.
+// A tile stays in registers beside the vectors of one row of `b` and a value of `a`: its largest number of vectors in a row,
+// of vectors in all, and of rows. AVX-512 multiplies by a value in memory; NEON needs a register for each value, and GCC
+// loads several ahead: of 24 vectors, it moves some to memory and back at every step.
 constexpr int kMostVectors = kRegisters == 32 ? 4 : 3;
-constexpr int tile_rows(int vectors) {
-  return kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6)
-                          : (vectors == 1 ? 12 : vectors == 2 ? 6 : 4);
-}
+constexpr int kTileVectors = kVectorBytes == 64 ? 24 : kRegisters == 32 ? 21 : 12;
+constexpr int tile_rows(int vectors) { return kTileVectors / vectors < 14 ? kTileVectors / vectors : 14; }
 #endif
 // The most vectors of a tile with so many rows.
 constexpr int tile_vectors(int rows) {

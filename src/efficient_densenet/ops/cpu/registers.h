@@ -6,8 +6,8 @@
 BEGIN_LEVEL
 
 // The most outputs of a tile of `OuterTile`.
-constexpr Index kOutputs = kRegisters / 4;
-constexpr Index kLargestTile = 24 * kW; // values
+constexpr Index kOutputs = tile_rows(3);
+constexpr Index kLargestTile = kTileVectors * kW; // values
 
 // Vector registers are always there.
 struct TileRegisters {
