@@ -128,7 +128,8 @@ def test_test_says_what_it_measured(tmp_path, capsys):
     assert run("fit", tmp_path) == 0
     assert run("test", tmp_path) == 0
     assert "measured on 599 validation images (there is no test set)" in capsys.readouterr().out
-    assert run("test", tmp_path, "--trainer.limit_test_batches", "1") == 0
+    # A share: "1" is one batch or all of them, as the order in which typing was asked for Union[int, float] has it.
+    assert run("test", tmp_path, "--trainer.limit_test_batches", "0.1") == 0
     assert "measured on 64 validation images" in capsys.readouterr().out
 
 
