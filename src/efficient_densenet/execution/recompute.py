@@ -17,8 +17,9 @@ statistics). Extra time: one concatenation, norm and activation per convolution,
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ class Recorder(TorchDispatchMode):
         cheap, in_place = self._cheap(function)
         result = None if cheap is None else self._result(cheap, args, named, in_place)
         sloped = self._reference(args[0]) if function.overloadpacket in _RANDOM_SLOPES else None
-        for tensor in written(function, args, named) if in_place else ():
+        for tensor in written(function, args, named):
             if _has_storage(tensor):
                 self._before_writing(tensor)
         output = function(*args, **named)
@@ -203,10 +204,11 @@ class Recorder(TorchDispatchMode):
         """What was computed from the values that will be lost is computed again from a copy of them."""
         address = _address(tensor)
         self.results.pop(address, None)
+        copies: dict[Hashable, Tensor] = {}  # what several results are computed from is copied once
         for reference in self.readers.pop(address, ()):
             result = reference()
             if result is not None:
-                result.arguments = [_copied(argument, address) for argument in result.arguments]
+                result.arguments = [_copied(argument, address, copies) for argument in result.arguments]
 
     def _sloped(
         self, before: _Kept | _Promise, made: Tensor, x: Tensor, noise: Tensor, *settings: Any
@@ -237,8 +239,11 @@ class Recorder(TorchDispatchMode):
                 parts += _pieces(part, tensor, args[1:]) or [part]
             return _Result(cheap, [parts, *args[1:]], named)
         arguments = [self._reference(a) if isinstance(a, Tensor) else a for a in args]
-        if in_place and not isinstance(arguments[0], _Promise):
-            return None  # what it was computed from is gone
+        if in_place:
+            if not isinstance(arguments[0], _Promise):
+                return None  # what it was computed from is gone
+            if any(torch.result_type(args[0], a) != args[0].dtype for a in args if isinstance(a, Tensor)):
+                return None  # out of place, its result would have another type
         if cheap.overloadpacket in _BATCH_NORMS and cheap._overloadname == "default":
             training, running = args[5], args[3:5]
             # In evaluation the result depends on them, and a later training step may move them.
@@ -297,22 +302,50 @@ def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
 
 
 def written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation of PyTorch writes to, as its schema declares them."""
-    declared = enumerate(function._schema.arguments)
-    changed = [(i, a.name) for i, a in declared if a.alias_info is not None and a.alias_info.is_write]
-    given = [args[i] if i < len(args) else named.get(name) for i, name in changed]
+    """The tensors that an operation of PyTorch writes to."""
+    given = [args[i] if i < len(args) else named.get(name) for i, name in _changed(function, _trains(function, args))]
     return [tensor for tensor in _leaves(given) if isinstance(tensor, Tensor)]
 
 
-def _copied(argument: Any, address: int) -> Any:
-    """A copy of what is kept at this address; where a copy is laid out otherwise, the error in backward stays."""
+@functools.cache
+def _changed(function: Any, training: bool) -> list[tuple[int, str]]:
+    """The arguments that an operation writes to, by their numbers and names."""
+    changed = []
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.name in ("running_mean", "running_var"):  # not all batch norms declare that they move them
+            writes = training
+        else:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            changed.append((i, argument.name))
+    return changed
+
+
+def _trains(function: Any, args: Sequence[Any]) -> bool:
+    """Whether it is no batch norm, or one that uses the statistics of its batch."""
+    return function.overloadpacket not in _BATCH_NORMS or function._overloadname != "default" or bool(args[5])
+
+
+def _copied(argument: Any, address: int, copies: dict[Hashable, Tensor]) -> Any:
+    """The argument, with a copy in place of a tensor at this address."""
     if isinstance(argument, list):
-        return [_copied(a, address) for a in argument]
+        return [_copied(a, address, copies) for a in argument]
     if not isinstance(argument, _Kept) or not _has_storage(argument.tensor) or _address(argument.tensor) != address:
         return argument
     tensor, version = argument
-    copy = tensor.clone()
-    return _Kept(copy, _version(copy)) if copy.stride() == tensor.stride() and _version(tensor) == version else argument
+    if _version(tensor) != version:
+        return argument  # it was lost before, and backward will say so
+    key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    if key not in copies:
+        copies[key] = _copy(tensor)
+    return _Kept(copies[key], _version(copies[key]))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the strides of the tensor, also if its values have gaps between them, or lie on each other."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    values = tensor.as_strided((span if tensor.numel() else 0,), (1,)).clone()
+    return values.as_strided(tensor.shape, tensor.stride())
 
 
 def _value(argument: Any) -> Any:
