@@ -378,6 +378,34 @@ def test_what_is_added_in_place_may_have_another_type(dtype):
     assert_identical(recomputed, ordinary)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_random_rectifier_in_each_type(dtype):
+    """In half precision it multiplies by more digits than it keeps."""
+
+    def function(x):
+        torch.manual_seed(0)
+        features = nn.functional.batch_norm(x.to(dtype), None, None, training=True)
+        features = nn.functional.rrelu(features, training=True)
+        return (features * features).sum(1, keepdim=True)
+
+    ordinary, recomputed = both_ways(function)
+    assert_identical(recomputed, ordinary)
+
+
+def test_views_as_complex_numbers():
+    def pairs(x):
+        numbers = torch.view_as_complex(torch.sigmoid(x).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(numbers * numbers)
+
+    def conjugates(x):
+        numbers = torch.complex(x, x.cos()) * 2
+        return torch.view_as_real(numbers.conj() * numbers.conj().sin())
+
+    for function in (pairs, conjugates):
+        ordinary, recomputed = both_ways(function)
+        assert_identical(recomputed, ordinary)
+
+
 def test_what_several_results_were_made_of_is_copied_once():
     copies = []
 
@@ -437,6 +465,23 @@ def test_the_graph_is_freed_without_the_garbage_collector(results):
         network(images())  # and where backward never comes
         assert len(results) > 10
         assert all(result() is None for result in results)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "function", [torch.exp, lambda x: x.softmax(1), lambda x: x.mean((2, 3)).sigmoid()], ids=["exp", "softmax", "gate"]
+)
+def test_an_output_that_stays_is_freed_with_the_graph(function):
+    """Where backward never comes: an output that kept itself would stay as long as the process."""
+    with recompute.recomputing():
+        output = function(images_of(4))
+        product = output * output
+    reference = weakref.ref(output)
+    gc.disable()
+    try:
+        del output, product
+        assert reference() is None
     finally:
         gc.enable()
 

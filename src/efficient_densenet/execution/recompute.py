@@ -167,8 +167,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, cheap: frozenset[Any]) -> None:
         super().__init__()
         self.cheap = cheap
-        # By the address of a storage, which is not reused while anything refers to it, even weakly.
-        self.results: dict[int, tuple[StorageWeakRef, _Result]] = {}
+        # By the address of a storage, which is not reused while anything refers to it, even weakly; with its type.
+        self.results: dict[int, tuple[StorageWeakRef, _Result, torch.dtype]] = {}
         # By the address of a storage, what is computed from it as it is now.
         self.readers: dict[int, list[weakref.ref[_Result]]] = {}
 
@@ -177,6 +177,8 @@ class Recorder(TorchDispatchMode):
         reference = self._reference(tensor)
         if isinstance(reference, _Promise):
             reference.result.use()
+        elif tensor.grad_fn is not None:  # an output, which would keep the node that is to keep it
+            return reference._replace(tensor=tensor.detach())
         return reference
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,7 +196,7 @@ class Recorder(TorchDispatchMode):
             made = output[0] if isinstance(output, tuple | list) else output
             if _is_whole(made) and _holds_little(result, made):
                 storage = made.untyped_storage()
-                self.results[storage._cdata] = StorageWeakRef(storage), result
+                self.results[storage._cdata] = StorageWeakRef(storage), result, made.dtype
                 for argument in _leaves(result.arguments):
                     if isinstance(argument, _Kept) and _has_storage(argument.tensor):
                         self.readers.setdefault(_address(argument.tensor), []).append(weakref.ref(result))
@@ -213,10 +215,14 @@ class Recorder(TorchDispatchMode):
     def _sloped(
         self, before: _Kept | _Promise, made: Tensor, x: Tensor, noise: Tensor, *settings: Any
     ) -> _Result | None:
-        """RReLU in training, which multiplies its input `before` by what it has drawn, or by one."""
+        """RReLU in training, which multiplies its input `before` by what it has drawn, or by one.
+
+        What it has drawn for half precision it keeps with fewer digits than it multiplies by.
+        """
         training = len(settings) > 2 and settings[2]
         is_lost = isinstance(before, _Kept) and _version(before.tensor) != before.version
-        if not training or is_lost or not made.stride() == noise.stride() == x.stride():
+        is_rounded = noise.dtype not in (torch.float32, torch.float64)
+        if not training or is_lost or is_rounded or not made.stride() == noise.stride() == x.stride():
             return None
         return _Result(_aten.mul.Tensor, [before, self._reference(noise)], {})
 
@@ -252,7 +258,7 @@ class Recorder(TorchDispatchMode):
 
     def _reference(self, tensor: Tensor) -> _Kept | _Promise:
         found = self.results.get(_address(tensor)) if _has_storage(tensor) else None
-        if found is None:
+        if found is None or found[2] != tensor.dtype:  # or it is a view as another type
             return _Kept(tensor, _version(tensor))
         return _Promise(found[1], tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -266,8 +272,8 @@ def _pieces(part: _Kept | _Promise, tensor: Tensor, dim: Sequence[Any]) -> list[
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether it is an activation, and all of its memory."""
-    if tensor.dim() < 3 or not _has_storage(tensor):
+    """Whether it is an activation, and all of its memory. (Complex numbers have views that are conjugate.)"""
+    if tensor.dim() < 3 or not tensor.is_floating_point() or not _has_storage(tensor):
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
