@@ -13,6 +13,7 @@ import torch
 import twins
 from comparison import assert_close, assert_identical, buffers, training_step, weighted_sum
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from twins import (
     BOTTLENECK,
@@ -316,6 +317,110 @@ def test_what_is_overwritten_before_backward(name):
     assert_identical(results[1], results[0])
 
 
+def both_ways(function):
+    """What the function makes of an image with four channels, and the gradient of that, ordinary and recomputing."""
+    results = []
+    for context in (nullcontext(), recompute.recomputing()):
+        x = images_of(4)
+        with context:
+            output = function(x)
+        weighted_sum(output.float()).backward()
+        results.append({"output": output.detach(), "x": x.grad})
+    return results
+
+
+@pytest.mark.parametrize(
+    "view", [lambda s: s[:, :2], lambda s: s[:, 1:3, ::2], lambda s: s[:, :1].expand(-1, 2, -1, -1)]
+)
+def test_a_view_is_overwritten_before_backward(view):
+    """What has gaps, or shows a value several times, is copied as it is laid out."""
+
+    def function(x):
+        features = torch.conv2d(x, torch.ones(4, 4, 1, 1))
+        output = torch.conv2d(torch.sigmoid(view(features)), torch.ones(3, 2, 1, 1))
+        features.mul_(3)
+        return output + torch.conv2d(torch.sigmoid(view(features)), torch.ones(3, 2, 1, 1))
+
+    ordinary, recomputed = both_ways(function)
+    assert_identical(recomputed, ordinary)
+
+
+@pytest.mark.parametrize("implementation", ["module", "legacy", "legit"])
+def test_running_statistics_move_before_backward(implementation):
+    """A batch norm writes to them, though PyTorch's schema of it does not say so."""
+
+    def function(x):
+        norm = nn.BatchNorm2d(4)
+        norm.running_mean.fill_(0.25)
+        centred = x - norm.running_mean.view(1, 4, 1, 1)
+        output = torch.conv2d(centred * centred, torch.ones(4, 4, 1, 1))
+        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if implementation == "module":
+            return output + norm(x)
+        if implementation == "legacy":
+            return output + torch.native_batch_norm(x, *tensors, True, 0.1, 1e-5)[0]
+        return output + torch._native_batch_norm_legit(x, *tensors, True, 0.1, 1e-5)[0]
+
+    ordinary, recomputed = both_ways(function)
+    assert_identical(recomputed, ordinary)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_added_in_place_may_have_another_type(dtype):
+    """Out of place, the sum would have a type with more digits, which no convolution takes."""
+
+    def function(x):
+        features = nn.functional.batch_norm(x.to(dtype), None, None, training=True)
+        features += torch.linspace(0, 1, 4, dtype=torch.float64).view(4, 1, 1)
+        return torch.conv2d(features, torch.ones(3, 4, 1, 1, dtype=dtype))
+
+    ordinary, recomputed = both_ways(function)
+    assert_identical(recomputed, ordinary)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_random_rectifier_in_each_type(dtype):
+    """In half precision it multiplies by more digits than it keeps."""
+
+    def function(x):
+        torch.manual_seed(0)
+        features = nn.functional.batch_norm(x.to(dtype), None, None, training=True)
+        features = nn.functional.rrelu(features, training=True)
+        return (features * features).sum(1, keepdim=True)
+
+    ordinary, recomputed = both_ways(function)
+    assert_identical(recomputed, ordinary)
+
+
+def test_views_as_complex_numbers():
+    def pairs(x):
+        numbers = torch.view_as_complex(torch.sigmoid(x).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(numbers * numbers)
+
+    def conjugates(x):
+        numbers = torch.complex(x, x.cos()) * 2
+        return torch.view_as_real(numbers.conj() * numbers.conj().sin())
+
+    for function in (pairs, conjugates):
+        ordinary, recomputed = both_ways(function)
+        assert_identical(recomputed, ordinary)
+
+
+def test_what_several_results_were_made_of_is_copied_once():
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            copies.extend([function] * (function is torch.ops.aten.clone.default))
+            return function(*args, **kwargs or {})
+
+    offset = torch.ones(1, 4, 1, 1)
+    with Copies(), recompute.recomputing():
+        made = [f(images_of(4) + offset) for f in (torch.relu, torch.sigmoid, torch.tanh)]
+        offset.mul_(2)
+    assert len(made) == 3 and len(copies) == 1
+
+
 @every_network
 def test_convolutions_run_once(arguments):
     counts = []
@@ -360,6 +465,23 @@ def test_the_graph_is_freed_without_the_garbage_collector(results):
         network(images())  # and where backward never comes
         assert len(results) > 10
         assert all(result() is None for result in results)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "function", [torch.exp, lambda x: x.softmax(1), lambda x: x.mean((2, 3)).sigmoid()], ids=["exp", "softmax", "gate"]
+)
+def test_an_output_that_stays_is_freed_with_the_graph(function):
+    """Where backward never comes: an output that kept itself would stay as long as the process."""
+    with recompute.recomputing():
+        output = function(images_of(4))
+        product = output * output
+    reference = weakref.ref(output)
+    gc.disable()
+    try:
+        del output, product
+        assert reference() is None
     finally:
         gc.enable()
 

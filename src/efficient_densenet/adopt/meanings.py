@@ -235,7 +235,7 @@ class _Operations(TorchDispatchMode):
         named = kwargs or {}
         with torch._C.DisableTorchFunction():  # or the record would see its own questions
             self.record.before(function.overloadpacket, args)
-            for tensor in _written(function, args, named):
+            for tensor in written(function, args, named):
                 if tensor not in self.record.owners and storage(tensor) not in self.record.made:
                     raise NotDenseError("its forward writes to a tensor of something else")
             output = function(*args, **named)
@@ -244,13 +244,6 @@ class _Operations(TorchDispatchMode):
                     self.record.made[storage(tensor)] = tensor  # which keeps the address from being used again
             self.record.after(function, args, named, output)
         return output
-
-
-def _written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the operation writes to."""
-    if function.overloadpacket.__name__ in ("native_batch_norm", "_native_batch_norm_legit") and len(args) == 8:
-        return [t for t in args[3:5] if t is not None and args[5]]
-    return written(function, args, named)
 
 
 class _Attributes(TorchFunctionMode):

@@ -17,8 +17,9 @@ statistics). Extra time: one concatenation, norm and activation per convolution,
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -166,8 +167,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, cheap: frozenset[Any]) -> None:
         super().__init__()
         self.cheap = cheap
-        # By the address of a storage, which is not reused while anything refers to it, even weakly.
-        self.results: dict[int, tuple[StorageWeakRef, _Result]] = {}
+        # By the address of a storage, which is not reused while anything refers to it, even weakly; with its type.
+        self.results: dict[int, tuple[StorageWeakRef, _Result, torch.dtype]] = {}
         # By the address of a storage, what is computed from it as it is now.
         self.readers: dict[int, list[weakref.ref[_Result]]] = {}
 
@@ -176,6 +177,8 @@ class Recorder(TorchDispatchMode):
         reference = self._reference(tensor)
         if isinstance(reference, _Promise):
             reference.result.use()
+        elif tensor.grad_fn is not None:  # an output, which would keep the node that is to keep it
+            return reference._replace(tensor=tensor.detach())
         return reference
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,7 +186,7 @@ class Recorder(TorchDispatchMode):
         cheap, in_place = self._cheap(function)
         result = None if cheap is None else self._result(cheap, args, named, in_place)
         sloped = self._reference(args[0]) if function.overloadpacket in _RANDOM_SLOPES else None
-        for tensor in written(function, args, named) if in_place else ():
+        for tensor in written(function, args, named):
             if _has_storage(tensor):
                 self._before_writing(tensor)
         output = function(*args, **named)
@@ -193,7 +196,7 @@ class Recorder(TorchDispatchMode):
             made = output[0] if isinstance(output, tuple | list) else output
             if _is_whole(made) and _holds_little(result, made):
                 storage = made.untyped_storage()
-                self.results[storage._cdata] = StorageWeakRef(storage), result
+                self.results[storage._cdata] = StorageWeakRef(storage), result, made.dtype
                 for argument in _leaves(result.arguments):
                     if isinstance(argument, _Kept) and _has_storage(argument.tensor):
                         self.readers.setdefault(_address(argument.tensor), []).append(weakref.ref(result))
@@ -203,18 +206,23 @@ class Recorder(TorchDispatchMode):
         """What was computed from the values that will be lost is computed again from a copy of them."""
         address = _address(tensor)
         self.results.pop(address, None)
+        copies: dict[Hashable, Tensor] = {}  # what several results are computed from is copied once
         for reference in self.readers.pop(address, ()):
             result = reference()
             if result is not None:
-                result.arguments = [_copied(argument, address) for argument in result.arguments]
+                result.arguments = [_copied(argument, address, copies) for argument in result.arguments]
 
     def _sloped(
         self, before: _Kept | _Promise, made: Tensor, x: Tensor, noise: Tensor, *settings: Any
     ) -> _Result | None:
-        """RReLU in training, which multiplies its input `before` by what it has drawn, or by one."""
+        """RReLU in training, which multiplies its input `before` by what it has drawn, or by one.
+
+        What it has drawn for half precision it keeps with fewer digits than it multiplies by.
+        """
         training = len(settings) > 2 and settings[2]
         is_lost = isinstance(before, _Kept) and _version(before.tensor) != before.version
-        if not training or is_lost or not made.stride() == noise.stride() == x.stride():
+        is_rounded = noise.dtype not in (torch.float32, torch.float64)
+        if not training or is_lost or is_rounded or not made.stride() == noise.stride() == x.stride():
             return None
         return _Result(_aten.mul.Tensor, [before, self._reference(noise)], {})
 
@@ -237,8 +245,11 @@ class Recorder(TorchDispatchMode):
                 parts += _pieces(part, tensor, args[1:]) or [part]
             return _Result(cheap, [parts, *args[1:]], named)
         arguments = [self._reference(a) if isinstance(a, Tensor) else a for a in args]
-        if in_place and not isinstance(arguments[0], _Promise):
-            return None  # what it was computed from is gone
+        if in_place:
+            if not isinstance(arguments[0], _Promise):
+                return None  # what it was computed from is gone
+            if any(torch.result_type(args[0], a) != args[0].dtype for a in args if isinstance(a, Tensor)):
+                return None  # out of place, its result would have another type
         if cheap.overloadpacket in _BATCH_NORMS and cheap._overloadname == "default":
             training, running = args[5], args[3:5]
             # In evaluation the result depends on them, and a later training step may move them.
@@ -247,7 +258,7 @@ class Recorder(TorchDispatchMode):
 
     def _reference(self, tensor: Tensor) -> _Kept | _Promise:
         found = self.results.get(_address(tensor)) if _has_storage(tensor) else None
-        if found is None:
+        if found is None or found[2] != tensor.dtype:  # or it is a view as another type
             return _Kept(tensor, _version(tensor))
         return _Promise(found[1], tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -261,8 +272,8 @@ def _pieces(part: _Kept | _Promise, tensor: Tensor, dim: Sequence[Any]) -> list[
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether it is an activation, and all of its memory."""
-    if tensor.dim() < 3 or not _has_storage(tensor):
+    """Whether it is an activation, and all of its memory. (Complex numbers have views that are conjugate.)"""
+    if tensor.dim() < 3 or not tensor.is_floating_point() or not _has_storage(tensor):
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
@@ -297,22 +308,50 @@ def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
 
 
 def written(function: Any, args: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation of PyTorch writes to, as its schema declares them."""
-    declared = enumerate(function._schema.arguments)
-    changed = [(i, a.name) for i, a in declared if a.alias_info is not None and a.alias_info.is_write]
-    given = [args[i] if i < len(args) else named.get(name) for i, name in changed]
+    """The tensors that an operation of PyTorch writes to."""
+    given = [args[i] if i < len(args) else named.get(name) for i, name in _changed(function, _trains(function, args))]
     return [tensor for tensor in _leaves(given) if isinstance(tensor, Tensor)]
 
 
-def _copied(argument: Any, address: int) -> Any:
-    """A copy of what is kept at this address; where a copy is laid out otherwise, the error in backward stays."""
+@functools.cache
+def _changed(function: Any, training: bool) -> list[tuple[int, str]]:
+    """The arguments that an operation writes to, by their numbers and names."""
+    changed = []
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.name in ("running_mean", "running_var"):  # not all batch norms declare that they move them
+            writes = training
+        else:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            changed.append((i, argument.name))
+    return changed
+
+
+def _trains(function: Any, args: Sequence[Any]) -> bool:
+    """Whether it is no batch norm, or one that uses the statistics of its batch."""
+    return function.overloadpacket not in _BATCH_NORMS or function._overloadname != "default" or bool(args[5])
+
+
+def _copied(argument: Any, address: int, copies: dict[Hashable, Tensor]) -> Any:
+    """The argument, with a copy in place of a tensor at this address."""
     if isinstance(argument, list):
-        return [_copied(a, address) for a in argument]
+        return [_copied(a, address, copies) for a in argument]
     if not isinstance(argument, _Kept) or not _has_storage(argument.tensor) or _address(argument.tensor) != address:
         return argument
     tensor, version = argument
-    copy = tensor.clone()
-    return _Kept(copy, _version(copy)) if copy.stride() == tensor.stride() and _version(tensor) == version else argument
+    if _version(tensor) != version:
+        return argument  # it was lost before, and backward will say so
+    key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    if key not in copies:
+        copies[key] = _copy(tensor)
+    return _Kept(copies[key], _version(copies[key]))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the strides of the tensor, also if its values have gaps between them, or lie on each other."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    values = tensor.as_strided((span if tensor.numel() else 0,), (1,)).clone()
+    return values.as_strided(tensor.shape, tensor.stride())
 
 
 def _value(argument: Any) -> Any:
