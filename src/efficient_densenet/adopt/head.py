@@ -75,8 +75,7 @@ def ends_with_a_head(network: nn.Module, features: nn.Module) -> bool:
 
 
 def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape: Sequence[int]) -> Head:
-    # Not without values: PyTorch would import its compiler, which takes a second.
-    modules, tensors = parts([network]), Tensors("cpu")
+    modules, tensors = parts([network]), _Zeros("cpu")
     names = {module: name for name, module in network.named_modules()}
     try:
         with on_trial(modules, tensors):
@@ -96,6 +95,18 @@ def _look(network: nn.Module, features: nn.Module, found: tuple[Any, ...], shape
 
 
 _USUAL_SIZE = 64
+
+
+class _Zeros(Tensors):
+    """Zeros, for what is recorded depends on no value. The large ones take no memory.
+
+    They are not on the device "meta": PyTorch would import its compiler for that, which takes a second.
+    """
+
+    def _make(self, name: str, like: Tensor) -> Tensor:
+        dtype = torch.float32 if like.is_floating_point() else like.dtype
+        shape = like.shape if like.dim() < 2 else ()  # vectors may be written to
+        return torch.zeros(shape, dtype=dtype, device=self.device).expand(like.shape)
 
 
 class _Empty:
