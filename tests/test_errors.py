@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -34,6 +37,32 @@ def test_commands_print_a_users_mistake_in_one_line(monkeypatch, capsys, error, 
     captured = capsys.readouterr()
     assert captured.err.startswith("efficient-densenet: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_output_that_nobody_reads_ends_a_command_quietly(lines, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    program = f"""
+from unittest import mock
+from efficient_densenet.cli import main
+
+with mock.patch("efficient_densenet.checkpoints.convert.run", lambda _: print("line\\n" * {lines})):
+    raise SystemExit(main(["convert", "--to", "normal", "--checkpoint", "a.pth", "--output", "b.pth"]))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_a_pipe_between_processes_that_breaks_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "efficient_densenet.checkpoints.convert.run", mock.Mock(side_effect=BrokenPipeError(32, "Broken pipe"))
+    )
+    assert main(["convert", "--to", "normal", "--checkpoint", "a.pth", "--output", "b.pth"]) == 2
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_trace(monkeypatch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,6 +17,8 @@ from typing import NamedTuple
 
 from efficient_densenet import __version__
 from efficient_densenet.errors import UserError
+
+_OUTPUT_NOT_WANTED = 141  # what shells report of a program that writes to a pipe that nobody reads any more
 
 
 class _Command(NamedTuple):
@@ -41,21 +45,44 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` and return the exit code: 0 fine, 1 a check failed, 2 a mistake of the user's."""
+    """Run the command line `argv` and return the exit code: 0 fine, 1 a check failed, 2 a mistake of the user's, 130
+    interrupted, 141 where what reads the output, such as ``head``, has ended.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
     try:
-        if name in _COMMANDS and _COMMANDS[name].own_parser:
-            return _module(name).main(name, argv[1:])
-        arguments = parser(name).parse_args(argv)
-        return _module(arguments.command).run(arguments)
+        code = _run(name, argv)
+        sys.stdout.flush()  # or a pipe that nobody reads would be noticed only when Python ends
+        return code
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_output():
+            return _OUTPUT_NOT_WANTED
         # An OSError (no such file, disk full, no permission) already says what and where.
         print(f"efficient-densenet: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("efficient-densenet: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name in _COMMANDS and _COMMANDS[name].own_parser:
+        return _module(name).main(name, argv[1:])
+    arguments = parser(name).parse_args(argv)
+    return _module(arguments.command).run(arguments)
+
+
+def _nobody_reads_output() -> bool:
+    """Whether it is the output's pipe that is broken, and not one between processes; if so, the output is dropped."""
+    try:
+        output, poll = sys.stdout.fileno(), select.poll()
+    except (OSError, AttributeError):  # no file, or a system without poll
+        return False
+    poll.register(output, 0)  # errors are told whatever is asked for
+    broken = bool(poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains when it ends
+    return broken
 
 
 def parser(wanted: str) -> argparse.ArgumentParser:

@@ -81,6 +81,14 @@ def test_a_model_without_anything_dense(capsys):
     assert capsys.readouterr().out == "Nothing in this model looks like a part of a DenseNet.\n"
 
 
+def test_a_model_of_which_nothing_can_be_converted(capsys):
+    assert main(["inspect", "torchvision:resnet18", "--image", "3,32,32"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("Nothing in this model can be converted.")
+    assert told[2].startswith("layer2, layer3, layer4: a convolution reads features without a norm")
+    assert len(told) == 3
+
+
 @pytest.mark.parametrize("image", ["3", "3,0,4", "a,b"])
 def test_shapes_that_are_none(image, capsys):
     with pytest.raises(SystemExit) as caught:

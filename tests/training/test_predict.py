@@ -86,7 +86,7 @@ def test_images_that_cannot_be_read_are_named_counted_and_left_out(tmp_path, net
     assert predict(tmp_path, "--output", "a.csv", "--batch-size", "1") == 1
     error = capsys.readouterr().err
     assert "0.png" in error
-    assert error.endswith("2 images could not be read and were skipped\n")
+    assert error.endswith("images that could not be read and were skipped: 2\n")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
 
 

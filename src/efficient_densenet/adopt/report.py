@@ -78,6 +78,13 @@ class Report:
         shape = "" if self.image is None else "×".join(map(str, self.image))
         if not self.entries:
             return "Nothing in this model looks like a part of a DenseNet."
+        reasons: dict[str, list[str]] = {}
+        for entry in self.entries:
+            if entry.reason:
+                reasons.setdefault(entry.reason, []).append(entry.name or "the model")
+        notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        if not self.adopted:
+            return "\n".join(["Nothing in this model can be converted. It is left as it is:", "", *notes])
         unit = f"MB per image of {shape}, float32" if shape else "values per pixel of the module's input"
         rows = [("module", "was", "now", "channels", "before", "after"), *(self._row(e) for e in self.entries)]
         if self.image is not None:
@@ -92,11 +99,6 @@ class Report:
             texts = (cell.ljust(w) for cell, w in zip(row[:4], widths[:4], strict=True))
             numbers = (cell.rjust(w) for cell, w in zip(row[4:], widths[4:], strict=True))
             lines.append("  ".join([*texts, *numbers]).rstrip())
-        reasons: dict[str, list[str]] = {}
-        for entry in self.entries:
-            if entry.reason:
-                reasons.setdefault(entry.reason, []).append(entry.name or "the model")
-        notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
         return "\n".join([*lines, "", *notes] if notes else lines)
 
     def _row(self, entry: Entry) -> tuple[str, ...]:

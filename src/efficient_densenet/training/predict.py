@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             _WRITERS[output.suffix](rows, names, file)
     if skipped:
-        print(f"{len(skipped)} images could not be read and were skipped", file=sys.stderr)
+        print(f"images that could not be read and were skipped: {len(skipped)}", file=sys.stderr)
     return 1 if skipped else 0
 
 

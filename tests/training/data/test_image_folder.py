@@ -89,6 +89,15 @@ def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.val) == 10
 
 
+@pytest.mark.parametrize("link", ["val", "test/dog"])
+def test_images_that_are_trained_on_are_not_evaluated_through_a_link(tmp_path: Path, link: str) -> None:
+    make_classes(tmp_path / "train")
+    make_classes(tmp_path / "test", ("cat",))
+    (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train").replace("test", "train"))
+    with pytest.raises(UserError, match=r"lead to the same images of .*dog: what is measured"):
+        loaded(tmp_path)
+
+
 def test_without_a_test_folder_the_validation_images_are_tested(tmp_path: Path) -> None:
     make_classes(tmp_path / "train")
     make_classes(tmp_path / "val", count=3)

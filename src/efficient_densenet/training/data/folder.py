@@ -121,8 +121,8 @@ def load_class_folders(
         seed: decides which images these are.
 
     Raises:
-        UserError: a folder is missing, has no classes or no images, their classes differ, or there are too few images
-            to hold any out.
+        UserError: a folder is missing, has no classes or no images, their classes differ, two are links to the same
+            images, or there are too few images to hold any out.
     """
     train = read_class_folders(training, preprocessing)
     evaluated = {}
@@ -132,6 +132,11 @@ def load_class_folders(
             raise UserError(
                 f"{training} and {folder} need the same classes, but only one of them has "
                 f"{', '.join(different[:5])}{' …' if len(different) > 5 else ''}"
+            )
+        if same := [c for c in train.classes if (folder / c).resolve() == (training / c).resolve()]:
+            raise UserError(
+                f"{folder} and {training} lead to the same images of {first_few(same)}: what is measured on images "
+                "that are trained on would say too much; leave one of the two out"
             )
         evaluated[name] = TransformedImages(images, preprocessing.transform())
     kept: list[int] | None = None  # all

@@ -176,8 +176,8 @@ class ImageTable(PhotoDataModule):
         listed = {row.entry(self.path_column) for row in read_rows(self._path_of(self.table))}
         if unknown := names - listed:
             raise UserError(
-                f"{path} names {len(unknown)} images that {self.table} does not, {min(unknown)} for one: write them as "
-                "the table does, so that they are not trained on, or leave them out"
+                f"{path} names images that {self.table} does not ({min(unknown)}; in all {len(unknown)}): write them "
+                "as the table does, so that they are not trained on, or leave them out"
             )
         return tested
 
@@ -250,8 +250,8 @@ class ImageTable(PhotoDataModule):
             shared = {of(row) for row in rows} & {of(row) for row in others} - {None}
             if shared:
                 raise UserError(
-                    f"{len(shared)} {what} are in the training images and in the {name} images, "
-                    f"{min(map(str, shared))} for one: what is measured on them would say too much; {way_out}"
+                    f"{what} are in the training images and in the {name} images ({min(map(str, shared))}; in all "
+                    f"{len(shared)}): what is measured on them would say too much; {way_out}"
                 )
 
 

@@ -65,11 +65,15 @@ class Volumes(LightningDataModule):
     def setup(self, stage: str = "fit") -> None:
         if self.class_names is not None:
             return
-        folders = [path for path in self.root.glob("*/") if not path.name.startswith(".")]
+        folders = [path for path in self.root.glob("[!.]*") if path.is_dir()]
         if not folders:
             raise UserError(f"there is no folder in {self.root}; it should hold one folder of volumes for each class")
         names = sorted(folder.name for folder in folders)
-        files = [path for path in sorted(self.root.glob("*/*")) if path.name.endswith(_SUFFIXES)]
+        files = [
+            path
+            for path in sorted(self.root.glob("[!.]*/[!.]*"))  # hidden ones, as ._1.nii.gz of macOS, are no volumes
+            if path.name.endswith(_SUFFIXES)
+        ]
         labels = [names.index(path.parent.name) for path in files]
         if empty := set(range(len(names))) - set(labels):
             raise UserError(f"{self.root / names[min(empty)]} holds no volume ({', '.join(_SUFFIXES)})")
