@@ -12,7 +12,7 @@ from tiny_run import run
 
 from efficient_densenet import DenseNet
 from efficient_densenet.cli import main
-from efficient_densenet.training.mistakes import fact_of
+from efficient_densenet.training.mistakes import fact_of, refuse_repeated_entries
 from efficient_densenet.training.module import Classifier
 
 SETTINGS = {
@@ -90,6 +90,19 @@ def test_a_wrong_configuration_is_named(tmp_path, capsys, content, message):
         (tmp_path / "a.yaml").write_bytes(content)
     assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
     assert message in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "model: &a {network: [*a]}",
+        "a0: &a0 [1]\n" + "\n".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i in range(1, 30)),
+    ],
+    ids=["itself", "many times"],
+)
+def test_entries_that_hold_each_other_are_looked_at_once(tmp_path, content):
+    (tmp_path / "a.yaml").write_text(content)
+    refuse_repeated_entries(tmp_path / "a.yaml")  # and ends
 
 
 def test_a_machine_without_gpu_says_what_trains_there():

@@ -103,8 +103,7 @@ class _Zeros(Tensors):
     They are not on the device "meta": PyTorch would import its compiler for that, which takes a second.
     """
 
-    def _make(self, name: str, like: Tensor) -> Tensor:
-        dtype = torch.float32 if like.is_floating_point() else like.dtype
+    def _make(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         shape = like.shape if like.dim() < 2 else ()  # vectors may be written to
         return torch.zeros(shape, dtype=dtype, device=self.device).expand(like.shape)
 

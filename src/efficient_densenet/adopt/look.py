@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -252,10 +252,7 @@ def _find(
     """As `find`, for an input of this shape (perhaps of other channels); and whether a forward raised an error."""
     found: list[Chain | None] = []
     try:
-        with on_trial(modules, tensors):
-            synchronises = _set_modes(modules, True)
-            _leave_others_out(modules, synchronises)
-            record = Record(modules, synchronises)
+        with _recording(modules, tensors) as record:
             x = tensors.activation(*shape)
             for module in roots:
                 x = record.run(module, x)
@@ -292,18 +289,23 @@ def joins(module: nn.Module, tensors: Tensors) -> Joins:
 def _joins(module: nn.Module, modules: Sequence[nn.Module], tensors: Tensors, shape: Sequence[int]) -> Joins | None:
     """As `joins`, for an input of this shape (perhaps of other channels); None where the forward raised an error."""
     try:
-        with on_trial(modules, tensors):
-            synchronises = _set_modes(modules, True)
-            _leave_others_out(modules, synchronises)
-            record = Record(modules, synchronises, to_the_end=True)
-            with suppress(NotDenseError):
-                record.run(module, tensors.activation(*shape))
+        with _recording(modules, tensors, to_the_end=True) as record, suppress(NotDenseError):
+            record.run(module, tensors.activation(*shape))
     except OtherWidthError as error:
         other = (shape[0], error.width, *shape[2:])
         return None if error.width == shape[1] else _joins(module, modules, tensors, other)
     except Exception:  # whatever it is: it takes something else than one tensor of this size
         return None
     return Joins(record.joins_input, record.joins_again)
+
+
+@contextmanager
+def _recording(modules: Sequence[nn.Module], tensors: Tensors, to_the_end: bool = False) -> Iterator[Record]:
+    """A record of modules in training, which hold these tensors meanwhile."""
+    with on_trial(modules, tensors):
+        synchronises = _set_modes(modules, True)
+        _leave_others_out(modules, synchronises)
+        yield Record(modules, synchronises, to_the_end)
 
 
 def _conclusion(record: Record, x: Tensor) -> Chain | None:

@@ -50,7 +50,8 @@ class Tensors:
         if is_lazy(tensor):
             return tensor
         if id(tensor) not in self.made:  # one that is tied stays tied
-            self.made[id(tensor)] = self._make(name, tensor), tensor
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            self.made[id(tensor)] = self._make(name, tensor, dtype), tensor
         return self.made[id(tensor)][0]
 
     def activation(self, *shape: int) -> Tensor:
@@ -58,8 +59,7 @@ class Tensors:
             return torch.empty(shape, dtype=torch.float32, device=self.device)
         return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
-    def _make(self, name: str, like: Tensor) -> Tensor:
-        dtype = torch.float32 if like.is_floating_point() else like.dtype
+    def _make(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(like.shape, dtype=dtype, device=self.device)
         if not like.is_floating_point():

@@ -150,8 +150,12 @@ def refuse_repeated_entries(configuration: Path) -> None:
         pending = [yaml.compose(configuration.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)]
     except yaml.YAMLError:  # JSON with tabs, for example, which the parser takes
         return
+    seen: set[yaml.Node] = set()  # an alias is the node that it names, and may be inside of it
     while pending:
         node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         if isinstance(node, yaml.SequenceNode):
             pending += node.value
         elif isinstance(node, yaml.MappingNode):

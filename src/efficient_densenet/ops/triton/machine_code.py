@@ -26,7 +26,7 @@ def describe(compiled: Any) -> dict[str, Any]:
         products, code, spilled = r"\b(wgmma|mma|tcgen05\.mma)\.", compiled.asm["ptx"], stack + local
         listing = _listing(compiled) if "wgmma." in code or spilled else ""
         found = overtaken(listing) if "wgmma." in code else []
-        loop = _product_loop(*_parsed(listing))
+        loop = _product_loop(*_parsed(listing)) if spilled else []
         in_loop = bool(spilled) and (not loop or any(i.name.startswith(("LDL", "STL")) for i in loop))
     else:
         products, code, found = r"\bv_(mfma|wmma)_", compiled.asm["amdgcn"], []

@@ -15,6 +15,7 @@ from efficient_densenet.training.data.images import (
     IMAGE_SUFFIXES,
     TransformedImages,
     files_below,
+    folders_in,
     is_image,
     stratified_split,
 )
@@ -62,12 +63,12 @@ class ImageFolder(PhotoDataModule):
     def _other_folders(self) -> dict[str, Path]:
         """Those for ``val`` and ``test``, as far as they are there."""
         found = {name: folder for name in ("val", "test") if (folder := _folder_of(self.root, name)).is_dir()}
-        unknown = [path.name for path in _folders_in(self.root) if path.name.lower() not in _SPLITS]
+        unknown = [path.name for path in folders_in(self.root) if path.name.lower() not in _SPLITS]
         if "val" in found and self.val_fraction is not None:
             raise UserError(f"{found['val']} has the validation images: leave val_fraction out")
         if "val" not in found and unknown:
             warnings.warn(f"{self.root} has no folder val, and its {first_few(unknown)} is not used", stacklevel=2)
-        if "test" in found and not _folders_in(found["test"]):
+        if "test" in found and not folders_in(found["test"]):
             warnings.warn(
                 f"{found['test']} has no folder for each class, so that nothing is known of its images, and they are "
                 "not tested: look at them with predict",
@@ -83,19 +84,14 @@ def _is_split(root: Path) -> bool:
     They are where one is called ``train`` or ``val``, where there are folders for two splits, whatever else is there,
     and where all have names of splits.
     """
-    names = [path.name for path in _folders_in(root)]
+    names = [path.name for path in folders_in(root)]
     found = [_SPLITS[name.lower()] for name in names if name.lower() in _SPLITS]
     return bool({"train", "val"} & {*names}) or len({*found}) > 1 or (bool(names) and len(found) == len(names))
 
 
-def _folders_in(root: Path) -> list[Path]:
-    """Those that are not hidden; none where there is no such folder."""
-    return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
-
-
 def _folder_of(root: Path, split: str) -> Path:
     """The folder of ``train``, ``val`` or ``test`` under one of its names; the usual one where there is none."""
-    found = [path for path in _folders_in(root) if _SPLITS.get(path.name.lower()) == split]
+    found = [path for path in folders_in(root) if _SPLITS.get(path.name.lower()) == split]
     if len(found) > 1:
         raise UserError(f"{root} has several folders for {split}: {', '.join(path.name for path in found)}; keep one")
     return found[0] if found else root / split
@@ -187,7 +183,7 @@ def read_class_folders(folder: Path, preprocessing: Preprocessing) -> _ClassFold
     wanted = "it should hold one folder of images for each class"
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; {wanted}")
-    names = [path.name for path in _folders_in(folder)]
+    names = [path.name for path in folders_in(folder)]
     if not names:
         raise UserError(f"there is no folder in {folder}; {wanted}")
     if unreadable := [name for name in names if name.encode(errors="ignore").decode() != name]:

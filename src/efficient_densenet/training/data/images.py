@@ -72,6 +72,11 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     return Path(path).name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def folders_in(root: Path) -> list[Path]:
+    """The folders in `root` that are not hidden, in order; none where there is no such folder."""
+    return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """All files in `folder` and the folders below it, without hidden ones (``._1.jpg`` of macOS) and links to nothing.
 

@@ -126,8 +126,9 @@ class ImageTable(PhotoDataModule):
         self.test_list = test_list
 
     def load(self) -> Splits:
-        rows = self._rows(self.table)
-        tested = self._tested(rows)
+        table = read_rows(self._path_of(self.table))
+        rows = self._wanted(table, self.table)
+        tested = self._tested(rows, table)
         if tested is not None and self.test_list is not None:
             listed = set(tested)
             rows = [row for row in rows if row not in listed]
@@ -153,15 +154,16 @@ class ImageTable(PhotoDataModule):
         return self.root / table if (self.root / table).exists() else Path(table).expanduser()
 
     def _rows(self, table: str) -> list[Row]:
-        path = self._path_of(table)
-        rows = [
-            row for row in read_rows(path) if all(row.entry(column) == value for column, value in self.where.items())
-        ]
-        if not rows:
-            raise UserError(f"{path} lists no image" + (f" with {self.where}" if self.where else ""))
-        return rows
+        return self._wanted(read_rows(self._path_of(table)), table)
 
-    def _tested(self, rows: list[Row]) -> list[Row] | None:
+    def _wanted(self, rows: list[Row], table: str) -> list[Row]:
+        wanted = [row for row in rows if all(row.entry(column) == value for column, value in self.where.items())]
+        if not wanted:
+            raise UserError(f"{self._path_of(table)} lists no image" + (f" with {self.where}" if self.where else ""))
+        return wanted
+
+    def _tested(self, rows: list[Row], table: list[Row]) -> list[Row] | None:
+        """The rows of `test_table`, or those of `rows`, the wanted ones of `table`, that `test_list` names."""
         if self.test_table is not None:
             return self._rows(self.test_table)
         if self.test_list is None:
@@ -173,8 +175,7 @@ class ImageTable(PhotoDataModule):
         tested = [row for row in rows if row.entry(self.path_column) in names]
         if not tested:
             raise UserError(f"no image of the table is in {path}")
-        listed = {row.entry(self.path_column) for row in read_rows(self._path_of(self.table))}
-        if unknown := names - listed:
+        if unknown := names - {row.entry(self.path_column) for row in table}:
             raise UserError(
                 f"{path} names images that {self.table} does not ({min(unknown)}; in all {len(unknown)}): write them "
                 "as the table does, so that they are not trained on, or leave them out"

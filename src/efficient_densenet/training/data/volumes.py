@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from efficient_densenet.errors import UserError, require
 from efficient_densenet.training.data.base import NO_TEST_SET, division
-from efficient_densenet.training.data.images import stratified_split
+from efficient_densenet.training.data.images import folders_in, stratified_split
 
 _SUFFIXES = (".nii", ".nii.gz")
 
@@ -65,10 +65,9 @@ class Volumes(LightningDataModule):
     def setup(self, stage: str = "fit") -> None:
         if self.class_names is not None:
             return
-        folders = [path for path in self.root.glob("[!.]*") if path.is_dir()]
-        if not folders:
+        names = [folder.name for folder in folders_in(self.root)]
+        if not names:
             raise UserError(f"there is no folder in {self.root}; it should hold one folder of volumes for each class")
-        names = sorted(folder.name for folder in folders)
         files = [
             path
             for path in sorted(self.root.glob("[!.]*/[!.]*"))  # hidden ones, as ._1.nii.gz of macOS, are no volumes
