@@ -100,15 +100,20 @@ def recorded(given, operation):
 
 
 def address(value, given, scratch):
-    """A pointer into one of the tensors given as its number and how far behind; any into scratch are the same."""
+    """A pointer into one of the tensors given as its number and how far behind; any into scratch are the same.
+
+    What points into neither is a number. No number here is as large as an address, which need not be large: where
+    Python is loaded at a fixed place, its heap lies below 2³².
+    """
     pointer = value.data_ptr() if isinstance(value, torch.Tensor) else value
-    if not isinstance(pointer, int) or isinstance(value, bool) or pointer < 2**32:
+    if not isinstance(pointer, int) or isinstance(value, bool):
         return value
     for number, t in enumerate(given):
         if t.data_ptr() <= pointer < t.data_ptr() + t.nbytes:
             return number, pointer - t.data_ptr()
-    assert scratch is None or scratch.data_ptr() <= pointer < scratch.data_ptr() + scratch.nbytes
-    return "scratch"
+    if scratch is None:  # an operation has scratch of its own
+        return "scratch" if isinstance(value, torch.Tensor) else value
+    return "scratch" if scratch.data_ptr() <= pointer < scratch.data_ptr() + scratch.nbytes else value
 
 
 def main():
